@@ -1,0 +1,45 @@
+# A virtual environment of its own, the coordinator on this machine, the tests, the linters.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: run test lint format clean
+
+run: $(VENV)/installed
+	@echo
+	@echo "  bfaas is starting on this machine. In another terminal, try:"
+	@echo
+	@echo "      curl -sN localhost:8000/run -d uptime"
+	@echo
+	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} $(BIN)/twistd -n --pidfile= bfaas-coord
+
+# The trial cases under pytest and under trial, then the end-to-end tests: pytest-twisted and trial cases do
+# not share a session (its reactor looks dirty to them).
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest -p no:twisted --ignore=tests/e2e tests
+	$(BIN)/trial tests
+	$(BIN)/python -m pytest tests/e2e
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@ $(VENV)/installed
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis _trial_temp* build dist

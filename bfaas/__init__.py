@@ -1,0 +1,1 @@
+"""Runs unsafe bash scripts on disposable worker machines, under strict time limits."""

@@ -1,0 +1,240 @@
+"""
+One bash run as a process: its tree, its pipes, its end.
+
+The run is over when bash exits. What it left running is then killed, whatever session it moved to, what is
+in the pipes is delivered, and only then is the exit told. For that, the process that this is in must be
+the subreaper of its descendants (see `bfaas.tree.become_subreaper`), and have no other use for children.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from bfaas import tree
+from bfaas.deadline import sleep
+from bfaas.wire import Exit, Reason, Stream
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from twisted.internet.interfaces import IReactorProcess, IReactorTime
+    from twisted.python.failure import Failure
+
+    class BashReactor(IReactorProcess, IReactorTime):
+        """What a run needs of the reactor."""
+
+
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+_MAX_ARGUMENT = 128 * 1024 - 1
+"""Bytes that Linux takes as one argument of a program (MAX_ARG_STRLEN in linux/binfmts.h, less the NUL)."""
+
+# Expansion comes before redirection, so eval runs with descriptor 3 closed and the whole script read.
+_LONG_SCRIPT = 'eval "$(cat <&3)" 3<&-'
+
+_STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
+
+
+def script_environment(home: str, machine_id: str, region: str) -> dict[str, str]:
+    """Make a script's whole environment; nothing is inherited."""
+    return {
+        "PATH": SEARCH_PATH,
+        "HOME": home,
+        "LANG": "C.UTF-8",
+        "FLY_MACHINE_ID": machine_id,
+        "FLY_REGION": region,
+    }
+
+
+@implementer(IPushProducer)
+class BashRun(ProcessProtocol):
+    """
+    A script, running. As a producer it pauses its pipes, and so the script; stopping it kills it.
+
+    `on_output` is called with each piece of output, in the order of its stream, until `ended` fires.
+    Past `max_output` bytes, output is dropped and counted; the script goes on.
+    """
+
+    transport: Any  # a process's transport has more than the interface tells
+    _log = Logger()
+    _SWEEP_LIMIT = 2.0
+    _DRAIN_LIMIT = 1.0
+
+    def __init__(
+        self, clock: IReactorTime, on_output: Callable[[Stream, bytes], None], max_output: int
+    ) -> None:
+        self._clock = clock
+        self._on_output = on_output
+        self._room = max_output
+        self._dropped = 0
+        self._reason: Reason | None = None
+        self._status: int | None = None
+        self._swept = False
+        self._pipes_closed = False
+        self._exit: Exit | None = None
+        self._waiters: list[Deferred[Exit]] = []
+        self._signals_are_codes = False
+        self._bystanders = frozenset(tree.children(os.getpid()))
+        self._started = clock.seconds()
+        self._usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    def start(
+        self, reactor: BashReactor, script: bytes, environment: Mapping[str, str], sandbox: Sequence[str]
+    ) -> None:
+        """
+        Start bash, in a session of its own, behind the sandbox's command prefix.
+
+        Raises `OSError` when it cannot be started, `ValueError` for a script with a NUL in it.
+        """
+        # bwrap tells the death of what it runs as 128+n, and no other way.
+        self._signals_are_codes = any(Path(word).name == "bwrap" for word in sandbox)
+        with ExitStack() as files:
+            null = os.open(os.devnull, os.O_RDONLY)
+            files.callback(os.close, null)
+            descriptors: dict[int, int | str] = {0: null, 1: "r", 2: "r"}
+            command = script
+            if len(script) > _MAX_ARGUMENT:
+                descriptors[3] = memory = _in_memory(script)
+                files.callback(os.close, memory)
+                command = _LONG_SCRIPT.encode()
+            reactor.spawnProcess(
+                self,
+                "setsid",
+                ["setsid", *sandbox, "/bin/bash", "-c", command],
+                env=environment,
+                childFDs=descriptors,
+            )
+
+    def when_ended(self) -> Deferred[Exit]:
+        """Wait for the end of the run: nothing of it is left then, and all its output has been given."""
+        waiter: Deferred[Exit] = Deferred(self._waiters.remove)
+        if self._exit is not None:
+            waiter.callback(self._exit)
+        else:
+            self._waiters.append(waiter)
+        return waiter
+
+    def kill(self, reason: Reason | None = None) -> None:
+        """End the run now, for a reason that its exit will tell. Without effect once bash has exited."""
+        if self._status is not None or self._reason is not None:
+            return
+        self._reason = reason
+        pid = self.transport.pid
+        # Bash is not reaped yet, so its number is still its own; setsid may not have made the group yet.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
+        self.transport.signalProcess("KILL")
+
+    # The producer, which the client's pace drives.
+
+    def pauseProducing(self) -> None:
+        """Leave output in the pipes, until they are full and the script waits."""
+        if self._status is None:
+            self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Read on."""
+        if self._status is None:
+            self.transport.resumeProducing()
+
+    def stopProducing(self) -> None:
+        """Nobody reads any more: kill the run."""
+        self.kill()
+
+    # The process.
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        """Pass a piece of output on, as far as there is room for it."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        self._dropped += len(data) - len(kept)
+        if kept:
+            self._on_output(_STREAMS[childFD], kept)
+
+    def processExited(self, reason: Failure) -> None:
+        """Bash has ended, so the run is over: read what is left in the pipes, kill what is left of it."""
+        self._status = getattr(reason.value, "status", 0)
+        # Whatever the client's pace: with its writers gone, what a pipe holds is little and has an end.
+        self.transport.resumeProducing()
+        sweep = Deferred.fromCoroutine(self._sweep())
+        sweep.addErrback(lambda failure: self._log.failure("while killing what a script left", failure))
+        sweep.addCallback(lambda _: self._conclude(swept=True))
+
+    def processEnded(self, _: Failure) -> None:
+        """Note that the pipes are read to their end."""
+        self._conclude(pipes_closed=True)
+
+    async def _sweep(self) -> None:
+        """Kill and reap until nothing is left that descends from us and was not there before the run."""
+        pause, limit = 0.001, self._clock.seconds() + self._SWEEP_LIMIT
+        while left := tree.kill_below(os.getpid(), self._bystanders):
+            if self._clock.seconds() > limit:
+                self._log.error("{count} processes of a script survive SIGKILL", count=left)
+                break
+            await sleep(self._clock, pause)
+            pause = min(2 * pause, 0.05)
+            tree.reap_orphans(self._bystanders)
+        if not self._pipes_closed:
+            self._clock.callLater(self._DRAIN_LIMIT, self._give_up_on_pipes)
+
+    def _give_up_on_pipes(self) -> None:
+        if not self._pipes_closed:
+            self._log.warn("a script's pipes are held open by a process that is not its own")
+            self.transport.loseConnection()
+
+    def _conclude(self, *, swept: bool = False, pipes_closed: bool = False) -> None:
+        self._swept |= swept
+        self._pipes_closed |= pipes_closed
+        if self._exit is None and self._swept and self._pipes_closed:
+            self._exit = self._tell_exit()
+            waiters, self._waiters = self._waiters, []
+            for waiter in waiters:
+                waiter.callback(self._exit)
+
+    def _tell_exit(self) -> Exit:
+        assert self._status is not None  # noqa: S101 - processExited comes before processEnded
+        code = os.waitstatus_to_exitcode(self._status)
+        number = -code if code < 0 else code - 128 if self._signals_are_codes else 0
+        name = _signal_name(number)
+        if code < 0:
+            code = 128 + number
+        if self._reason is not None:
+            code, name = self._reason.code, None
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
+        return Exit(
+            code,
+            signal=name,
+            reason=self._reason,
+            wall_ms=round(1000 * (self._clock.seconds() - self._started)),
+            cpu_ms=round(1000 * cpu),
+            max_rss_kb=usage.ru_maxrss,
+            truncated=self._dropped > 0,
+            dropped_bytes=self._dropped,
+        )
+
+
+def _signal_name(number: int) -> str | None:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return None
+
+
+def _in_memory(script: bytes) -> int:
+    descriptor = os.memfd_create("script")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(script)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor

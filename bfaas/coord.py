@@ -1,0 +1,218 @@
+"""
+The coordinator: takes scripts from anyone, runs each on a worker of its own, within its time.
+
+`twistd bfaas-coord`.
+"""
+
+from __future__ import annotations
+
+import time
+from random import SystemRandom
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from klein import Klein
+from twisted.application.service import MultiService
+from twisted.application.strports import service as listening
+from twisted.internet.defer import Deferred, DeferredList
+from twisted.logger import Logger
+from twisted.python.usage import Options as UsageOptions
+
+from bfaas import wire
+from bfaas.answer import Answer
+from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.machines.api import MachineConfig
+from bfaas.machines.local import LocalMachines, find_sandbox
+from bfaas.pool import Pool, PoolClosedError, PoolSettings, lease_ttl
+from bfaas.process import prepare, settings_or_exit
+from bfaas.proxy import Proxy, WorkerError
+from bfaas.settings import CoordSettings
+from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.application.service import IService
+    from twisted.internet.interfaces import IReactorTime
+    from twisted.web.server import Request
+
+    from bfaas.machines.api import Machine
+    from bfaas.pool import Allocation
+
+
+class Coordinator:
+    """
+    The coordinator's resource.
+
+    `wall` tells the time that tickets are signed with, in seconds since the epoch.
+    """
+
+    app = Klein()
+    app.url_map.merge_slashes = False
+    answer_errors_in_text(app)
+    _log = Logger()
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        settings: CoordSettings,
+        pool: Pool,
+        proxy: Proxy,
+        wall: Callable[[], float],
+    ) -> None:
+        self._clock = clock
+        self._settings = settings
+        self._pool = pool
+        self._proxy = proxy
+        self._wall = wall
+        self._draining = False
+        self._running: set[Deferred[None]] = set()
+
+    @app.route(wire.RUN_PATH, methods=["POST"])
+    async def run(self, request: Request) -> None:
+        """Run the script that is the body, on a machine from the pool."""
+        script = body(request)
+        if b"\0" in script:
+            raise RefusalError(400, "a script cannot contain a NUL byte")
+        if self._draining:
+            raise self._unavailable("shutting down")
+        done: Deferred[None] = Deferred()
+        self._running.add(done)
+        try:
+            allocation = await self._allocate()
+            try:
+                await self._answer(request, script, allocation.machine)
+            finally:
+                allocation.release()
+        finally:
+            self._running.remove(done)
+            done.callback(None)
+
+    async def drain(self) -> None:
+        """Take no more runs, and wait until those that are under way have ended."""
+        self._draining = True
+        await DeferredList(list(self._running))
+
+    async def _allocate(self) -> Allocation:
+        settings = self._settings
+        if self._pool.next_in_line > settings.max_queue:
+            raise self._unavailable("too many requests are waiting")
+        try:
+            return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate())
+        except DeadlineExceededError:
+            raise self._unavailable(f"no worker within {settings.max_wait:g} s") from None
+        except PoolClosedError:
+            raise self._unavailable("shutting down") from None
+
+    def _unavailable(self, line: str) -> RefusalError:
+        retry = max(1, round(self._settings.max_req_time))
+        return RefusalError(503, line, {"Retry-After": str(retry)})
+
+    async def _answer(self, request: Request, script: bytes, machine: Machine) -> None:
+        """Relay one run within its time; whatever happens, the answer has one ending."""
+        settings = self._settings
+        started = self._clock.seconds()
+        deadline = Deadline(self._clock, settings.max_req_time)
+        format_ = wire.requested_format(request.args)
+        answer = Answer(request, format_, self._clock)
+        headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
+        ticket = settings.signer.sign(machine.id, self._wall())
+        outcome: object = "cancelled"
+        try:
+            relay = self._proxy.relay(machine, ticket, script, format_, answer, headers)
+            outcome = await deadline.run(relay)
+        except DeadlineExceededError:
+            outcome = wire.Reason.TIMEOUT
+            if not answer.begun:
+                raise RefusalError(504, "the worker did not answer in time") from None
+            answer.end(wire.Exit.because(wire.Reason.TIMEOUT, self._since(started)))
+        except WorkerError as error:
+            outcome = error
+            raise RefusalError(502, "the worker failed") from None
+        finally:
+            answer.close()
+            self._log.info(
+                "ran on {machine}: {outcome}, {bytes} bytes in {ms} ms",
+                machine=machine.id, outcome=outcome, bytes=answer.bytes_written, ms=self._since(started),
+            )  # fmt: skip
+
+    def _since(self, moment: float) -> int:
+        """Milliseconds since then."""
+        return round(1000 * (self._clock.seconds() - moment))
+
+
+class CoordService(MultiService):
+    """The coordinator as a service: on stopping it drains, then closes its pool."""
+
+    _FLUSH_LIMIT = 5.0
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        site: BoundedSite,
+        listener: IService,
+        pool: Pool,
+        shut_down_machines: Callable[[], Any],
+    ) -> None:
+        super().__init__()
+        self._coordinator = coordinator
+        self._site = site
+        self._pool = pool
+        self._shut_down_machines = shut_down_machines
+        listener.setServiceParent(self)
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening, let running requests end, deliver their answers, close the pool."""
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await MultiService.stopService(self)
+        await self._coordinator.drain()
+        await self._site.drain(self._FLUSH_LIMIT)
+        await self._pool.close()
+        await self._shut_down_machines()
+
+
+class Options(UsageOptions):
+    """Command-line options of the coordinator; everything else is in its environment."""
+
+    optParameters: ClassVar = [
+        ["listen", "l", None, "Endpoint to take requests on; tcp:8000, on a laptop on loopback alone."],
+    ]
+
+
+def makeService(options: Options, reactor: Any = None) -> IService:
+    """Compose the coordinator from the environment."""
+    if reactor is None:
+        from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
+    settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
+    prepare(reactor)
+    machines = LocalMachines(reactor, time.time, find_sandbox())
+    proxy = Proxy(reactor, None, settings.max_output)
+    pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), pool_settings(settings))
+    coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
+    site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
+    endpoint = options["listen"] or "tcp:8000:interface=127.0.0.1"
+    return CoordService(coordinator, site, listening(endpoint, site, reactor), pool, machines.shutdown)
+
+
+def pool_settings(settings: CoordSettings) -> PoolSettings:
+    """Say what machines the pool makes: their environment tells a worker whom to trust, and its limits."""
+    environment = {
+        "PUBLIC": settings.signer.public,
+        "MAXREQTIME": f"{settings.max_req_time:.9f}s",
+        "MAXBODY": str(settings.max_body),
+        "MAXOUTPUT": str(settings.max_output),
+    }
+    return PoolSettings(
+        name=settings.machine_id,
+        size=settings.pool_size,
+        region=settings.region,
+        config=MachineConfig(
+            image="local",
+            env=environment,
+            cpus=settings.worker_cpus,
+            memory_mb=settings.worker_memory_mb,
+        ),
+        max_req_time=settings.max_req_time,
+        lease_ttl=lease_ttl(settings.max_req_time),
+    )

@@ -1,0 +1,208 @@
+"""
+One HTTP exchange, as a client: what `treq` and Twisted's agent leave to their users.
+
+Cancelling at any moment closes the connection at once, and reads as a cancellation; a body is read with a
+limit, and an unwanted one is not read at all.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint
+from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
+from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
+from zope.interface import implementer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.internet.interfaces import IConsumer, IStreamClientEndpoint
+    from twisted.web.client import URI
+    from twisted.web.iweb import IResponse
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds that connecting to one address may take."""
+
+
+class BodyTooLargeError(Exception):
+    """An answer's body is larger than we take."""
+
+
+class EncodedAnswerError(Exception):
+    """An answer's body is compressed, or the like."""
+
+
+@implementer(IBodyProducer)
+class BytesProducer:
+    """A request's body that is in memory, written at once."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.length = len(data)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        """Write it all."""
+        consumer.write(self._data)
+        done: Deferred[None] = Deferred()
+        done.callback(None)
+        return done
+
+    def pauseProducing(self) -> None:
+        """Nothing is left to write."""
+
+    def resumeProducing(self) -> None:
+        """Nothing is left to write."""
+
+    def stopProducing(self) -> None:
+        """Nothing is left to write."""
+
+
+@implementer(IAgentEndpointFactory)
+class _PlainEndpoints:
+    """Plain TCP; an IPv4 address is connected to directly, as racing one address with nobody costs 0.3 s."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
+        """Choose the endpoint."""
+        host = uri.host.decode("ascii")
+        if host.replace(".", "").isdigit():
+            return TCP4ClientEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
+        return HostnameEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
+
+
+@implementer(IAgent)
+class _IdentityAgent:
+    """
+    Asks for bodies as they are, and refuses encoded ones.
+
+    treq asks for gzip and inflates without a limit; beneath it, this is where that ends.
+    """
+
+    def __init__(self, agent: IAgent) -> None:
+        self._agent = agent
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """Send the request; `EncodedAnswerError` is how an encoded answer ends."""
+        headers = Headers() if headers is None else headers.copy()
+        headers.setRawHeaders("Accept-Encoding", ["identity"])
+
+        def check(response: IResponse) -> IResponse:
+            if response.headers.hasHeader("content-encoding"):
+                discard(response)
+                raise EncodedAnswerError("the answer is encoded, which was not asked for")
+            return response
+
+        return self._agent.request(method, uri, headers, bodyProducer).addCallback(check)
+
+
+def single_use_agent(reactor: Any) -> IAgent:
+    """Make an agent that connects for every request anew, never repeats one, and takes no encoded answer."""
+    pool = HTTPConnectionPool(reactor, persistent=False)
+    pool.retryAutomatically = False
+    return _IdentityAgent(Agent.usingEndpointFactory(reactor, _PlainEndpoints(reactor), pool=pool))
+
+
+async def head(response: Deferred[Any]) -> Any:
+    """Wait for an answer's head; a cancellation comes out as one, however the agent has wrapped it."""
+    try:
+        return await response
+    except Exception as error:
+        if is_cancellation(error):
+            raise CancelledError from error
+        raise
+
+
+def is_cancellation(error: BaseException | None) -> bool:
+    """Tell whether this is how Twisted's agent reports that its request was cancelled."""
+    if isinstance(error, (CancelledError, ConnectingCancelledError)):
+        return True
+    reasons = getattr(error, "reasons", ())
+    return bool(reasons) and all(
+        isinstance(reason, Failure) and is_cancellation(reason.value) for reason in reasons
+    )
+
+
+class Body(Protocol):
+    """
+    Receives an answer's body; `done` fires when it has come whole.
+
+    `done` fails with what is wrong with the body, or with what `on_data` raises. Cancelling it closes the
+    connection. (`readBody` and treq's collectors leave it open, and reading: Twisted #8227.)
+    """
+
+    def __init__(
+        self, on_data: Callable[[bytes], None], on_start: Callable[[Any], None] = lambda _: None
+    ) -> None:
+        self.transport: Any = None
+        self._on_data = on_data
+        self._on_start = on_start
+        self.done: Deferred[None] = Deferred(lambda _: self.close())
+
+    def connectionMade(self) -> None:
+        """Begin; the transport is a producer, to be paused and resumed at the receiver's pace."""
+        self._on_start(self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        """Pass a piece on."""
+        try:
+            self._on_data(data)
+        except Exception:  # noqa: BLE001 - whatever it is, it is the outcome
+            self._finish(Failure())
+            self.close()
+
+    def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
+        """Tell how it ended: only a body whose framing is complete has come whole."""
+        self._finish(None if reason.check(ResponseDone) else reason)
+
+    def close(self) -> None:
+        """Close the connection, whatever is still to come."""
+        if self.transport is not None:
+            self.transport.stopProducing()
+
+    def _finish(self, outcome: Failure | None) -> None:
+        if not self.done.called:
+            self.done.callback(outcome)
+
+
+def discard(response: IResponse) -> None:
+    """Close an answer's connection without reading its body."""
+
+    def drop(_: bytes) -> None:
+        body.close()
+
+    body = Body(drop)
+    body.done.addErrback(lambda _: None)
+    response.deliverBody(body)
+    body.close()
+
+
+async def read(response: IResponse, limit: int) -> bytes:
+    """Read an answer's body whole. Raises `BodyTooLargeError` past `limit` bytes."""
+    pieces: list[bytes] = []
+    room = limit
+
+    def take(piece: bytes) -> None:
+        nonlocal room
+        room -= len(piece)
+        if room < 0:
+            raise BodyTooLargeError(f"more than {limit} bytes")
+        pieces.append(piece)
+
+    body = Body(take)
+    response.deliverBody(body)
+    await body.done
+    return b"".join(pieces)

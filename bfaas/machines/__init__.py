@@ -1,0 +1,1 @@
+"""Machines: what the pool asks of them, and who provides them."""

@@ -1,0 +1,109 @@
+"""
+What a role needs of the process it is: its settings, a steady clock, an exit status, an end.
+
+Only composition roots (`makeService`) call this.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from twisted.internet.error import ReactorNotRunning
+from twisted.internet.interfaces import IReadDescriptor
+from twisted.logger import globalLogBeginner, textFileLogObserver
+from twisted.python.usage import UsageError
+from zope.interface import implementer
+
+from bfaas.settings import SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from twisted.application.service import IService
+    from twisted.python.failure import Failure
+    from twisted.python.usage import Options
+
+S = TypeVar("S")
+
+
+def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
+    """Read the environment; where it is wrong, say so in one line a variable, and exit with 1."""
+    try:
+        return load(os.environ)
+    except SettingsError as error:
+        raise SystemExit("\n".join(f"{role}: {problem}" for problem in error.problems)) from None
+
+
+def prepare(reactor: Any) -> None:
+    """
+    Make the reactor's time steady, and SIGTERM and SIGINT an ordinary end.
+
+    Twisted's reactor counts in wall-clock time, so that a clock that is set back by an hour would
+    lengthen every deadline by an hour. And it ends a signalled process by that signal (status 143), where
+    service managers expect 0 of one that ended in order. Call it before anything is scheduled.
+    """
+    reactor.seconds = time.monotonic
+
+    def stop(*_: object) -> None:
+        reactor.callFromThread(_stop, reactor)
+
+    def take_signals() -> None:
+        signal.signal(signal.SIGTERM, stop)
+        signal.signal(signal.SIGINT, stop)
+
+    # The reactor installs its own handlers as it starts to run.
+    reactor.callWhenRunning(take_signals)
+
+
+def _stop(reactor: Any) -> None:
+    # A second signal finds it stopping already.
+    with suppress(ReactorNotRunning):
+        reactor.stop()
+
+
+def run_role(options: Options, make_service: Callable[[Any, Any], IService]) -> None:
+    """Run a role without twistd, whose start-up a worker that boots for every run can do without."""
+    from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
+
+    try:
+        options.parseOptions()
+    except UsageError as error:
+        raise SystemExit(str(error)) from None
+    service = make_service(options, reactor)
+    globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stdout)], redirectStandardIO=False)
+    service.privilegedStartService()
+    service.startService()
+    reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
+    reactor.run()
+
+
+@implementer(IReadDescriptor)
+class _EndOfInput:
+    """Watches standard input, which somebody else holds open, for its end."""
+
+    def __init__(self, reactor: Any) -> None:
+        self._reactor = reactor
+
+    def fileno(self) -> int:
+        return 0
+
+    def logPrefix(self) -> str:
+        return "standard input"
+
+    def doRead(self) -> None:
+        if not os.read(0, 4096):
+            self.connectionLost(None)
+
+    def connectionLost(self, reason: Failure | None) -> None:  # noqa: ARG002 - the interface's signature
+        self._reactor.removeReader(self)
+        _stop(self._reactor)
+
+
+def stop_at_end_of_input(reactor: Any) -> None:
+    """Stop the reactor when standard input ends, as it does when the process that holds it dies."""
+    reactor.callWhenRunning(reactor.addReader, _EndOfInput(reactor))

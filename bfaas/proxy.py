@@ -1,0 +1,168 @@
+"""
+One exchange, streamed from a worker to a client.
+
+A worker may be in the hands of the script it ran. Nothing it says reaches the client but output in the
+format that was asked for; head, status and ending are our own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from treq.client import HTTPClient
+from twisted.internet.defer import CancelledError
+from twisted.logger import Logger
+from twisted.web.http_headers import Headers
+
+from bfaas import wire
+from bfaas.deadline import Deadline, sleep
+from bfaas.exchange import Body, BytesProducer, discard, head, single_use_agent
+
+if TYPE_CHECKING:
+    from twisted.web.iweb import IAgent, IResponse
+
+    from bfaas.answer import Answer
+    from bfaas.machines.api import Machine
+
+
+class WorkerError(Exception):
+    """The worker did not begin to answer as a worker does; nothing was sent to the client."""
+
+
+class OutputLimitError(Exception):
+    """The worker sends more than a worker that keeps to its limit can."""
+
+
+class Proxy:
+    """
+    Reaches the workers on machines.
+
+    A machine that has no address of its own is reached at `worker_url`, through the proxy of its app,
+    which the header `fly-force-instance-id` tells where to go
+    (https://fly.io/docs/networking/dynamic-request-routing/).
+    """
+
+    _log = Logger()
+    _PROBE_LIMIT = 2.0
+    _PROBE_PAUSES = (0.005, 0.25)
+
+    def __init__(
+        self, reactor: Any, worker_url: str | None, max_output: int, agent: IAgent | None = None
+    ) -> None:
+        self._reactor = reactor
+        self._worker_url = worker_url
+        # JSON writes a control character in six bytes, and a tiny event has its frame.
+        self._max_received = 8 * max_output + (1 << 20)
+        self._agent = agent or single_use_agent(reactor)
+
+    async def wait_until_ready(self, machine: Machine) -> None:
+        """
+        Wait until the worker answers; only cancelling ends the wait otherwise.
+
+        Any answer below 500 will do: workers of the Go original have no such path.
+        """
+        pause, longest = self._PROBE_PAUSES
+        while True:
+            try:
+                probe = self._request("GET", machine, wire.HEALTH_PATH, Headers(), None)
+                response = await Deadline(self._reactor, self._PROBE_LIMIT).run(probe)
+            except CancelledError:
+                raise
+            except Exception as error:  # noqa: BLE001 - refused, reset, silent: not ready, whichever
+                self._log.debug("{machine} is not ready: {error!r}", machine=machine.id, error=error)
+            else:
+                discard(response)
+                if response.code < 500:  # noqa: PLR2004 - the server's own errors
+                    return
+            await sleep(self._reactor, pause)
+            pause = min(2 * pause, longest)
+
+    async def relay(
+        self,
+        machine: Machine,
+        ticket: str,
+        script: bytes,
+        format_: wire.Format,
+        answer: Answer,
+        headers: dict[str, str],
+    ) -> wire.Exit:
+        """
+        Run the script on the machine, and answer with what comes; returns how the run ended.
+
+        The request is sent once. Raises `WorkerError` as long as the answer has not begun; what goes wrong
+        after that is an exit. Cancelling closes the connection to the worker, and leaves the answer to the
+        caller.
+        """
+        query = "?raw=1" if format_ is wire.Format.RAW else ""
+        request = Headers({wire.AUTHORIZATION: [ticket]})
+        try:
+            response = await self._request("POST", machine, wire.RUN_PATH + query, request, script)
+        except CancelledError:
+            raise
+        except Exception as error:
+            raise WorkerError(f"no answer: {error!r}") from error
+        try:
+            _check_head(response, machine, format_)
+        except WorkerError:
+            discard(response)
+            raise
+        return await self._stream(response, wire.run_reader(format_), answer, headers)
+
+    async def _stream(
+        self, response: IResponse, reader: wire.RunReader, answer: Answer, headers: dict[str, str]
+    ) -> wire.Exit:
+        received = 0
+
+        def pass_on(data: bytes) -> None:
+            nonlocal received
+            received += len(data)
+            if received > self._max_received:
+                raise OutputLimitError
+            answer.write(reader.feed(data))
+
+        body = Body(pass_on, on_start=lambda producer: answer.begin(producer, headers))
+        response.deliverBody(body)
+        try:
+            await body.done
+        except CancelledError:
+            raise
+        except OutputLimitError:
+            exit_ = wire.Exit.because(wire.Reason.OUTPUT_LIMIT)
+        except Exception as error:  # noqa: BLE001 - however it broke off, it is lost
+            self._log.warn("lost a worker: {error!r}", error=error)
+            exit_ = wire.Exit.because(wire.Reason.WORKER_LOST)
+        else:
+            if reader.exit is not None and reader.exit_passed_on:
+                answer.finish()
+                return reader.exit
+            exit_ = reader.exit or wire.Exit.because(wire.Reason.WORKER_LOST)
+        answer.end(exit_)
+        return exit_
+
+    async def _request(
+        self, method: str, machine: Machine, path: str, headers: Headers, body: bytes | None
+    ) -> IResponse:
+        """Send one request, with a client of its own: no cookies, no redirects, no connection kept."""
+        base = machine.url or self._worker_url
+        if base is None:
+            raise WorkerError(f"machine {machine.id} has no address")
+        headers.setRawHeaders(wire.FORCE_INSTANCE, [machine.id])
+        client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
+        sent = client.request(
+            method, base + path, headers=headers, data=body, allow_redirects=False, unbuffered=True,
+            reactor=self._reactor,
+        )  # fmt: skip
+        response: IResponse = await head(sent)
+        return response
+
+
+def _check_head(response: IResponse, machine: Machine, format_: wire.Format) -> None:
+    """Raise `WorkerError` unless this is the head of a run's answer, from that machine, in that format."""
+    if response.code != 200:  # noqa: PLR2004 - OK
+        raise WorkerError(f"status {response.code}")
+    kinds = response.headers.getRawHeaders("content-type", [""])
+    if [kind.partition(";")[0].strip().lower() for kind in kinds] != [format_.value]:
+        raise WorkerError("an answer of another content type")
+    names = response.headers.getRawHeaders(wire.WORKER)
+    if names is not None and names != [machine.id]:
+        raise WorkerError("an answer from another machine")

@@ -1,0 +1,275 @@
+"""
+The environment, read once into frozen settings.
+
+A value is read without the whitespace around it, and an empty one counts as missing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self, TypeVar, cast
+
+from bfaas.auth import Signer, Verifier, genkey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+N = TypeVar("N", int, float)
+
+_MOCK = "mock"
+
+_INT64 = 1 << 63
+_NANOSECONDS = {
+    "ns": 1,
+    "us": 1_000,
+    "\u00b5s": 1_000,  # the micro sign
+    "\u03bcs": 1_000,  # the Greek letter
+    "ms": 1_000_000,
+    "s": 1_000_000_000,
+    "m": 60_000_000_000,
+    "h": 3_600_000_000_000,
+}
+_BYTES = {
+    "B": 1,
+    "kB": 1_000,
+    "KB": 1_000,
+    "MB": 1_000_000,
+    "GB": 1_000_000_000,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+}
+_MAX_BODY = 1 << 20
+_MAX_OUTPUT = 64 << 20
+
+_TERM = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(_NANOSECONDS)})(?![^0-9.])")
+_DURATION = re.compile(rf"[-+]?(?:0|(?:{_TERM.pattern})+)")
+_SIZE = re.compile(rf"([0-9]{{1,18}})(?: ?({'|'.join(_BYTES)}))?")
+_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_MACHINE_ID = re.compile(r"[A-Za-z0-9_-]{1,63}")
+
+_quoted = json.dumps  # one line of ASCII, whatever the value holds
+
+
+def parse_duration(text: str) -> float:
+    """
+    Read a Go duration such as `1m30s`, in seconds (https://pkg.go.dev/time#ParseDuration).
+
+    Accepts, refuses and rounds as Go does; raises `ValueError`.
+    """
+    return _nanoseconds(text) / 1_000_000_000
+
+
+def parse_size(text: str) -> int:
+    """
+    Read a whole number of bytes such as `1024`, `64 kB` or `1MiB`; raise `ValueError` for anything else.
+
+    The units are `B`; `kB` (or `KB`), `MB`, `GB`, powers of 1000; and `KiB`, `MiB`, `GiB`, powers of 1024.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{_quoted(text)} is not a size such as 1MiB")
+    return int(match[1]) * _BYTES[match[2] or "B"]
+
+
+class SettingsError(Exception):
+    """What is wrong with an environment: a line for each problem, beginning with the variable's name."""
+
+    def __init__(self, problems: tuple[str, ...]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class CoordSettings:
+    """What a coordinator is told. Spans of time are in seconds, sizes in bytes."""
+
+    max_req_time: float
+    worker_app: str
+    signer: Signer
+    machine_id: str
+    region: str
+    pool_size: int
+    worker_cpus: int
+    worker_memory_mb: int
+    max_wait: float
+    max_queue: int
+    max_body: int
+    max_output: int
+
+    @property
+    def mock(self) -> bool:
+        """Whether the workers are processes on this host."""
+        return self.worker_app == _MOCK
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Self:
+        """Read the settings; raise `SettingsError` with all that is wrong."""
+        with _Reader(environ) as read:
+            worker_app = read.required("WORKER_APP", str, "a Fly app, or mock for local machines")
+            mock = worker_app == _MOCK
+            return cls(
+                max_req_time=read.required("MAXREQTIME", _positive(parse_duration), "a duration such as 10s"),
+                worker_app=worker_app,
+                signer=(
+                    read.optional("PRIVATE", Signer, Signer(genkey().private))
+                    if mock
+                    else read.required("PRIVATE", Signer, "a key that `bfaas genkey` made")
+                ),
+                machine_id=(
+                    read.optional("FLY_MACHINE_ID", _machine_id, _MOCK)
+                    if mock
+                    else read.required("FLY_MACHINE_ID", _machine_id, "this machine's name")
+                ),
+                region=(
+                    read.optional("FLY_REGION", str, "local")
+                    if mock
+                    else read.required("FLY_REGION", str, "a region such as ams")
+                ),
+                pool_size=read.optional("POOLSIZE", _positive(_whole), 2),
+                worker_cpus=read.optional("WORKER_CPUS", _positive(_whole), 1),
+                worker_memory_mb=read.optional("WORKER_MEMORY_MB", _positive(_whole), 256),
+                max_wait=read.optional("MAXWAIT", _positive(parse_duration), 30.0),
+                max_queue=read.optional("MAXQUEUE", _natural, 100),
+                max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
+                max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
+            )
+
+
+@dataclass(frozen=True)
+class BasherSettings:
+    """
+    What a worker is told. Spans of time are in seconds, sizes in bytes.
+
+    `max_req_time` is None where the worker has no limit of its own. `sandbox` are the first words of every
+    command that runs a script.
+    """
+
+    verifier: Verifier
+    machine_id: str
+    region: str
+    max_req_time: float | None
+    max_body: int
+    max_output: int
+    sandbox: tuple[str, ...]
+    home: str
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Self:
+        """Read the settings; raise `SettingsError` with all that is wrong."""
+        with _Reader(environ) as read:
+            return cls(
+                verifier=read.required(
+                    "PUBLIC", Verifier, "the key that goes with the coordinator's PRIVATE"
+                ),
+                machine_id=read.required("FLY_MACHINE_ID", _machine_id, "this machine's name"),
+                region=read.optional("FLY_REGION", str, ""),
+                max_req_time=read.optional("MAXREQTIME", _positive(parse_duration), None),
+                max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
+                max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
+                sandbox=read.optional("SANDBOX", _words, ()),
+                home=read.optional("HOME", str, "/"),
+            )
+
+
+class _Reader:
+    """
+    Reads variables one by one, and raises all their problems together where its `with` ends.
+
+    Until then a variable with a problem reads as None, whatever its type: nobody gets to see it.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self._environ = environ
+        self._problems: list[str] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._problems:
+            raise SettingsError(tuple(self._problems))
+
+    def required(self, name: str, parse: Callable[[str], T], what: str) -> T:
+        """Read a variable that must be there; `what` tells a reader of the problem what to give."""
+
+        def parse_given(text: str) -> T:
+            if not text:
+                raise ValueError(f"missing; {what}")
+            return parse(text)
+
+        return self._read(name, parse_given)
+
+    def optional(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        """Read a variable that has a default."""
+        return self._read(name, lambda text: parse(text) if text else default)
+
+    def _read(self, name: str, parse: Callable[[str], T]) -> T:
+        try:
+            return parse(self._environ.get(name, "").strip())
+        except ValueError as error:
+            self._problems.append(f"{name}: {error}")
+            return cast("T", None)
+
+
+def _nanoseconds(text: str) -> int:
+    if not _DURATION.fullmatch(text):
+        raise ValueError(f"{_quoted(text)} is not a duration such as 1m30s")
+    total = sum(_term(match[1], match[2] or "", _NANOSECONDS[match[3]]) for match in _TERM.finditer(text))
+    nanoseconds = -total if text.startswith("-") else total
+    if not -_INT64 <= nanoseconds < _INT64:
+        raise ValueError(f"{_quoted(text)} is too long a duration")
+    return nanoseconds
+
+
+def _term(whole: str, fraction: str, unit: int) -> int:
+    # Twenty digits are past the limit whatever follows them; int() refuses thousands.
+    nanoseconds = int(whole.lstrip("0")[:20] or "0") * unit
+    # The fraction as Go has it, to the bit: digits past 63 bits are dropped, the rest is a float.
+    numerator, scale = 0, 1.0
+    for digit in fraction:
+        longer = numerator * 10 + int(digit)
+        if longer > _INT64:
+            break
+        numerator, scale = longer, scale * 10
+    return nanoseconds + int(numerator * (unit / scale))
+
+
+def _whole(text: str) -> int:
+    if not _WHOLE.fullmatch(text):
+        raise ValueError(f"{_quoted(text)} is not a whole number")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    number = _whole(text)
+    if number < 0:
+        raise ValueError(f"{_quoted(text)} is below zero")
+    return number
+
+
+def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:
+    def parse_positive(text: str) -> N:
+        number = parse(text)
+        if number <= 0:
+            raise ValueError(f"{_quoted(text)} is not above zero")
+        return number
+
+    return parse_positive
+
+
+def _machine_id(text: str) -> str:
+    if not _MACHINE_ID.fullmatch(text):
+        raise ValueError(f"{_quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
+    return text
+
+
+def _words(text: str) -> tuple[str, ...]:
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise ValueError(f"{_quoted(text)} is not a shell command: {error}") from None

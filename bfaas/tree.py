@@ -1,0 +1,166 @@
+"""
+Everything that descends from a process, found in /proc, and what can be done to all of it.
+
+A process is signalled through a descriptor of it whose start time was checked, so that a number that was
+reaped and given to another is never hit. Where there is no /proc, nothing is found and nothing is done.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Container, Iterable
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Each round stops what the one before could still fork: two are usual, more mean a fork bomb.
+_ROUNDS = 20
+
+
+class Process(NamedTuple):
+    """A process; `started` (clock ticks since boot) tells it from a later one of the same number."""
+
+    pid: int
+    parent: int
+    started: int
+    state: str
+
+    @property
+    def dead(self) -> bool:
+        """It has ended, and is at most waiting to be reaped."""
+        return self.state in "ZX"
+
+
+def children(pid: int) -> list[int]:
+    """Tell the numbers of its direct children, the dead that were not reaped among them."""
+    return [process.pid for process in _all() if process.parent == pid]
+
+
+def descendants(pid: int, spared: Container[int] = ()) -> list[Process]:
+    """Tell everything below it, parents first, but for the spared and what is below those alone."""
+    by_parent: dict[int, list[Process]] = {}
+    for process in _all():
+        by_parent.setdefault(process.parent, []).append(process)
+    found: list[Process] = []
+    parents = [pid]
+    for parent in parents:
+        below = [process for process in by_parent.pop(parent, ()) if process.pid not in spared]
+        found += below
+        parents += [process.pid for process in below]
+    return found
+
+
+def alive(processes: Iterable[Process]) -> bool:
+    """Tell whether any of them still runs."""
+    return any(_same(process) for process in processes)
+
+
+def kill_below(pid: int, spared: Container[int] = ()) -> int:
+    """
+    Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
+
+    A process that was forked in the midst may be left, so call it until it answers 0, with pauses in which
+    the killed can die. Below a subreaper nothing gets away.
+    """
+    found = stop_all(lambda: descendants(pid, spared))
+    _signal(found, signal.SIGKILL)
+    return sum(not process.dead or process.parent == os.getpid() for process in found)
+
+
+def kill_tree(pid: int) -> list[Process]:
+    """Kill it and everything below it. Tells what that was, for `alive`."""
+    found = stop_tree(pid)
+    _signal(found, signal.SIGKILL)
+    return found
+
+
+def stop_tree(pid: int) -> list[Process]:
+    """Freeze it and everything below it, where it stands."""
+    return stop_all(lambda: with_root(pid))
+
+
+def continue_tree(pid: int) -> None:
+    """Thaw what was frozen."""
+    _signal(with_root(pid), signal.SIGCONT)
+
+
+def with_root(pid: int) -> list[Process]:
+    """Tell it, and everything below it, parents first."""
+    root = _look(pid)
+    return [root, *descendants(pid)] if root else []
+
+
+def stop_all(find: Callable[[], list[Process]]) -> list[Process]:
+    """Stop what is found until nothing new is: a stopped process forks no more."""
+    stopped: set[tuple[int, int]] = set()
+    found: list[Process] = []
+    for _ in range(_ROUNDS):
+        found = find()
+        new = [p for p in found if not p.dead and (p.pid, p.started) not in stopped]
+        if not new:
+            break
+        _signal(new, signal.SIGSTOP)
+        stopped.update((p.pid, p.started) for p in new)
+    return found
+
+
+def become_subreaper() -> bool:
+    """Let orphans among our descendants become our children, where the system can do that."""
+    if sys.platform != "linux":
+        return False
+    import ctypes  # noqa: PLC0415 - only a worker pays for it
+
+    result: int = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    return result == 0
+
+
+def reap_orphans(known: Container[int]) -> int:
+    """Reap our dead children other than the known ones, which somebody else waits for. Tells how many."""
+    us, reaped = os.getpid(), 0
+    for process in _all():
+        if process.parent == us and process.dead and process.pid not in known:
+            with suppress(ChildProcessError):
+                reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
+    return reaped
+
+
+def _all() -> list[Process]:
+    try:
+        numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    except FileNotFoundError:
+        return []
+    return [process for process in map(_look, numbers) if process]
+
+
+def _look(pid: int) -> Process | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The name before it is in brackets, and may contain brackets and spaces.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return Process(pid, int(fields[1]), int(fields[19]), fields[0].decode())
+
+
+def _same(process: Process) -> bool:
+    now = _look(process.pid)
+    return now is not None and now.started == process.started and not now.dead
+
+
+def _signal(processes: Iterable[Process], number: signal.Signals) -> None:
+    if sys.platform != "linux":
+        return
+    for process in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            descriptor = os.pidfd_open(process.pid)
+            try:
+                if _same(process):
+                    signal.pidfd_send_signal(descriptor, number)
+            finally:
+                os.close(descriptor)

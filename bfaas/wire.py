@@ -1,0 +1,297 @@
+r"""
+What coordinator and worker agree on: paths, headers, and how a run is written and read back.
+
+The formats are those of the Go original (superfly/bfaas), so that its clients and its workers fit.
+
+A run in events (the default) is a stream of server-sent events
+(https://html.spec.whatwg.org/multipage/server-sent-events.html): `stdout` and `stderr`, whose data is a
+JSON string, then one `exit`, whose data is a JSON object. A raw run is the bytes as they come, then
+`\nexit: CODE\n` or `\nexit: CODE REASON\n`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import enum
+import json
+import re
+from dataclasses import dataclass, fields
+from json.encoder import encode_basestring
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+RUN_PATH = "/run"
+HEALTH_PATH = "/healthz"
+
+AUTHORIZATION = "Authorization"
+WORKER = "Worker"
+COORD = "Coord"
+FORCE_INSTANCE = "fly-force-instance-id"
+
+KEEPALIVE = 15.0
+"""Seconds of silence after which an event stream carries a comment, for intermediaries that cut idle ones."""
+
+COMMENT = b": \n\n"
+
+MAX_EVENT = 1 << 20
+"""Bytes of one event that a reader takes. A worker reads pipes in pieces far smaller than this."""
+
+
+class Stream(enum.StrEnum):
+    """Which of a script's two outputs."""
+
+    STDOUT = "stdout"
+    STDERR = "stderr"
+
+
+class Reason(enum.StrEnum):
+    """Why we ended a run that did not end by itself."""
+
+    TIMEOUT = "timeout"
+    WORKER_LOST = "worker-lost"
+    OUTPUT_LIMIT = "output-limit"
+
+    @property
+    def code(self) -> int:
+        """The exit code that stands for it: 124 as `timeout(1)` has it, 125 for what is not the script's."""
+        return 124 if self is Reason.TIMEOUT else 125
+
+
+class Format(enum.Enum):
+    """How a run is written; the value is its content type."""
+
+    EVENTS = "text/event-stream"
+    RAW = "application/octet-stream"
+
+
+def requested_format(arguments: Mapping[bytes, Sequence[bytes]]) -> Format:
+    """Tell the format that a request's query asks for: `raw`, with any value but an empty one, means raw."""
+    return Format.RAW if any(arguments.get(b"raw", ())) else Format.EVENTS
+
+
+class WireError(Exception):
+    """A run that was read does not follow the format."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """
+    How a run ended.
+
+    `code` is 0 to 255, 128+n for a script killed by signal n. Times are milliseconds, `cpu_ms` over all
+    processes of the run; `max_rss_kb` is the largest resident set of one of them, in KiB.
+    """
+
+    code: int
+    signal: str | None = None
+    reason: str | None = None
+    wall_ms: int | None = None
+    cpu_ms: int | None = None
+    max_rss_kb: int | None = None
+    truncated: bool = False
+    dropped_bytes: int = 0
+
+    @classmethod
+    def because(cls, reason: Reason, wall_ms: int | None = None) -> Exit:
+        """Tell an end that we brought about."""
+        return cls(reason.code, reason=reason, wall_ms=wall_ms)
+
+    def to_json(self) -> bytes:
+        """Write the `exit` event's data; what does not apply is left out."""
+        told = {
+            item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default
+        }
+        return json.dumps(told).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Exit:
+        """Read the `exit` event's data; unknown fields are ignored. Raises `WireError`."""
+        try:
+            told = json.loads(data)
+        except ValueError as error:
+            raise WireError("an exit event that is not JSON") from error
+        if not isinstance(told, dict) or not _is_count(told.get("code"), floor=-1):
+            raise WireError("an exit event without a code")
+        counts = {key: told[key] for key in ("wall_ms", "cpu_ms", "max_rss_kb") if _is_count(told.get(key))}
+        dropped = told.get("dropped_bytes")
+        return cls(
+            code=told["code"] & 0xFF,
+            signal=_word(told.get("signal")),
+            reason=_word(told.get("reason")),
+            truncated=told.get("truncated") is True,
+            dropped_bytes=dropped if isinstance(dropped, int) and _is_count(dropped) else 0,
+            **counts,
+        )
+
+
+def _is_count(value: object, floor: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and floor <= value < 1 << 53
+
+
+def _word(value: object) -> str | None:
+    """Take a short plain word as it is, and nothing else: it goes on to someone's terminal."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9+-]{1,32}", value) else None
+
+
+class RunWriter(Protocol):
+    """Writes one run in one format: bytes of output in, bytes of the answer out."""
+
+    def output(self, stream: Stream, data: bytes) -> bytes:
+        """Write a piece of output."""
+        ...
+
+    def end(self, exit_: Exit) -> bytes:
+        """Write what was held back, then the exit."""
+        ...
+
+
+class EventWriter:
+    """Writes events. A character split over two pieces is held back until it is whole."""
+
+    def __init__(self) -> None:
+        decoder = codecs.getincrementaldecoder("utf-8")
+        self._decoders = {stream: decoder("replace") for stream in Stream}
+
+    def output(self, stream: Stream, data: bytes) -> bytes:
+        """Write a piece of output as an event, or nothing while it is not one whole character."""
+        return self._event(stream, self._decoders[stream].decode(data))
+
+    def end(self, exit_: Exit) -> bytes:
+        """Write what was held back, then the `exit` event."""
+        rest = [
+            self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
+        ]
+        return b"".join([*rest, b"event: exit\ndata: ", exit_.to_json(), b"\n\n"])
+
+    @staticmethod
+    def _event(stream: Stream, text: str) -> bytes:
+        # JSON escapes both line ends, the only characters that could end a `data:` line.
+        return f"event: {stream}\ndata: {encode_basestring(text)}\n\n".encode() if text else b""
+
+
+class RawWriter:
+    """Writes bytes as they are."""
+
+    def output(self, stream: Stream, data: bytes) -> bytes:  # noqa: ARG002 - the protocol's signature
+        """Write a piece of output."""
+        return data
+
+    def end(self, exit_: Exit) -> bytes:
+        """Write the exit line."""
+        reason = f" {exit_.reason}" if exit_.reason else ""
+        return f"\nexit: {exit_.code}{reason}\n".encode()
+
+
+class RunReader(Protocol):
+    """
+    Reads one run, piece by piece, and passes its output on in the same format.
+
+    After the last piece, `exit` is how the run ended, or None where the worker did not say.
+    """
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give what is to be passed on. Raises `WireError`."""
+        ...
+
+    @property
+    def exit(self) -> Exit | None:
+        """How the run ended, as far as it was read."""
+        ...
+
+    @property
+    def exit_passed_on(self) -> bool:
+        """Whether what was passed on includes the exit."""
+        ...
+
+
+_EVENT = re.compile(rb"event: ?(stdout|stderr|exit)\ndata: ?([^\r\n]*)")
+
+
+class EventReader:
+    """
+    Reads events, lets only well-formed output through, and keeps the exit for its owner to tell.
+
+    Comments are dropped.
+    """
+
+    exit_passed_on = False
+
+    def __init__(self) -> None:
+        self.exit: Exit | None = None
+        self._rest = bytearray()
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give the output events that are complete. Raises `WireError`."""
+        seen = max(0, len(self._rest) - 1)
+        self._rest += data
+        end = self._rest.rfind(b"\n\n", seen)
+        if end < 0:
+            if len(self._rest) > MAX_EVENT:
+                raise WireError("an event that does not end")
+            return b""
+        blocks = bytes(self._rest[:end]).split(b"\n\n")
+        del self._rest[: end + 2]
+        return b"".join([self._read(block) for block in blocks])
+
+    def _read(self, block: bytes) -> bytes:
+        if block.startswith(b":") and b"\n" not in block:
+            return b""
+        match = _EVENT.fullmatch(block)
+        if match is None:
+            raise WireError("something that is no event")
+        if self.exit is not None:
+            raise WireError("an event after the exit")
+        name, data = match.groups()
+        if name == b"exit":
+            self.exit = Exit.from_json(data)
+            return b""
+        try:
+            text = json.loads(data)
+        except ValueError as error:
+            raise WireError("an output event that is not JSON") from error
+        if not isinstance(text, str):
+            raise WireError("an output event that is not a string")
+        return b"event: %b\ndata: %b\n\n" % (name, data)
+
+
+_RAW_EXIT = re.compile(rb"\nexit: (-?[0-9]{1,3})(?: ([a-z-]{1,32}))?\n\Z")
+_RAW_EXIT_LENGTH = 64
+
+
+class RawReader:
+    """
+    Reads a raw run. Everything is passed on at once; the last bytes tell whether it was whole.
+
+    A script can print what looks like an exit line. The one that counts is the answer's last.
+    """
+
+    exit_passed_on = True
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give it back."""
+        self._tail = (self._tail + data[-_RAW_EXIT_LENGTH:])[-_RAW_EXIT_LENGTH:]
+        return data
+
+    @property
+    def exit(self) -> Exit | None:
+        """What the last line says, if it is an exit line."""
+        match = _RAW_EXIT.search(self._tail)
+        if match is None:
+            return None
+        reason = match[2].decode() if match[2] else None
+        return Exit(int(match[1]) & 0xFF, reason=reason)
+
+
+def run_writer(format_: Format) -> RunWriter:
+    """Make the writer of a format."""
+    return EventWriter() if format_ is Format.EVENTS else RawWriter()
+
+
+def run_reader(format_: Format) -> RunReader:
+    """Make the reader of a format."""
+    return EventReader() if format_ is Format.EVENTS else RawReader()
