@@ -28,7 +28,7 @@ from bfaas.wire import Exit, Reason, Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from twisted.internet.interfaces import IReactorProcess, IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorProcess, IReactorTime
     from twisted.python.failure import Failure
 
     class BashReactor(IReactorProcess, IReactorTime):
@@ -40,8 +40,8 @@ SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MAX_ARGUMENT = 128 * 1024 - 1
 """Bytes that Linux takes as one argument of a program (MAX_ARG_STRLEN in linux/binfmts.h, less the NUL)."""
 
-# Expansion comes before redirection, so eval runs with descriptor 3 closed and the whole script read.
-_LONG_SCRIPT = 'eval "$(cat <&3)" 3<&-'
+# Expansion comes first, so descriptor 3 is closed with the whole script read, and lines keep their numbers.
+_LONG_SCRIPT = 'eval "exec 3<&-; $(cat <&3)"'
 
 _STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 
@@ -82,6 +82,7 @@ class BashRun(ProcessProtocol):
         self._status: int | None = None
         self._swept = False
         self._pipes_closed = False
+        self._patience: IDelayedCall | None = None
         self._exit: Exit | None = None
         self._waiters: list[Deferred[Exit]] = []
         self._signals_are_codes = False
@@ -111,7 +112,7 @@ class BashRun(ProcessProtocol):
             reactor.spawnProcess(
                 self,
                 "setsid",
-                ["setsid", *sandbox, "/bin/bash", "-c", command],
+                ["setsid", *sandbox, "/bin/bash", "-c", "--", command],
                 env=environment,
                 childFDs=descriptors,
             )
@@ -169,11 +170,14 @@ class BashRun(ProcessProtocol):
         self.transport.resumeProducing()
         sweep = Deferred.fromCoroutine(self._sweep())
         sweep.addErrback(lambda failure: self._log.failure("while killing what a script left", failure))
-        sweep.addCallback(lambda _: self._conclude(swept=True))
+        sweep.addCallback(lambda _: self._note_swept())
 
     def processEnded(self, _: Failure) -> None:
         """Note that the pipes are read to their end."""
-        self._conclude(pipes_closed=True)
+        self._pipes_closed = True
+        if self._patience is not None and self._patience.active():
+            self._patience.cancel()
+        self._conclude()
 
     async def _sweep(self) -> None:
         """Kill and reap until nothing is left that descends from us and was not there before the run."""
@@ -185,17 +189,18 @@ class BashRun(ProcessProtocol):
             await sleep(self._clock, pause)
             pause = min(2 * pause, 0.05)
             tree.reap_orphans(self._bystanders)
+
+    def _note_swept(self) -> None:
+        self._swept = True
         if not self._pipes_closed:
-            self._clock.callLater(self._DRAIN_LIMIT, self._give_up_on_pipes)
+            self._patience = self._clock.callLater(self._DRAIN_LIMIT, self._give_up_on_pipes)
+        self._conclude()
 
     def _give_up_on_pipes(self) -> None:
-        if not self._pipes_closed:
-            self._log.warn("a script's pipes are held open by a process that is not its own")
-            self.transport.loseConnection()
+        self._log.warn("a script's pipes are held open by a process that is not its own")
+        self.transport.loseConnection()
 
-    def _conclude(self, *, swept: bool = False, pipes_closed: bool = False) -> None:
-        self._swept |= swept
-        self._pipes_closed |= pipes_closed
+    def _conclude(self) -> None:
         if self._exit is None and self._swept and self._pipes_closed:
             self._exit = self._tell_exit()
             waiters, self._waiters = self._waiters, []

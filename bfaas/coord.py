@@ -20,9 +20,10 @@ from twisted.python.usage import Options as UsageOptions
 from bfaas import wire
 from bfaas.answer import Answer
 from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.life import PoolSettings, lease_ttl
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.local import LocalMachines, find_sandbox
-from bfaas.pool import Pool, PoolClosedError, PoolSettings, lease_ttl
+from bfaas.pool import Pool, PoolClosedError
 from bfaas.process import prepare, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError
 from bfaas.settings import CoordSettings
@@ -160,6 +161,11 @@ class CoordService(MultiService):
         self._shut_down_machines = shut_down_machines
         listener.setServiceParent(self)
 
+    def startService(self) -> None:
+        """Begin to take requests, and to look after the pool's machines."""
+        super().startService()
+        self._pool.start()
+
     def stopService(self) -> Deferred[None]:
         """Stop listening, let running requests end, deliver their answers, close the pool."""
         return Deferred.fromCoroutine(self._stop())
@@ -186,7 +192,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     prepare(reactor)
-    machines = LocalMachines(reactor, time.time, find_sandbox())
+    machines = LocalMachines(reactor, time.time, sandboxed=find_sandbox())
     proxy = Proxy(reactor, None, settings.max_output)
     pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), pool_settings(settings))
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint
 from twisted.internet.error import ConnectingCancelledError
+from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
@@ -22,7 +23,7 @@ from zope.interface import implementer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twisted.internet.interfaces import IConsumer, IStreamClientEndpoint
+    from twisted.internet.interfaces import IConsumer
     from twisted.web.client import URI
     from twisted.web.iweb import IResponse
 
@@ -63,6 +64,19 @@ class BytesProducer:
         """Nothing is left to write."""
 
 
+@implementer(IStreamClientEndpoint)
+class _Quietly:
+    """Connects without a line in the log for each connection made and closed."""
+
+    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
+        self._endpoint = endpoint
+
+    def connect(self, protocolFactory: Any) -> Deferred[Any]:
+        """Connect."""
+        protocolFactory.noisy = False
+        return self._endpoint.connect(protocolFactory)
+
+
 @implementer(IAgentEndpointFactory)
 class _PlainEndpoints:
     """Plain TCP; an IPv4 address is connected to directly, as racing one address with nobody costs 0.3 s."""
@@ -74,8 +88,8 @@ class _PlainEndpoints:
         """Choose the endpoint."""
         host = uri.host.decode("ascii")
         if host.replace(".", "").isdigit():
-            return TCP4ClientEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
-        return HostnameEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
+            return _Quietly(TCP4ClientEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT))
+        return _Quietly(HostnameEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT))
 
 
 @implementer(IAgent)

@@ -11,91 +11,30 @@ metadata says so too, for whoever reads it, but proves nothing.
 
 from __future__ import annotations
 
-import enum
-import secrets
 from collections import deque
-from dataclasses import dataclass, field, replace
-from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
-from twisted.internet.defer import Deferred, DeferredList, fail
+from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.machines.api import (
-    Lease,
-    LeaseHeldError,
-    Machine,
-    MachineConfig,
-    MachinesAPI,
-    MachinesError,
-    NameTakenError,
-    NotFoundError,
-    NotReadyError,
-    State,
-    UnavailableError,
-)
+from bfaas.life import Life, Member, Phase, PoolSettings, StuckError, machine_name
+from bfaas.machines.api import Machine, MachinesAPI, MachinesError
+from bfaas.sweep import Sweep
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine
     from random import Random
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
-T = TypeVar("T")
+    from bfaas.life import Probe
+
+CLEANING_PERIOD = 300.0
+"""Seconds between two cleanings, give or take a fifth."""
 
 
 class PoolClosedError(Exception):
     """The pool gives out no machines any more."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds that each step of a machine's life may take before the machine is given up."""
-
-    create: float = 90.0
-    start: float = 60.0
-    ready: float = 30.0
-    stop: float = 30.0
-    destroy: float = 30.0
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """
-    Which machines a pool makes, and how many.
-
-    `max_req_time` and `lease_ttl` are seconds. `config` is given the metadata that says whose it is.
-    """
-
-    name: str
-    size: int
-    region: str
-    config: MachineConfig
-    max_req_time: float
-    lease_ttl: int
-    limits: Limits = field(default_factory=Limits)
-
-    @property
-    def pool_id(self) -> str:
-        """What a machine's metadata says of it, under the key `pool_id`."""
-        return f"{self.name}//{self.config.image}"
-
-
-def lease_ttl(max_req_time: float) -> int:
-    """Choose how long leases last, in seconds: five minutes, and at least four requests of full length."""
-    return max(300, int(4 * max_req_time) + 1)
-
-
-def machine_name(pool: str) -> str:
-    """Make a name that nobody has used before."""
-    return f"worker-{pool}-{secrets.token_hex(8)}"
-
-
-def owner(name: str) -> str | None:
-    """Tell the pool that a machine's name says, dashes and all; None if the name is no pool's."""
-    pool, dash, unique = name.removeprefix("worker-").rpartition("-")
-    return pool if name.startswith("worker-") and dash and unique else None
 
 
 class Allocation:
@@ -113,44 +52,6 @@ class Allocation:
         released.callback(None)
 
 
-class Phase(enum.Enum):
-    """Where a member of the pool is in its life."""
-
-    CREATING = "creating"  # there may be a machine, or not yet
-    IDLE = "idle"  # stopped, confirmed; costs nothing, starts when wanted
-    STARTING = "starting"  # on its way to a request
-    READY = "ready"  # started and answering, no request yet
-    BUSY = "busy"  # a request has it
-    STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
-    LEAVING = "leaving"  # being destroyed; has its place until that is done
-
-
-@dataclass(eq=False)
-class _Member:
-    """
-    A place in the pool, and the machine that fills it.
-
-    `woken` is what its life waits for while it is idle: True when a request wants it, False when
-    it is to end. `lease_end` is by the pool's clock, counted from before the lease was asked for.
-    """
-
-    name: str
-    phase: Phase = Phase.CREATING
-    machine: Machine | None = None
-    lease: Lease | None = None
-    lease_end: float = 0.0
-    woken: Deferred[bool] | None = None
-
-    def wake(self, wanted: bool) -> None:
-        if self.woken is not None:
-            woken, self.woken = self.woken, None
-            woken.callback(wanted)
-
-    @property
-    def nonce(self) -> str | None:
-        return self.lease.nonce if self.lease else None
-
-
 class Pool:
     """
     Up to `size` machines, shared by the requests of one coordinator.
@@ -159,29 +60,29 @@ class Pool:
     """
 
     _log = Logger()
-    _PAUSES = (0.05, 30.0)
+    _RECLAIM_LIMIT = 20.0
 
     def __init__(
-        self,
-        api: MachinesAPI,
-        probe: Callable[[Machine], Awaitable[None]],
-        clock: IReactorTime,
-        random: Random,
-        settings: PoolSettings,
+        self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
     ) -> None:
-        metadata = {**settings.config.metadata, "pool_id": settings.pool_id}
-        self._config = replace(settings.config, metadata=metadata)
         self._settings = settings
-        self._api = api
-        self._probe = probe
         self._clock = clock
         self._random = random
-        self._members: dict[_Member, Deferred[None]] = {}
+        self._life = Life(api, probe, clock, random, settings)
+        self._sweep = Sweep(api, settings, self._member_named, self._adopt)
+        self._members: dict[Member, Deferred[None]] = {}
         self._line: deque[Deferred[Allocation]] = deque()
+        self._cleaning: Deferred[None] | None = None
+        self._reclaimed = False
         self._failures = 0
-        self._patience: IDelayedCall | None = None
+        self._retry: IDelayedCall | None = None
         self._closing = False
         self._destroying = False
+
+    def start(self) -> None:
+        """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
+        self._cleaning = Deferred.fromCoroutine(self._clean())
+        self._cleaning.addErrback(lambda failure: failure.trap(CancelledError) and None)
 
     # What requests see.
 
@@ -203,7 +104,7 @@ class Pool:
         """
         if self._closing:
             return fail(PoolClosedError())
-        place: Deferred[Allocation] = Deferred(self._leave_line)
+        place: Deferred[Allocation] = Deferred(self._line.remove)
         self._line.append(place)
         self._balance()
         return place
@@ -211,8 +112,11 @@ class Pool:
     async def close(self) -> None:
         """Stop every machine, and leave it for the pool's next instance; waits for those in use."""
         self._closing = True
-        if self._patience is not None and self._patience.active():
-            self._patience.cancel()
+        self._life.close()
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+        if self._retry is not None and self._retry.active():
+            self._retry.cancel()
         while self._line:
             self._line.popleft().errback(PoolClosedError())
         for member in list(self._members):
@@ -220,208 +124,142 @@ class Pool:
         await DeferredList(list(self._members.values()))
 
     async def destroy(self) -> None:
-        """Close, and destroy every machine."""
+        """Close, and destroy every machine of this pool, those included that it has lost sight of."""
         self._destroying = True
         await self.close()
+        try:
+            await Deadline(self._clock, self._settings.limits.destroy).run(self._sweep.destroy_own())
+        except (MachinesError, DeadlineExceededError) as error:
+            self._log.error("cannot tell whether a machine is left: {error}", error=error)
 
     # The line, and what it takes to serve it.
-
-    def _leave_line(self, place: Deferred[Allocation]) -> None:
-        self._line.remove(place)
 
     def _balance(self) -> None:
         """Set machines on their way, as many as requests are short of."""
         if self._closing:
             return
-        short = len(self._line) - sum(
-            member.phase in (Phase.CREATING, Phase.STARTING, Phase.READY) for member in self._members
-        )
+        on_their_way = (Phase.CREATING, Phase.STARTING, Phase.READY)
+        short = len(self._line) - sum(member.phase in on_their_way for member in self._members)
         idle = [member for member in self._members if member.phase is Phase.IDLE]
         for member in sorted(idle, key=lambda member: -member.lease_end)[: max(0, short)]:
             member.wake(wanted=True)
             short -= 1
-        while short > 0 and len(self._members) < self._settings.size and not self._is_waiting_to_retry():
-            self._add(_Member(machine_name(self._settings.name)))
+        while short > 0 and len(self._members) < self._settings.size and self._may_create():
+            self._add(Member(machine_name(self._settings.name)))
             short -= 1
 
-    def _is_waiting_to_retry(self) -> bool:
-        return self._patience is not None and self._patience.active()
+    def _may_create(self) -> bool:
+        """Not before we know what is there already, and not in the pause after a failure."""
+        return self._reclaimed and not (self._retry is not None and self._retry.active())
 
-    def _add(self, member: _Member) -> None:
-        life: Deferred[None] = Deferred()
-        self._members[member] = life
-        running = Deferred.fromCoroutine(self._live(member))
-        running.addErrback(lambda failure: self._log.failure("the life of {name}", failure, name=member.name))
-        running.addCallback(lambda _: self._gone(member, life))
+    def _add(self, member: Member) -> None:
+        gone: Deferred[None] = Deferred()
+        self._members[member] = gone
 
-    def _gone(self, member: _Member, life: Deferred[None]) -> None:
-        del self._members[member]
-        life.callback(None)
-        self._balance()
+        def leave(_: object) -> None:
+            del self._members[member]
+            gone.callback(None)
+            self._balance()
+
+        life = Deferred.fromCoroutine(self._live(member))
+        life.addErrback(lambda failure: self._log.failure("in the life of {name}", failure, name=member.name))
+        life.addCallback(leave)
 
     def _failed(self) -> None:
-        """Wait longer before the next machine is made, the more often in a row it went wrong."""
-        pause = self._pause(self._failures)
+        """Wait before the next machine is made, the longer the more often in a row it went wrong."""
+        pause = self._life.pause(self._failures)
         self._failures += 1
-        if not self._closing and not self._is_waiting_to_retry():
-            self._patience = self._clock.callLater(pause, self._balance)
-
-    def _pause(self, failures: int) -> float:
-        """Choose the seconds to wait after so many failures, jittered so that pools do not march in step."""
-        shortest, longest = self._PAUSES
-        return min(longest, shortest * 2.0 ** min(failures, 30)) * self._random.uniform(0.5, 1.0)
+        if not self._closing and self._may_create():
+            self._retry = self._clock.callLater(pause, self._balance)
 
     # A machine's life.
 
-    async def _live(self, member: _Member) -> None:
-        """Create a machine, let it serve as long as it is good for it, and see it off."""
+    async def _live(self, member: Member) -> None:
+        """Get a machine, let it serve as long as it is good for it, and see it off."""
         try:
-            await self._create(member)
-            wanted = True
-            while wanted:
-                await self._start(member)
-                self._failures = 0
+            if member.known_machine is None:
+                await self._life.create(member)
                 await self._serve(member)
-                await self._stop(member)
-                wanted = await self._rest(member)
+            else:
+                await self._life.adopt(member)
+                await self._wipe(member)
+            while await self._rest(member):
+                await self._life.start(member)
+                await self._serve(member)
         except (MachinesError, DeadlineExceededError) as error:
             self._log.warn("gives up {name}: {error}", name=member.name, error=error)
             self._failed()
         else:
-            if self._closing and not self._destroying:
+            if self._closing and not (self._destroying or member.tainted):
                 return
-        member.phase = Phase.LEAVING
-        self._balance()
-        await self._destroy(member)
+        await self._see_off(member)
 
-    async def _create(self, member: _Member) -> None:
-        """
-        Make the machine.
-
-        When the answer is lost, ask again: since no two machines have the same name, there is one at
-        most. Until it is known, the member has its place.
-        """
-        settings = self._settings
-        for failures in count():
-            asked = self._clock.seconds()
-            try:
-                create = self._api.create(member.name, settings.region, self._config, settings.lease_ttl)
-                member.machine, member.lease = await self._within(settings.limits.create, create)
-                member.lease_end = asked + settings.lease_ttl
-                break
-            except NameTakenError as taken:
-                await self._find(member, taken.machine_id)
-                break
-            except (UnavailableError, DeadlineExceededError) as error:
-                if self._closing:
-                    raise
-                self._log.warn("is {name} created? {error}", name=member.name, error=error)
-                await sleep(self._clock, self._pause(failures))
-        self._log.info("created {name}", name=member.name)
-
-    async def _find(self, member: _Member, machine_id: str | None) -> None:
-        """Take over the machine that an earlier attempt made."""
-        if machine_id is None:
-            raise NotFoundError(f"{member.name} exists, but nobody says where")
-        limit = self._settings.limits.create
-        member.machine = await self._within(limit, self._api.get(machine_id))
-        member.lease = await self._within(limit, self._api.get_lease(machine_id))
-        await self._renew(member)
-
-    async def _start(self, member: _Member) -> None:
-        """Bring the machine up, with a lease that covers the request, until its worker answers."""
-        assert member.machine is not None  # noqa: S101 - it was created
-        if member.phase is not Phase.CREATING:
-            member.phase = Phase.STARTING
-            await self._renew(member)
-            await self._within(self._settings.limits.start, self._call_start(member))
-        limits = self._settings.limits
-        await self._within(limits.start + 1, self._api.wait(member.machine, State.STARTED, limits.start))
-        await self._within(limits.ready, _awaited(self._probe(member.machine)))
-
-    async def _call_start(self, member: _Member) -> None:
-        """Ask for the start, again for as long as the last stop is not over."""
-        assert member.machine is not None  # noqa: S101 - it was created
-        for failures in count():
-            try:
-                await self._api.start(member.machine.id, member.nonce)
-            except NotReadyError:
-                await sleep(self._clock, self._pause(failures))
-            else:
-                return
-
-    async def _renew(self, member: _Member) -> None:
-        """Extend the lease; do without as long as what is left of it covers two requests."""
-        assert member.machine is not None  # noqa: S101 - it was created
-        assert member.lease is not None  # noqa: S101 - it was leased
-        asked = self._clock.seconds()
-        ttl = self._settings.lease_ttl
-        try:
-            refresh = self._api.refresh_lease(member.machine.id, member.lease.nonce, ttl)
-            member.lease = await self._within(self._settings.limits.start, refresh)
-            member.lease_end = asked + ttl
-        except (UnavailableError, DeadlineExceededError):
-            if member.lease_end - self._clock.seconds() < 2 * self._settings.max_req_time:
-                raise
-
-    async def _serve(self, member: _Member) -> None:
-        """Give the machine to the request that is next, and wait until it is released."""
-        assert member.machine is not None  # noqa: S101 - it was created
+    async def _serve(self, member: Member) -> None:
+        """Give the machine to the request that is next, until it is released; then wipe it."""
+        await self._life.become_ready(member)
+        self._failures = 0
         member.phase = Phase.READY
         if self._line:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.popleft().callback(Allocation(member.machine, released))
             await released
+        await self._wipe(member)
 
-    async def _stop(self, member: _Member) -> None:
-        """Wipe the machine: only a stop that is confirmed makes it fit for another request."""
-        assert member.machine is not None  # noqa: S101 - it was created
+    async def _wipe(self, member: Member) -> None:
         member.phase = Phase.STOPPING
-        limit = self._settings.limits.stop
-        await self._within(limit, self._api.stop(member.machine.id, member.nonce))
-        await self._within(limit + 1, self._api.wait(member.machine, State.STOPPED, limit))
+        await self._life.stop(member)
 
-    async def _rest(self, member: _Member) -> bool:
-        """Wait until a request wants the machine; False when the lease runs out first, or the pool closes."""
-        member.phase = Phase.IDLE
-        if self._closing:
-            return False
-        member.woken = Deferred()
-        woken = member.woken
-        self._balance()
+    async def _rest(self, member: Member) -> bool:
+        """Wait until a request wants the machine. False when it is to end: its lease does, or the pool."""
         left = member.lease_end - self._clock.seconds() - 2 * self._settings.max_req_time
-        timer = self._clock.callLater(max(0.0, left), member.wake, False)
+        if self._closing or member.tainted or left <= 0:
+            return False
+        member.phase = Phase.IDLE
+        woken: Deferred[bool] = Deferred()
+        member.woken = woken
+        timer = self._clock.callLater(left, lambda: member.wake(wanted=False))
+        self._balance()
         try:
-            return await woken
+            wanted = await woken
         finally:
             if timer.active():
                 timer.cancel()
+        member.phase = Phase.STARTING if wanted else Phase.LEAVING
+        return wanted
 
-    async def _destroy(self, member: _Member) -> None:
-        """Destroy the machine, trying again until the API has taken it."""
-        if member.machine is None:
+    async def _see_off(self, member: Member) -> None:
+        """Destroy the machine; one that cannot be destroyed is left to the cleaning."""
+        member.phase = Phase.LEAVING
+        self._balance()
+        if member.known_machine is None:
             return
-        deadline = Deadline(self._clock, self._settings.limits.destroy)
-        for failures in count():
+        try:
+            await self._life.destroy(member)
+        except StuckError as error:
+            self._log.error("{error}; will try again", error=error)
+            self._sweep.doom(member)
+
+    # Cleaning.
+
+    async def _clean(self) -> None:
+        limit = self._RECLAIM_LIMIT
+        while True:
             try:
-                await deadline.run(self._api.destroy(member.machine.id, member.nonce))
-                break
-            except NotFoundError:
-                break
-            except LeaseHeldError as error:
-                self._log.warn("{name} is another's: {error}", name=member.name, error=error)
-                return
+                await Deadline(self._clock, limit).run(self._sweep.sweep())
             except (MachinesError, DeadlineExceededError) as error:
-                if not deadline.remaining:
-                    self._log.error("cannot destroy {name}: {error}", name=member.name, error=error)
-                    return
-                await sleep(self._clock, self._pause(failures))
-        self._log.info("destroyed {name}", name=member.name)
+                self._log.warn("cleaning is not done: {error}", error=error)
+            limit = CLEANING_PERIOD
+            self._reclaimed = True
+            self._balance()
+            await sleep(self._clock, CLEANING_PERIOD * self._random.uniform(0.8, 1.2))
 
-    def _within(self, seconds: float, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
-        return Deadline(self._clock, seconds).run(work)
+    def _member_named(self, name: str) -> Member | None:
+        return next((member for member in self._members if member.name == name), None)
 
-
-async def _awaited(work: Awaitable[T]) -> T:
-    return await work
+    def _adopt(self, machine: Machine) -> bool:
+        """Take in a machine of ours that we did not know; False when there is no place for it."""
+        if self._closing or len(self._members) >= self._settings.size:
+            return False
+        self._add(Member(machine.name, Phase.STOPPING, machine))
+        return True

@@ -16,8 +16,6 @@ from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
 from zope.interface import implementer
 
-from bfaas.deadline import Deadline, DeadlineExceededError
-
 if TYPE_CHECKING:
     from klein import Klein
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
@@ -134,6 +132,11 @@ class _Connection(ProtocolWrapper):
         self.transport.unregisterProducer()
         self.transport.loseWriteConnection()
 
+    def dataReceived(self, data: bytes) -> None:
+        """Pass it on, unless nobody could be answered any more."""
+        if not self.disconnecting:
+            super().dataReceived(data)
+
     def writeConnectionLost(self) -> None:
         """Our side has ended."""
         self._lingering = self.factory.clock.callLater(self.LINGER, self.transport.abortConnection)
@@ -182,11 +185,13 @@ class BoundedSite(WrappingFactory):
     async def drain(self, limit: float) -> None:
         """Close every connection once what was written is delivered; abort what takes over `limit` s."""
         connections = list(self.protocols)
+        timer = self.clock.callLater(limit, self._abort)
         for connection in connections:
             connection.loseConnection()
-        try:
-            gone = DeferredList([connection.gone for connection in connections])
-            await Deadline(self.clock, limit).run(gone)
-        except DeadlineExceededError:
-            for connection in list(self.protocols):
-                connection.abortConnection()
+        await DeferredList([connection.gone for connection in connections])
+        if timer.active():
+            timer.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.protocols):
+            connection.abortConnection()

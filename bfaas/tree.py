@@ -11,14 +11,13 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
 _PR_SET_CHILD_SUBREAPER = 36
-
-# Each round stops what the one before could still fork: two are usual, more mean a fork bomb.
 _ROUNDS = 20
 
 
@@ -67,7 +66,7 @@ def kill_below(pid: int, spared: Container[int] = ()) -> int:
     A process that was forked in the midst may be left, so call it until it answers 0, with pauses in which
     the killed can die. Below a subreaper nothing gets away.
     """
-    found = stop_all(lambda: descendants(pid, spared))
+    found = _stop_all(lambda: descendants(pid, spared))
     _signal(found, signal.SIGKILL)
     return sum(not process.dead or process.parent == os.getpid() for process in found)
 
@@ -81,7 +80,7 @@ def kill_tree(pid: int) -> list[Process]:
 
 def stop_tree(pid: int) -> list[Process]:
     """Freeze it and everything below it, where it stands."""
-    return stop_all(lambda: with_root(pid))
+    return _stop_all(lambda: with_root(pid))
 
 
 def continue_tree(pid: int) -> None:
@@ -95,28 +94,13 @@ def with_root(pid: int) -> list[Process]:
     return [root, *descendants(pid)] if root else []
 
 
-def stop_all(find: Callable[[], list[Process]]) -> list[Process]:
-    """Stop what is found until nothing new is: a stopped process forks no more."""
-    stopped: set[tuple[int, int]] = set()
-    found: list[Process] = []
-    for _ in range(_ROUNDS):
-        found = find()
-        new = [p for p in found if not p.dead and (p.pid, p.started) not in stopped]
-        if not new:
-            break
-        _signal(new, signal.SIGSTOP)
-        stopped.update((p.pid, p.started) for p in new)
-    return found
-
-
 def become_subreaper() -> bool:
     """Let orphans among our descendants become our children, where the system can do that."""
     if sys.platform != "linux":
         return False
     import ctypes  # noqa: PLC0415 - only a worker pays for it
 
-    result: int = ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    return result == 0
+    return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
 
 
 def reap_orphans(known: Container[int]) -> int:
@@ -129,18 +113,31 @@ def reap_orphans(known: Container[int]) -> int:
     return reaped
 
 
+def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
+    # A stopped process forks no more: two rounds are usual, more mean a fork bomb.
+    stopped: set[tuple[int, int]] = set()
+    found: list[Process] = []
+    for _ in range(_ROUNDS):
+        found = find()
+        new = [p for p in found if not p.dead and (p.pid, p.started) not in stopped]
+        if not new:
+            break
+        _signal(new, signal.SIGSTOP)
+        stopped.update((p.pid, p.started) for p in new)
+    return found
+
+
 def _all() -> list[Process]:
     try:
-        numbers = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        names = os.listdir("/proc")  # noqa: PTH208 - ten times the speed of Path.iterdir
     except FileNotFoundError:
         return []
-    return [process for process in map(_look, numbers) if process]
+    return [process for name in names if name.isdigit() and (process := _look(int(name)))]
 
 
 def _look(pid: int) -> Process | None:
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            stat = file.read()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name before it is in brackets, and may contain brackets and spaces.

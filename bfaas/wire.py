@@ -17,7 +17,7 @@ import json
 import re
 from dataclasses import dataclass, fields
 from json.encoder import encode_basestring
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,6 +93,9 @@ class Exit:
     truncated: bool = False
     dropped_bytes: int = 0
 
+    def __str__(self) -> str:
+        return " ".join(["exit", str(self.code), *filter(None, (self.signal, self.reason))])
+
     @classmethod
     def because(cls, reason: Reason, wall_ms: int | None = None) -> Exit:
         """Tell an end that we brought about."""
@@ -108,10 +111,7 @@ class Exit:
     @classmethod
     def from_json(cls, data: bytes) -> Exit:
         """Read the `exit` event's data; unknown fields are ignored. Raises `WireError`."""
-        try:
-            told = json.loads(data)
-        except ValueError as error:
-            raise WireError("an exit event that is not JSON") from error
+        told = _read_json(data)
         if not isinstance(told, dict) or not _is_count(told.get("code"), floor=-1):
             raise WireError("an exit event without a code")
         counts = {key: told[key] for key in ("wall_ms", "cpu_ms", "max_rss_kb") if _is_count(told.get(key))}
@@ -124,6 +124,14 @@ class Exit:
             dropped_bytes=dropped if isinstance(dropped, int) and _is_count(dropped) else 0,
             **counts,
         )
+
+
+def _read_json(data: bytes) -> Any:
+    """Read JSON. In bytes, `json` would take other encodings than UTF-8 for it, and lone surrogates."""
+    try:
+        return json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise WireError("data that is not JSON") from error
 
 
 def _is_count(value: object, floor: int = 0) -> bool:
@@ -226,13 +234,12 @@ class EventReader:
         """Take a piece, give the output events that are complete. Raises `WireError`."""
         seen = max(0, len(self._rest) - 1)
         self._rest += data
-        end = self._rest.rfind(b"\n\n", seen)
-        if end < 0:
+        if self._rest.find(b"\n\n", seen) < 0:
             if len(self._rest) > MAX_EVENT:
                 raise WireError("an event that does not end")
             return b""
-        blocks = bytes(self._rest[:end]).split(b"\n\n")
-        del self._rest[: end + 2]
+        *blocks, rest = bytes(self._rest).split(b"\n\n")
+        self._rest = bytearray(rest)
         return b"".join([self._read(block) for block in blocks])
 
     def _read(self, block: bytes) -> bytes:
@@ -247,11 +254,7 @@ class EventReader:
         if name == b"exit":
             self.exit = Exit.from_json(data)
             return b""
-        try:
-            text = json.loads(data)
-        except ValueError as error:
-            raise WireError("an output event that is not JSON") from error
-        if not isinstance(text, str):
+        if not isinstance(_read_json(data), str):
             raise WireError("an output event that is not a string")
         return b"event: %b\ndata: %b\n\n" % (name, data)
 

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -43,7 +45,8 @@ class TreeTests(SynchronousTestCase):
     def fell(self, top: subprocess.Popen[bytes]) -> None:
         self.until(lambda: tree.kill_below(top.pid) == 0)
         top.kill()
-        top.communicate()
+        with top:
+            pass
 
     def until(self, true: Callable[[], bool]) -> None:
         limit = time.monotonic() + 20
@@ -54,8 +57,8 @@ class TreeTests(SynchronousTestCase):
     def names_below(self, pid: int) -> list[str]:
         names = []
         for process in tree.descendants(pid):
-            with open(f"/proc/{process.pid}/comm") as file:
-                names.append(file.read().strip())
+            with suppress(FileNotFoundError, ProcessLookupError):
+                names.append(Path(f"/proc/{process.pid}/comm").read_text().strip())
         return sorted(names)
 
     def assert_killed(self, script: str, sleeps: int) -> None:
@@ -64,7 +67,7 @@ class TreeTests(SynchronousTestCase):
         family = tree.kill_tree(top.pid)
         self.assertEqual(family[0].pid, top.pid)
         self.assertGreater(len(family), sleeps)
-        top.communicate()
+        top.wait(20)
         self.until(lambda: not tree.alive(family))
         self.assertEqual(top.returncode, -signal.SIGKILL)
 
@@ -106,8 +109,9 @@ class TreeTests(SynchronousTestCase):
         self.until(lambda: "T" not in [p.state for p in tree.with_root(top.pid)])
 
     def test_never_signals_another_process_of_the_same_number(self) -> None:
-        top = self.grow("sleep 1000; true")
-        (process,) = [p for p in tree.with_root(top.pid) if p.pid == top.pid]
+        top = subprocess.Popen(["sleep", "1000"])
+        self.addCleanup(top.kill)
+        (process,) = tree.with_root(top.pid)
         tree._signal([process._replace(started=process.started - 1)], signal.SIGKILL)
         self.assertFalse(tree.alive([process._replace(started=process.started - 1)]))
         self.assertIsNone(top.poll())

@@ -143,8 +143,23 @@ class MachinesAPI(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Call:
+    """The HTTP call that an error came of; `status` is None when there was no answer to read."""
+
+    method: str
+    path: str
+    status: int | None = None
+    excerpt: str = ""
+    request_id: str | None = None
+
+
 class MachinesError(Exception):
     """Something that was asked of a machine, or of the API as a whole, did not happen."""
+
+    def __init__(self, message: str, call: Call | None = None) -> None:
+        super().__init__(message)
+        self.call = call
 
 
 class NotFoundError(MachinesError):
@@ -175,9 +190,13 @@ class UnavailableError(MachinesError):
     """The API gave no usable answer. Whether it did what was asked is not known."""
 
 
+class RateLimitedError(UnavailableError):
+    """The API was asked too often. It did not do what was asked."""
+
+
 class NameTakenError(MachinesError):
     """A live machine has this name already; `machine_id` says which one, where the API told."""
 
-    def __init__(self, message: str, machine_id: str | None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, machine_id: str | None, call: Call | None = None) -> None:
+        super().__init__(message, call)
         self.machine_id = machine_id

@@ -1,0 +1,267 @@
+"""
+Machines as processes of this host: a body is a `basher` on a port of its own, with a home of its own.
+
+It is wiped at every stop, as the root file system of a Fly Machine is. Where bubblewrap works, scripts are
+confined by it; where not, they can do what the user who runs the coordinator can.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+from twisted.logger import Logger
+
+from bfaas import tree
+from bfaas.machines.memory import Bodies, MemoryMachines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twisted.internet.interfaces import IProcessTransport
+    from twisted.python.failure import Failure
+
+    from bfaas.machines.api import Machine, MachineConfig
+
+_log = Logger()
+
+WORKER = (sys.executable, "-m", "bfaas.basher")
+
+_SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
+_PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - in the sandbox, each its own
+_HOME = "/home/worker"
+
+
+def sandbox_for(home: str) -> tuple[str, ...]:
+    """
+    Make the prefix of commands that run in bubblewrap (https://github.com/containers/bubblewrap).
+
+    The system is there to read, `home` to write; processes, network and all other files are not there.
+    """
+    bind: list[str] = []
+    for path in map(Path, _SYSTEM):
+        if path.is_symlink():
+            bind += ["--symlink", str(path.readlink()), str(path)]
+        elif path.exists():
+            bind += ["--ro-bind", str(path), str(path)]
+    for private in _PRIVATE:
+        bind += ["--tmpfs", private]
+    return (
+        "bwrap",
+        "--die-with-parent",
+        "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts",
+        "--cap-drop", "ALL",
+        *bind,
+        "--proc", "/proc",
+        "--dev", "/dev",
+        "--bind", home, _HOME,
+        "--setenv", "HOME", _HOME,
+        "--chdir", _HOME,
+        "--",
+    )  # fmt: skip
+
+
+def find_sandbox() -> bool:
+    """Tell whether bubblewrap is installed and works here; warn loudly where not. Blocks for a moment."""
+    trouble = "bubblewrap is not installed"
+    if shutil.which("bwrap"):
+        with tempfile.TemporaryDirectory() as home:
+            tried = subprocess.run(
+                [*sandbox_for(home), "/bin/true"], capture_output=True, text=True, check=False, timeout=10
+            )
+        if tried.returncode == 0:
+            return True
+        trouble = f"bubblewrap does not work: {tried.stderr.strip()}"
+    _log.warn(
+        "NO SANDBOX: {trouble}. Scripts run as the user {user}: they can read and change this user's files, "
+        "reach the network, and see other processes. Let nobody but yourself send them.",
+        trouble=trouble,
+        user=os.environ.get("USER") or os.getuid(),
+    )
+    return False
+
+
+class _Body(ProcessProtocol):
+    """A worker process. Its last lines are told when it fails."""
+
+    transport: IProcessTransport
+
+    def __init__(self, machine_id: str, home: Path, exited: Callable[[], None]) -> None:
+        self._machine_id = machine_id
+        self._exited = exited
+        self._lines: deque[str] = deque(maxlen=20)
+        self.home = home
+        self.killed = False
+        self.ended: Deferred[None] = Deferred()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: ARG002 - both are the same to us
+        """Keep the last lines."""
+        self._lines.extend(data.decode("utf-8", "replace").splitlines())
+
+    def processEnded(self, reason: Failure) -> None:
+        """Tell that nothing is left."""
+        status = getattr(reason.value, "exitCode", None)
+        if status != 0 and not self.killed:
+            _log.warn(
+                "the worker of {machine} ended with {status}: {lines}",
+                machine=self._machine_id, status=status, lines="\n".join(self._lines),
+            )  # fmt: skip
+        self.ended.callback(None)
+        self._exited()
+
+
+class LocalBodies:
+    """Gives machines bodies that are processes, `command` with an endpoint to listen on."""
+
+    def __init__(self, reactor: Any, *, sandboxed: bool, command: Sequence[str] = WORKER) -> None:
+        self._reactor = reactor
+        self._sandboxed = sandboxed
+        self._command = command
+        self._state: Path | None = None
+        self._bodies: dict[str, _Body] = {}
+
+    def place(self) -> str:
+        """Choose a port that is free."""
+        return f"http://127.0.0.1:{_free_port()}"
+
+    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+        """Start a worker; it may not listen yet."""
+        directory = self._directory() / machine.id
+        home = directory / "home"
+        home.mkdir(mode=0o700, parents=True)
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath),
+            "LANG": "C.UTF-8",
+            "HOME": str(home),
+            "FLY_MACHINE_ID": machine.id,
+            "FLY_REGION": machine.region,
+            "SANDBOX": shlex.join(sandbox_for(str(home))) if self._sandboxed else "",
+            **config.env,
+        }
+        if "PYTHONPATH" in os.environ:
+            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+        command = [
+            *_leaders(sandboxed=self._sandboxed),
+            *self._command, "--attached", "--listen", f"tcp:{urlsplit(machine.url or '').port}:interface=127.0.0.1",
+        ]  # fmt: skip
+        body = _Body(machine.id, directory, exited)
+        self._reactor.spawnProcess(body, command[0], command, env=environment)
+        self._bodies[machine.id] = body
+
+    async def kill(self, machine_id: str) -> None:
+        """Kill the worker and everything below it, and wipe its home."""
+        body = self._bodies.pop(machine_id, None)
+        if body is None:
+            return
+        body.killed = True
+        pid = body.transport.pid
+        if pid is not None:
+            tree.kill_tree(pid)
+        await _when(body.ended)
+        _wipe(body.home)
+
+    async def freeze(self, machine_id: str) -> None:
+        """Stop the processes, where they are."""
+        pid = self._bodies[machine_id].transport.pid
+        if pid is not None:
+            tree.stop_tree(pid)
+
+    async def thaw(self, machine_id: str) -> None:
+        """Let the processes go on."""
+        pid = self._bodies[machine_id].transport.pid
+        if pid is not None:
+            tree.continue_tree(pid)
+
+    def close(self) -> None:
+        """Remove what is left on disk."""
+        if self._state is not None:
+            _wipe(self._state)
+            self._state = None
+
+    def _directory(self) -> Path:
+        if self._state is None:
+            self._state = Path(tempfile.mkdtemp(prefix="bfaas-"))
+        return self._state
+
+
+class LocalMachines(MemoryMachines):
+    """The machines of this host."""
+
+    def __init__(
+        self,
+        reactor: Any,
+        wall: Callable[[], float],
+        *,
+        sandboxed: bool,
+        command: Sequence[str] = WORKER,
+        rate_limited: bool = False,
+    ) -> None:
+        self._processes = LocalBodies(reactor, sandboxed=sandboxed, command=command)
+        super().__init__(reactor, wall, self._processes, rate_limited=rate_limited)
+
+    async def shutdown(self) -> None:
+        """End all workers, and leave nothing of them."""
+        await super().shutdown()
+        self._processes.close()
+
+
+def _leaders(*, sandboxed: bool) -> list[str]:
+    """
+    Choose what a worker is started through; each runs the next in its own place.
+
+    A session of its own keeps a terminal's Ctrl-C from it. In a sandbox, where a script dies with its
+    worker, the worker dies with us at once, even if it is stopped. Elsewhere it is better that it notices
+    the end of its input, and kills its script first.
+    """
+    setpriv = shutil.which("setpriv") if sandboxed else None
+    return ["setsid", *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wipe(directory: Path) -> None:
+    """Remove a directory, also if a script took its own right to do so; links are not followed."""
+
+    def insist(_: Callable[..., object], path: str, __: object) -> None:
+        for place in (Path(path).parent, Path(path)):
+            if not place.is_symlink() and place.is_dir():
+                place.chmod(0o700)
+        if Path(path).is_dir() and not Path(path).is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            Path(path).unlink(missing_ok=True)
+
+    shutil.rmtree(directory, onerror=insist)
+
+
+def _when(event: Deferred[None]) -> Deferred[None]:
+    """Wait for an event that others wait for too; cancelling the wait leaves the event alone."""
+    waiting: Deferred[None] = Deferred()
+
+    def tell(result: None) -> None:
+        if not waiting.called:
+            waiting.callback(None)
+        return result
+
+    event.addCallback(tell)
+    return waiting
+
+
+_check: type[Bodies] = LocalBodies

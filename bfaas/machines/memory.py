@@ -1,0 +1,403 @@
+"""
+The Machines API's rules on a clock: states, leases, limits; machines without bodies.
+
+A body, where there is one, is given by whoever implements `Bodies`. Everything here happens in the order in
+which it was asked for, without a socket or a process.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.logger import Logger
+
+from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.machines.api import (
+    Lease,
+    LeaseHeldError,
+    Machine,
+    MachineConfig,
+    MachinesAPI,
+    NameTakenError,
+    NotFoundError,
+    NotReadyError,
+    RateLimitedError,
+    State,
+    WaitTimeoutError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from twisted.internet.interfaces import IReactorTime
+
+
+class Bodies(Protocol):
+    """Gives machines bodies."""
+
+    def place(self) -> str | None:
+        """Choose the URL that a new machine will have; None for none."""
+        ...
+
+    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+        """Start a body; call `exited` if it ends by itself. Raises `OSError`."""
+        ...
+
+    async def kill(self, machine_id: str) -> None:
+        """End the body at once, with all that it left; right also where there is none."""
+        ...
+
+    async def freeze(self, machine_id: str) -> None:
+        """Let the body stand still, where it is."""
+        ...
+
+    async def thaw(self, machine_id: str) -> None:
+        """Let the body go on."""
+        ...
+
+
+class NoBodies:
+    """Machines that are only told of."""
+
+    def place(self) -> None:
+        """Be nowhere."""
+
+    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+        """Start nothing."""
+
+    async def kill(self, machine_id: str) -> None:
+        """End nothing."""
+
+    async def freeze(self, machine_id: str) -> None:
+        """Do nothing."""
+
+    async def thaw(self, machine_id: str) -> None:
+        """Do nothing."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """
+    How long things take, in seconds.
+
+    `rest` is the time after a stop in which a start is refused. `memory` is how long a destroyed machine
+    can still be looked at.
+    """
+
+    boot: float = 0.0
+    stop: float = 0.0
+    rest: float = 0.0
+    memory: float = 60.0
+
+
+@dataclass(eq=False)
+class _Entry:
+    machine: Machine
+    config: MachineConfig
+    lease: Lease | None = None
+    restless_until: float = 0.0
+    boot_number: int = 0
+    watchers: list[Deferred[None]] = field(default_factory=list)
+
+
+class _Bucket:
+    """A token bucket: `rate` a second, `burst` at once."""
+
+    def __init__(self, rate: float, burst: float, now: float) -> None:
+        self._rate, self._burst, self._tokens, self._at = rate, burst, burst, now
+
+    def take(self, now: float) -> bool:
+        self._tokens = min(self._burst, self._tokens + self._rate * (now - self._at))
+        self._at = now
+        if self._tokens < 1:
+            return False
+        self._tokens -= 1
+        return True
+
+
+class MemoryMachines:
+    """
+    Machines of one app, in memory.
+
+    `clock` drives what takes time, `wall` tells the time that leases end by, in seconds since the epoch.
+    With `rate_limited`, calls are refused as Fly refuses them: beyond one a second and three at once for
+    each action on each machine (on the app, for creations and lists), five and ten for looks at a machine.
+    """
+
+    _log = Logger()
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        wall: Callable[[], float],
+        bodies: Bodies | None = None,
+        timing: Timing | None = None,
+        *,
+        rate_limited: bool = False,
+    ) -> None:
+        self._clock = clock
+        self._wall = wall
+        self._bodies: Bodies = bodies or NoBodies()
+        self._timing = timing or Timing()
+        self._rate_limited = rate_limited
+        self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._under_way: set[Deferred[None]] = set()
+
+    # The protocol.
+
+    async def create(
+        self, name: str, region: str, config: MachineConfig, lease_ttl: int
+    ) -> tuple[Machine, Lease]:
+        """Make a machine under a unique name; it boots by itself."""
+        self._limit("create", "")
+        for entry in self._entries.values():
+            if entry.machine.name == name and not _is_gone(entry):
+                raise NameTakenError(f"machine {entry.machine.id} has the name {name}", entry.machine.id)
+        machine = Machine(
+            id=secrets.token_hex(7),
+            name=name,
+            state=State.CREATED,
+            region=region,
+            image=config.image,
+            metadata=dict(config.metadata),
+            instance_id=_ulid(),
+            created_at=self._wall(),
+            url=self._bodies.place(),
+        )
+        entry = self._entries[machine.id] = _Entry(machine, config)
+        lease = Lease(_nonce(), self._wall() + lease_ttl)
+        entry.lease = lease if lease_ttl > 0 else None
+        self._begin(self._boot(entry))
+        return machine, lease
+
+    async def list(self) -> list[Machine]:
+        """Tell every machine that is not destroyed."""
+        self._limit("list", "")
+        return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
+
+    async def get(self, machine_id: str) -> Machine:
+        """Look at one machine."""
+        self._limit("get", machine_id, rate=5, burst=10)
+        return self._entry(machine_id).machine
+
+    async def start(self, machine_id: str, nonce: str | None) -> None:
+        """Boot a stopped machine, thaw a suspended one."""
+        entry = self._guarded("start", machine_id, nonce)
+        state = entry.machine.state
+        if state is State.SUSPENDED:
+            self._begin(self._resume(entry))
+        elif state is State.STARTED:
+            return
+        elif state not in (State.STOPPED, State.FAILED):
+            raise NotReadyError(f"unable to start machine from current state: '{state}'")
+        elif self._clock.seconds() < entry.restless_until:
+            raise NotReadyError("machine still active, refusing to start")
+        else:
+            self._begin(self._boot(entry))
+
+    async def stop(self, machine_id: str, nonce: str | None) -> None:
+        """End a machine's body, in whatever state it is."""
+        entry = self._guarded("stop", machine_id, nonce)
+        if entry.machine.state not in (State.STOPPED, State.STOPPING):
+            self._begin(self._halt(entry))
+
+    async def suspend(self, machine_id: str, nonce: str | None) -> None:
+        """Freeze a machine that runs."""
+        entry = self._guarded("suspend", machine_id, nonce)
+        if entry.machine.state is not State.STARTED:
+            raise NotReadyError(f"unable to suspend machine from current state: '{entry.machine.state}'")
+        self._begin(self._suspend(entry))
+
+    async def wait(self, machine: Machine, state: State, timeout: float) -> None:
+        """Wait for a state."""
+        deadline = Deadline(self._clock, timeout)
+        entry = self._entries.get(machine.id)
+        while entry is not None and entry.machine.state is not state and not _is_gone(entry):
+            change: Deferred[None] = Deferred(entry.watchers.remove)
+            entry.watchers.append(change)
+            try:
+                await deadline.run(change)
+            except DeadlineExceededError:
+                told = f"{state}, currently {entry.machine.state}"
+                raise WaitTimeoutError(told) from None
+        if state is not State.DESTROYED and (entry is None or _is_gone(entry)):
+            raise NotFoundError("machine not found")
+
+    async def destroy(self, machine_id: str, nonce: str | None) -> None:
+        """End a machine for good, in whatever state it is."""
+        entry = self._guarded("destroy", machine_id, nonce)
+        if _is_gone(entry):
+            raise NotFoundError("machine not found")
+        self._begin(self._destroy(entry))
+
+    async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
+        """Take a free lease."""
+        entry = self._guarded("lease", machine_id, None)
+        entry.lease = Lease(_nonce(), self._wall() + ttl, description=description)
+        return entry.lease
+
+    async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
+        """Make our lease last longer."""
+        entry = self._guarded("lease", machine_id, nonce)
+        if self._lease(entry) is None or entry.lease is None:
+            raise LeaseHeldError(f"machine ID {machine_id} has no lease with this nonce")
+        entry.lease = replace(entry.lease, expires_at=self._wall() + ttl)
+        return entry.lease
+
+    async def get_lease(self, machine_id: str) -> Lease:
+        """Tell the lease in force."""
+        self._limit("get-lease", machine_id)
+        lease = self._lease(self._entry(machine_id))
+        if lease is None:
+            raise NotFoundError("lease not found")
+        return lease
+
+    async def release_lease(self, machine_id: str, nonce: str) -> None:
+        """Give a lease back."""
+        self._guarded("lease", machine_id, nonce).lease = None
+
+    # What a host of machines can do besides.
+
+    def config_of(self, machine_id: str) -> MachineConfig:
+        """Tell what a machine was made from."""
+        return self._entry(machine_id).config
+
+    def set_metadata(self, machine_id: str, key: str, value: str | None) -> None:
+        """Change one key of a machine's metadata, as the machine itself can; None removes it."""
+        entry = self._entry(machine_id)
+        metadata = {**entry.machine.metadata, key: value}
+        kept = {key: value for key, value in metadata.items() if value is not None}
+        entry.machine = replace(entry.machine, metadata=kept)
+
+    async def shutdown(self) -> None:
+        """End all bodies and everything that is under way; the machines are forgotten."""
+        for deferred in list(self._under_way):
+            deferred.cancel()
+        for machine_id in list(self._entries):
+            await self._bodies.kill(machine_id)
+        self._entries.clear()
+
+    # Rules.
+
+    def _limit(self, action: str, machine_id: str, rate: float = 1, burst: float = 3) -> None:
+        if self._rate_limited:
+            now = self._clock.seconds()
+            bucket = self._buckets.setdefault((action, machine_id), _Bucket(rate, burst, now))
+            if not bucket.take(now):
+                raise RateLimitedError("rate limit exceeded")
+
+    def _entry(self, machine_id: str) -> _Entry:
+        entry = self._entries.get(machine_id)
+        if entry is None:
+            raise NotFoundError("machine not found")
+        return entry
+
+    def _lease(self, entry: _Entry) -> Lease | None:
+        """Tell the lease in force; one that has run out is none."""
+        return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
+
+    def _guarded(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
+        self._limit(action, machine_id)
+        entry = self._entry(machine_id)
+        lease = self._lease(entry)
+        if lease is not None and lease.nonce != nonce:
+            raise LeaseHeldError(
+                f"machine ID {machine_id} lease currently held by {lease.owner or 'somebody'}, "
+                f"expires at {lease.expires_at:.0f}"
+            )
+        return entry
+
+    # What takes time.
+
+    def _begin(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
+        deferred = Deferred.fromCoroutine(work)
+        self._under_way.add(deferred)
+        deferred.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        deferred.addErrback(lambda failure: self._log.failure("in a machine's life", failure))
+        deferred.addCallback(lambda _: self._under_way.discard(deferred))
+
+    def _turn(self, entry: _Entry, state: State) -> None:
+        entry.machine = replace(entry.machine, state=state)
+        watchers, entry.watchers = entry.watchers, []
+        for watcher in watchers:
+            watcher.callback(None)
+
+    async def _boot(self, entry: _Entry) -> None:
+        entry.boot_number += 1
+        number = entry.boot_number
+
+        def current() -> bool:
+            return entry.boot_number == number
+
+        def exited() -> None:
+            if current() and entry.machine.state in (State.STARTING, State.STARTED):
+                self._begin(self._halt(entry))
+
+        if self._timing.boot:
+            await sleep(self._clock, self._timing.boot / 2)
+            if not current():
+                return
+        self._turn(entry, State.STARTING)
+        if self._timing.boot:
+            await sleep(self._clock, self._timing.boot / 2)
+            if not current():
+                return
+        try:
+            await self._bodies.boot(entry.machine, entry.config, exited)
+        except OSError as error:
+            self._log.error("{name} does not boot: {error}", name=entry.machine.name, error=error)
+            if current():
+                self._turn(entry, State.FAILED)
+            return
+        if current():
+            self._turn(entry, State.STARTED)
+
+    async def _halt(self, entry: _Entry) -> None:
+        entry.boot_number += 1  # a boot that is under way is void
+        self._turn(entry, State.STOPPING)
+        await self._bodies.kill(entry.machine.id)
+        if self._timing.stop:
+            await sleep(self._clock, self._timing.stop)
+        entry.restless_until = self._clock.seconds() + self._timing.rest
+        if entry.machine.state is State.STOPPING:
+            self._turn(entry, State.STOPPED)
+
+    async def _suspend(self, entry: _Entry) -> None:
+        self._turn(entry, State.SUSPENDING)
+        await self._bodies.freeze(entry.machine.id)
+        if entry.machine.state is State.SUSPENDING:
+            self._turn(entry, State.SUSPENDED)
+
+    async def _resume(self, entry: _Entry) -> None:
+        self._turn(entry, State.STARTING)
+        await self._bodies.thaw(entry.machine.id)
+        if entry.machine.state is State.STARTING:
+            self._turn(entry, State.STARTED)
+
+    async def _destroy(self, entry: _Entry) -> None:
+        entry.boot_number += 1
+        self._turn(entry, State.DESTROYING)
+        await self._bodies.kill(entry.machine.id)
+        self._turn(entry, State.DESTROYED)
+        await sleep(self._clock, self._timing.memory)
+        del self._entries[entry.machine.id]
+
+
+def _is_gone(entry: _Entry) -> bool:
+    return entry.machine.state in (State.DESTROYING, State.DESTROYED)
+
+
+def _nonce() -> str:
+    return secrets.token_hex(6)
+
+
+def _ulid() -> str:
+    alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    return "01" + "".join(secrets.choice(alphabet) for _ in range(24))
+
+
+_check: type[MachinesAPI] = MemoryMachines

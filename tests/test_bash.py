@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+from unittest import skipIf
+
+from twisted.trial.unittest import TestCase
+
+from bfaas.bash import BashRun, script_environment
+from bfaas.wire import Exit, Reason, Stream
+from tests.workers import LIMIT, reactor, until, watch_for_leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bfaas import tree
+
+BWRAP = ("bwrap", "--unshare-pid", "--die-with-parent", "--dev-bind", "/", "/", "--proc", "/proc")
+
+needs_bwrap = skipIf(
+    subprocess.run([*BWRAP, "true"], check=False, capture_output=True).returncode != 0
+    if shutil.which("bwrap")
+    else True,
+    "bubblewrap is not installed, or not allowed here",
+)
+
+PLENTY = 1 << 30
+
+
+class Output:
+    """Keeps what a run gives."""
+
+    def __init__(self) -> None:
+        self.of: dict[Stream, list[bytes]] = {stream: [] for stream in Stream}
+
+    def __call__(self, stream: Stream, data: bytes) -> None:
+        self.of[stream].append(data)
+
+    @property
+    def both(self) -> tuple[bytes, bytes]:
+        return b"".join(self.of[Stream.STDOUT]), b"".join(self.of[Stream.STDERR])
+
+
+class BashRunTests(TestCase):
+    timeout = 2 * LIMIT
+    left: Callable[[], list[tree.Process]]
+
+    def setUp(self) -> None:
+        self.left = watch_for_leftovers(self)
+
+    def start(
+        self, script: str, *, max_output: int = PLENTY, sandbox: tuple[str, ...] = ()
+    ) -> tuple[BashRun, Output]:
+        output = Output()
+        run = BashRun(reactor, output, max_output)
+        run.start(reactor, script.encode(), script_environment("/", "machine", "ams"), sandbox)
+        return run, output
+
+    async def run_script(
+        self, script: str, *, max_output: int = PLENTY, sandbox: tuple[str, ...] = ()
+    ) -> tuple[Exit, bytes, bytes]:
+        run, output = self.start(script, max_output=max_output, sandbox=sandbox)
+        exit_ = await run.when_ended()
+        return exit_, *output.both
+
+    async def assert_ends_with_nothing_left(
+        self, script: str, stdout: bytes, sandbox: tuple[str, ...] = ()
+    ) -> None:
+        exit_, out, _ = await self.run_script(script, sandbox=sandbox)
+        self.assertEqual((0, stdout, []), (exit_.code, out, self.left()))
+        assert exit_.wall_ms is not None
+        self.assertLess(exit_.wall_ms, 20_000)
+
+    async def assert_killed(self, script: str, sandbox: tuple[str, ...] = ()) -> None:
+        run, output = self.start(script, sandbox=sandbox)
+        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        run.kill(Reason.TIMEOUT)
+        exit_ = await run.when_ended()
+        self.assertEqual((124, "timeout", None), (exit_.code, exit_.reason, exit_.signal))
+        self.assertEqual((b"up\n", []), (output.both[0], self.left()))
+
+    async def test_loses_nothing_of_either_stream(self) -> None:
+        for _ in range(30):
+            exit_, out, err = await self.run_script("echo out; echo err >&2; exit 3")
+            self.assertEqual((3, None, b"out\n", b"err\n"), (exit_.code, exit_.signal, out, err))
+
+    async def test_tells_how_bash_ended(self) -> None:
+        for script, code, signal in [
+            ("", 0, None),
+            ("exit 255", 255, None),
+            ("exit 137", 137, None),
+            ("kill -KILL $$", 137, "SIGKILL"),
+            ("ulimit -c 0; kill -SEGV $$", 139, "SIGSEGV"),
+            ("if", 2, None),
+            ("no-such-command", 127, None),
+            ("-x", 127, None),  # a command that is missing, not an option of bash
+        ]:
+            exit_, _, _ = await self.run_script(script)
+            self.assertEqual((script, code, signal, None), (script, exit_.code, exit_.signal, exit_.reason))
+
+    async def test_counts_the_time_of_all_its_processes(self) -> None:
+        exit_, _, _ = await self.run_script("(for i in {1..300000}; do :; done); sleep 0.2")
+        assert exit_.wall_ms is not None
+        assert exit_.cpu_ms is not None
+        self.assertGreater(exit_.cpu_ms, 50)
+        self.assertGreaterEqual(exit_.wall_ms, 200)
+        self.assertGreater(exit_.max_rss_kb or 0, 500)
+
+    async def test_carriage_returns_reach_bash_as_they_are(self) -> None:
+        _, out, _ = await self.run_script("echo a\r\necho b\r\n")
+        self.assertEqual(b"a\r\nb\r\n", out)
+
+    async def test_a_script_longer_than_one_argument_is_run_whole(self) -> None:
+        padding = "# é padding\n" * 20_000
+        script = (
+            'echo first "$0"; ls /proc/$$/fd; read line || echo no input\n' + padding + "echo last; exit 7"
+        )
+        short = 'echo first "$0"; ls /proc/$$/fd; read line || echo no input\necho last; exit 7'
+        self.assertGreater(len(script), 200_000)
+        short_exit, short_out, short_err = await self.run_script(short)
+        exit_, out, err = await self.run_script(script)
+        self.assertEqual(b"first /bin/bash\n0\n1\n2\nno input\nlast\n", out)
+        self.assertEqual((7, out, err), (short_exit.code, short_out, short_err))
+        self.assertEqual(7, exit_.code)
+
+    async def test_a_script_is_as_good_at_each_side_of_the_limit_of_an_argument(self) -> None:
+        for size in (128 * 1024 - 2, 128 * 1024 - 1, 128 * 1024):
+            exit_, out, _ = await self.run_script("-x\necho $LINENO; exit 5\n".ljust(size, "#"))
+            self.assertEqual((size, 5, b"2\n"), (size, exit_.code, out))
+
+    async def test_drops_and_counts_output_past_its_limit_and_goes_on(self) -> None:
+        exit_, out, err = await self.run_script(
+            "head -c 300000 /dev/zero; echo err >&2; exit 4", max_output=100_000
+        )
+        self.assertEqual(100_000, len(out) + len(err))
+        self.assertEqual((4, True, 200_004), (exit_.code, exit_.truncated, exit_.dropped_bytes))
+
+    async def test_output_up_to_its_limit_is_whole(self) -> None:
+        exit_, out, _ = await self.run_script("echo 1234", max_output=5)
+        self.assertEqual((b"1234\n", False, 0), (out, exit_.truncated, exit_.dropped_bytes))
+
+    async def test_when_bash_exits_its_background_processes_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left("sleep 1000 & echo out", b"out\n")
+
+    async def test_when_bash_exits_other_sessions_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left("setsid sleep 1000 & sleep 0.1; echo out", b"out\n")
+
+    async def test_when_bash_exits_daemons_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left(
+            "( ( setsid sleep 1000 & ) & ); sleep 0.1; echo out", b"out\n"
+        )
+
+    async def test_when_bash_exits_the_disowned_are_killed(self) -> None:
+        script = "nohup sleep 1000 & disown; sleep 1000 & disown -h; echo out"
+        await self.assert_ends_with_nothing_left(script, b"out\n")
+
+    async def test_when_bash_exits_hundreds_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left(
+            "for i in {1..200}; do sleep 1000 & done; echo out", b"out\n"
+        )
+
+    async def test_what_the_background_wrote_before_the_end_is_given(self) -> None:
+        script = "(head -c 60000 /dev/zero; kill -USR1 $$; sleep 1000) & trap 'exit 0' USR1; wait"
+        exit_, out, _ = await self.run_script(script)
+        self.assertEqual((0, bytes(60_000)), (exit_.code, out))
+
+    async def test_kills_what_ignores_signals(self) -> None:
+        await self.assert_killed("trap '' TERM INT HUP; echo up; while :; do :; done")
+
+    async def test_kills_a_pipeline(self) -> None:
+        await self.assert_killed("echo up; sleep 1000 | cat")
+
+    async def test_kills_the_stopped(self) -> None:
+        await self.assert_killed("echo up; kill -STOP $$")
+
+    async def test_kills_other_sessions(self) -> None:
+        await self.assert_killed("setsid sleep 1000 & sleep 0.1; echo up; wait")
+
+    async def test_a_run_killed_at_once_ends_too(self) -> None:
+        run, _ = self.start("sleep 1000; true")
+        run.kill()
+        exit_ = await run.when_ended()
+        self.assertEqual((137, "SIGKILL", None), (exit_.code, exit_.signal, exit_.reason))
+
+    async def test_only_the_first_reason_for_a_kill_counts_and_none_after_the_end(self) -> None:
+        run, _ = self.start("sleep 1000")
+        run.kill(Reason.TIMEOUT)
+        run.kill(Reason.OUTPUT_LIMIT)
+        exit_ = await run.when_ended()
+        run.kill(Reason.OUTPUT_LIMIT)
+        self.assertEqual("timeout", exit_.reason)
+        self.assertEqual(exit_, await run.when_ended())
+
+    async def test_a_paused_run_waits_and_then_loses_nothing(self) -> None:
+        run, output = self.start("seq 100000; echo end >&2")
+        run.pauseProducing()
+        await until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
+        before = output.both
+        run.resumeProducing()
+        await run.when_ended()
+        self.assertEqual((b"", b""), before)
+        self.assertEqual("".join(f"{n}\n" for n in range(1, 100_001)).encode(), output.both[0])
+        self.assertEqual(b"end\n", output.both[1])
+
+    async def test_a_run_that_is_paused_when_bash_exits_gives_everything(self) -> None:
+        run, output = self.start("head -c 60000 /dev/zero; echo err >&2")
+        run.pauseProducing()
+        await run.when_ended()
+        self.assertEqual((bytes(60_000), b"err\n"), output.both)
+
+    async def test_bash_runs_behind_the_sandbox(self) -> None:
+        _, out, _ = await self.run_script("echo $MARK", sandbox=("env", "MARK=1"))
+        self.assertEqual(b"1\n", out)
+
+    @needs_bwrap
+    async def test_bubblewrap_tells_a_signal_as_the_signal(self) -> None:
+        exit_, out, _ = await self.run_script("echo out; kill -KILL $$", sandbox=BWRAP)
+        self.assertEqual((137, "SIGKILL", b"out\n"), (exit_.code, exit_.signal, out))
+        exit_, _, _ = await self.run_script("exit 3", sandbox=BWRAP)
+        self.assertEqual((3, None), (exit_.code, exit_.signal))
+
+    @needs_bwrap
+    async def test_bubblewrap_leaves_nothing_of_a_run_that_is_killed(self) -> None:
+        await self.assert_killed("setsid sleep 1000 & sleep 0.1; echo up; wait", BWRAP)
+
+    @needs_bwrap
+    async def test_bubblewrap_leaves_nothing_when_bash_exits(self) -> None:
+        script = "setsid sleep 1000 & ( ( sleep 1000 & ) & ); echo out"
+        await self.assert_ends_with_nothing_left(script, b"out\n", BWRAP)
+
+    async def test_a_script_with_a_nul_is_refused(self) -> None:
+        with self.assertRaises(ValueError):
+            self.start("echo \0")
