@@ -164,11 +164,12 @@ class Life:
     """
     The steps of a machine's life, taken with the Machines API.
 
-    After `close`, pauses between attempts end at once, and nothing is attempted for ever.
+    After `close`, pauses between attempts are short, and nothing is attempted for ever.
     """
 
     _log = Logger()
     _PAUSES = (0.05, 30.0)
+    _HURRIED_NAP = 0.5
 
     def __init__(
         self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
@@ -186,7 +187,7 @@ class Life:
         """Hurry."""
         self._closing = True
         for nap in self._naps:
-            nap.reset(0)
+            nap.reset(0.0)
 
     def pause(self, failures: int) -> float:
         """Choose the seconds to wait after so many failures, jittered so that pools do not march in step."""
@@ -316,9 +317,10 @@ class Life:
         return Deadline(self._clock, seconds).run(work)
 
     async def _nap(self, seconds: float) -> None:
-        """Sleep, but not while the pool is closing."""
+        """Sleep; not long, and not on, while the pool is closing."""
         done: Deferred[None] = Deferred()
-        nap = self._clock.callLater(0 if self._closing else seconds, done.callback, None)
+        longest = self._HURRIED_NAP if self._closing else seconds
+        nap = self._clock.callLater(min(seconds, longest), done.callback, None)
         self._naps.add(nap)
         try:
             await done

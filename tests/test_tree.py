@@ -1,11 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,7 +57,7 @@ class TreeTests(SynchronousTestCase):
     def names_below(self, pid: int) -> list[str]:
         names = []
         for process in tree.descendants(pid):
-            with suppress(FileNotFoundError, ProcessLookupError):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 names.append(Path(f"/proc/{process.pid}/comm").read_text().strip())
         return sorted(names)
 

@@ -1,0 +1,515 @@
+"""The pool, over machines in memory, in simulated time, with faults."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import Clock
+from twisted.trial.unittest import SynchronousTestCase
+
+from bfaas.life import PoolSettings, lease_ttl, owner
+from bfaas.machines.api import (
+    CapacityError,
+    LeaseHeldError,
+    MachineConfig,
+    NotFoundError,
+    State,
+    UnavailableError,
+    WaitTimeoutError,
+)
+from bfaas.machines.memory import MemoryMachines, Timing
+from bfaas.pool import Allocation, Phase, Pool, PoolClosedError
+from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Any
+
+    from bfaas.machines.api import Machine
+
+EPOCH = 1_700_000_000.0
+MAX_REQ_TIME = 10.0
+
+
+class World:
+    """One app's machines, and pools that share it, on one clock."""
+
+    def __init__(self, timing: Timing | None = None) -> None:
+        self.clock = Clock()
+        timing = timing or Timing(boot=1.0, stop=0.5, rest=0.4)
+        self.machines = MemoryMachines(self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing)
+        self.never_ready: set[str] = set()
+
+    async def probe(self, machine: Machine) -> None:
+        if machine.id in self.never_ready:
+            await Deferred()
+
+    def pool(self, name: str = "p", size: int = 2, image: str = "i") -> tuple[Pool, FaultyMachines]:
+        api = FaultyMachines(self.machines)
+        settings = PoolSettings(
+            name=name,
+            size=size,
+            region="r",
+            config=MachineConfig(image),
+            max_req_time=MAX_REQ_TIME,
+            lease_ttl=lease_ttl(MAX_REQ_TIME),
+        )
+        pool = Pool(api, self.probe, self.clock, Random(1), settings)
+        pool.start()
+        return pool, api
+
+    def advance(self, seconds: float) -> None:
+        # In steps, since what falls due in one starts its own timers from there.
+        self.clock.pump([0.05] * round(seconds / 0.05))
+
+
+class PoolCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool()
+
+    def list(self) -> list[Machine]:
+        return self.successResultOf(Deferred.fromCoroutine(self.world.machines.list()))
+
+    def states(self) -> list[State]:
+        return sorted(machine.state for machine in self.list())
+
+    def begin(self, work: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
+        return Deferred.fromCoroutine(work)
+
+    def allocated(self, pool: Pool | None = None, within: float = 5) -> Allocation:
+        place = (pool or self.pool).allocate()
+        self.world.advance(within)
+        return self.successResultOf(place)
+
+    def close(self, pool: Pool | None = None, within: float = 60) -> None:
+        closing = self.begin((pool or self.pool).close())
+        self.world.advance(within)
+        self.successResultOf(closing)
+
+    def assert_nothing_pending(self) -> None:
+        self.world.advance(61)  # the time for which destroyed machines are remembered
+        self.assertEqual([], self.world.clock.getDelayedCalls())
+
+
+class AllocationTests(PoolCase):
+    def test_a_request_gets_a_started_machine_that_names_its_owner(self) -> None:
+        allocation = self.allocated()
+
+        [machine] = self.list()
+        self.assertEqual(allocation.machine.id, machine.id)
+        self.assertEqual(State.STARTED, machine.state)
+        self.assertEqual("p", owner(machine.name))
+        self.assertEqual({"pool_id": "p//i"}, dict(machine.metadata))
+
+    def test_a_released_machine_is_stopped_and_serves_again(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.assertEqual([State.STOPPED], self.states())
+
+        second = self.allocated()
+
+        self.assertEqual(first.machine.id, second.machine.id)
+        self.assertEqual(1, self.api.count("create"))
+        self.assertEqual(1, self.api.count("stop"))
+
+    def test_requests_beyond_the_size_wait_their_turn(self) -> None:
+        places = [self.pool.allocate() for _ in range(5)]
+        self.world.advance(5)
+        served = [self.successResultOf(place) for place in places[:2]]
+        for place in places[2:]:
+            self.assertNoResult(place)
+
+        served[0].release()
+        self.world.advance(5)
+        third = self.successResultOf(places[2])
+        self.assertNoResult(places[3])
+        served[1].release()
+        self.world.advance(5)
+
+        self.assertEqual(served[0].machine.id, third.machine.id)
+        self.assertEqual(served[1].machine.id, self.successResultOf(places[3]).machine.id)
+        self.assertEqual(2, len(self.list()))
+        places[4].cancel()
+        self.failureResultOf(places[4], CancelledError)
+
+    def test_a_request_that_leaves_the_line_takes_nothing_with_it(self) -> None:
+        place = self.pool.allocate()
+        self.world.advance(0.2)
+        place.cancel()
+        self.failureResultOf(place, CancelledError)
+        self.world.advance(5)
+
+        self.assertEqual([State.STOPPED], self.states())
+        self.assertEqual(1, self.pool.count(Phase.IDLE))
+        self.allocated()
+        self.assertEqual(1, self.api.count("create"))
+
+    def test_a_machine_is_released_once(self) -> None:
+        allocation = self.allocated()
+        allocation.release()
+
+        self.assertRaises(RuntimeError, allocation.release)
+
+    def test_next_in_line_counts_the_machines_that_have_to_come_free(self) -> None:
+        self.assertEqual(0, self.pool.next_in_line)
+        served = [self.allocated(), self.allocated()]
+        self.assertEqual(1, self.pool.next_in_line)
+        place = self.pool.allocate()
+
+        self.assertEqual(2, self.pool.next_in_line)
+        place.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        place.cancel()
+        served[0].release()
+        self.world.advance(5)
+        self.assertEqual(0, self.pool.next_in_line)
+
+    def test_a_start_is_tried_again_while_the_stop_is_not_over(self) -> None:
+        first = self.allocated()
+        place = self.pool.allocate()
+        self.world.advance(5)
+        second = self.successResultOf(place)
+        waiting = self.pool.allocate()
+        first.release()
+        self.world.advance(5)
+
+        self.assertEqual(first.machine.id, self.successResultOf(waiting).machine.id)
+        self.assertGreater(self.api.count("start"), 1)
+        self.assertEqual(0, self.api.count("destroy"))
+        second.release()
+
+
+class LeaseTests(PoolCase):
+    def test_a_lease_is_extended_at_allocation(self) -> None:
+        self.allocated().release()
+        self.world.advance(200)
+        allocation = self.allocated()
+
+        lease = self.successResultOf(self.begin(self.world.machines.get_lease(allocation.machine.id)))
+        self.assertGreater(lease.expires_at - EPOCH - self.world.clock.seconds(), 290)
+
+    def test_a_machine_is_used_with_what_is_left_of_its_lease(self) -> None:
+        self.allocated().release()
+        self.world.advance(200)
+        self.api.always["refresh_lease"] = Refuse(UnavailableError("no"))
+
+        self.allocated()
+
+        self.assertEqual(1, self.api.count("create"))
+
+    def test_a_machine_whose_lease_may_not_cover_a_request_is_replaced(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(270)
+        self.api.always["refresh_lease"] = Hang()
+
+        second = self.allocated(within=30)
+
+        self.assertNotEqual(first.machine.id, second.machine.id)
+        self.assertEqual(1, len(self.list()))
+
+    def test_an_idle_machine_goes_before_its_lease_does(self) -> None:
+        self.allocated().release()
+        self.world.advance(299)
+
+        self.assertEqual([], self.list())
+
+    def test_a_machine_whose_lease_was_lost_is_not_used(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.api.next("refresh_lease", Refuse(LeaseHeldError("another's")))
+
+        second = self.allocated()
+
+        self.assertNotEqual(first.machine.id, second.machine.id)
+
+
+class FailureTests(PoolCase):
+    def test_a_create_whose_answer_is_lost_is_found_and_counted_once(self) -> None:
+        self.api.next("create", LoseAnswer())
+        places = [self.pool.allocate(), self.pool.allocate(), self.pool.allocate()]
+        self.world.advance(10)
+
+        served = [self.successResultOf(place) for place in places[:2]]
+        self.assertNoResult(places[2])
+        self.assertEqual(2, len(self.list()))
+        self.assertEqual(2, len({allocation.machine.id for allocation in served}))
+        names = [argument for method, argument in self.api.calls if method == "create"]
+        self.assertEqual(2, len(set(names)))
+        places[2].addErrback(lambda failure: failure.trap(CancelledError) and None)
+        places[2].cancel()
+
+    def test_failing_creates_keep_no_place_and_are_spaced_out(self) -> None:
+        self.api.always["create"] = Refuse(CapacityError("full"))
+        place = self.pool.allocate()
+        self.world.advance(60)
+        self.assertLess(self.api.count("create"), 25)
+        self.assertGreater(self.api.count("create"), 5)
+        del self.api.always["create"]
+        self.world.advance(40)
+
+        self.successResultOf(place)
+        self.allocated()
+
+    def test_a_machine_that_does_not_start_is_destroyed_and_another_tried(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.api.next("wait", Refuse(WaitTimeoutError("stuck")))
+
+        second = self.allocated(within=10)
+
+        self.assertNotEqual(first.machine.id, second.machine.id)
+        self.assertEqual([second.machine.id], [machine.id for machine in self.list()])
+
+    def test_a_worker_that_never_answers_is_given_up(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.world.never_ready.add(first.machine.id)
+        place = self.pool.allocate()
+        self.world.advance(45)
+
+        self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
+
+    def test_a_machine_is_not_used_again_until_its_stop_is_known(self) -> None:
+        for fault in (Refuse(UnavailableError("500")), LoseAnswer(), Hang()):
+            first = self.allocated(within=40)
+            self.api.next("stop", fault)
+            first.release()
+            self.world.advance(40)
+
+            second = self.allocated()
+            self.assertNotEqual(first.machine.id, second.machine.id)
+            second.release()
+            self.world.advance(2)
+
+    def test_a_machine_that_is_not_destroyed_at_first_is_tried_again(self) -> None:
+        first = self.allocated()
+        self.api.next("stop", Refuse(WaitTimeoutError("stuck")))
+        self.api.next("destroy", *[Refuse(UnavailableError("500"))] * 4)
+        first.release()
+        self.world.advance(20)
+
+        self.assertEqual([], self.list())
+        self.assertEqual(5, self.api.count("destroy"))
+
+    def test_a_machine_that_vanishes_is_replaced(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.api.next("start", Refuse(NotFoundError("gone")))
+
+        self.assertNotEqual(first.machine.id, self.allocated().machine.id)
+
+    def test_every_call_may_hang_and_the_pool_recovers(self) -> None:
+        for method in ("create", "refresh_lease", "start", "wait", "stop", "destroy"):
+            self.api.next(method, Hang())
+            for _ in range(2):
+                allocation = self.allocated(within=250)
+                allocation.release()
+                self.world.advance(100)
+        self.assertEqual(2, len([self.allocated(), self.allocated()]))
+
+
+class EndTests(PoolCase):
+    def test_close_leaves_every_machine_stopped_and_nothing_pending(self) -> None:
+        busy, idle = self.allocated(), self.allocated()
+        idle.release()
+        self.world.advance(3)
+        closing = self.begin(self.pool.close())
+        self.world.advance(5)
+        self.assertNoResult(closing)
+        busy.release()
+        self.world.advance(5)
+
+        self.successResultOf(closing)
+        self.assertEqual([State.STOPPED, State.STOPPED], self.states())
+        self.assert_nothing_pending()
+
+    def test_close_at_any_moment_of_a_start(self) -> None:
+        for moment in range(0, 40):
+            world = self.world = World()
+            pool, _ = world.pool()
+            places = [pool.allocate() for _ in range(3)]
+            world.advance(moment * 0.05)
+            closing = self.begin(pool.close())
+            for place in places:
+                if isinstance(place.result, Allocation):
+                    place.result.release()
+                else:
+                    self.failureResultOf(place, PoolClosedError)
+            world.advance(10)
+
+            self.successResultOf(closing)
+            self.assertEqual({State.STOPPED}, set(self.states()) or {State.STOPPED})
+            self.assert_nothing_pending()
+
+    def test_destroy_leaves_no_machine_and_nothing_pending(self) -> None:
+        first, second = self.allocated(), self.allocated()
+        second.release()
+        first.release()
+        self.api.next("destroy", Refuse(UnavailableError("500")))
+        destroying = self.begin(self.pool.destroy())
+        self.world.advance(10)
+
+        self.successResultOf(destroying)
+        self.assertEqual([], self.list())
+        self.assert_nothing_pending()
+
+    def test_a_closed_pool_gives_out_nothing(self) -> None:
+        self.close()
+
+        self.failureResultOf(self.pool.allocate(), PoolClosedError)
+
+    def test_the_end_comes_though_every_call_fails_or_hangs(self) -> None:
+        for fault in (Refuse(UnavailableError("500")), Hang()):
+            world = self.world = World()
+            pool, api = world.pool()
+            allocation = self.allocated(pool)
+            pool.allocate().addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+            api.always["*"] = fault
+            allocation.release()
+            ending = self.begin(pool.destroy())
+            world.advance(300)
+
+            self.successResultOf(ending)
+            self.assert_nothing_pending()
+            self.flushLoggedErrors()
+
+
+class CleaningTests(PoolCase):
+    def test_the_next_instance_reclaims_what_the_last_one_left(self) -> None:
+        self.allocated().release()
+        self.world.advance(3)
+        self.close()
+        [left] = self.list()
+        again, api = self.world.pool()
+        self.world.advance(3)
+
+        allocation = self.allocated(again)
+
+        self.assertEqual(left.id, allocation.machine.id)
+        self.assertEqual(0, api.count("create"))
+
+    def test_what_a_crash_left_running_is_wiped_before_it_is_used(self) -> None:
+        crashed = self.allocated()
+        self.pool._closing = True  # noqa: SLF001 - as if it had crashed: it does nothing more
+        again, api = self.world.pool()
+
+        allocation = self.allocated(again)
+
+        self.assertEqual(crashed.machine.id, allocation.machine.id)
+        self.assertEqual(1, api.count("stop"))
+        self.assertEqual(0, api.count("create"))
+
+    def test_a_name_with_dashes_is_reclaimed_and_not_mistaken(self) -> None:
+        one, _ = self.world.pool("a-b")
+        self.allocated(one).release()
+        self.world.advance(3)
+        self.close(one)
+        other, _ = self.world.pool("a")
+        self.world.advance(3)
+        self.assertEqual(0, other.count(Phase.IDLE))
+        again, _ = self.world.pool("a-b")
+        self.world.advance(3)
+
+        self.assertEqual(1, again.count(Phase.IDLE))
+
+    def test_live_machines_of_others_are_left_and_expired_ones_destroyed(self) -> None:
+        self.allocated()
+        self.pool._closing = True  # noqa: SLF001 - as if it had crashed: it renews nothing more
+        other, api = self.world.pool("q")
+        self.world.advance(290)
+        self.assertEqual(1, len(self.list()))
+        self.assertEqual(0, api.count("destroy"))
+        self.world.advance(400)
+
+        self.assertEqual([], self.list())
+        self.close(other)
+
+    def test_changed_metadata_means_destroy_and_nobody_adopts(self) -> None:
+        for value in (None, "q//i", "p//j"):
+            world = self.world = World()
+            pool, _ = world.pool()
+            other, others = world.pool("q")
+            allocation = self.allocated(pool)
+            world.machines.set_metadata(allocation.machine.id, "pool_id", value)
+            world.advance(2)
+            self.assertEqual(0, others.count("destroy"))
+            allocation.release()
+            world.advance(400)
+            self.assertEqual([], self.list())
+            self.close(pool)
+            self.close(other)
+
+    def test_another_image_means_another_machine(self) -> None:
+        self.allocated().release()
+        self.world.advance(3)
+        self.close()
+        [old] = self.list()
+        again, _ = self.world.pool(image="new")
+        self.world.advance(3)
+
+        allocation = self.allocated(again)
+
+        self.assertNotEqual(old.id, allocation.machine.id)
+        self.assertEqual([allocation.machine.id], [machine.id for machine in self.list()])
+
+    def test_a_smaller_pool_gives_up_what_is_too_much(self) -> None:
+        for allocation in [self.allocated(), self.allocated()]:
+            allocation.release()
+        self.world.advance(3)
+        self.close()
+        again, _ = self.world.pool(size=1)
+        self.world.advance(5)
+
+        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, again.count(Phase.IDLE))
+
+    def test_one_machine_that_makes_trouble_does_not_stop_a_sweep(self) -> None:
+        for name in ("a", "b"):
+            pool, _ = self.world.pool(name)
+            self.allocated(pool)
+            pool._closing = True  # noqa: SLF001 - as if it had crashed
+        self.world.advance(301)
+        other, api = self.world.pool("q")
+        api.next("get", Refuse(UnavailableError("500")))
+        self.world.advance(3)
+        self.assertEqual(1, len(self.list()))
+        self.world.advance(400)
+
+        self.assertEqual([], self.list())
+        self.close(other)
+
+    def test_the_list_may_be_stale(self) -> None:
+        stale = self.allocated().machine
+        self.pool._closing = True  # noqa: SLF001 - as if it had crashed
+        self.world.advance(301)
+        fresh = self.successResultOf(
+            self.begin(self.world.machines.acquire_lease(stale.id, 1000, "somebody is back"))
+        )
+        other, _ = self.world.pool("q")
+        self.world.advance(3)
+
+        self.assertEqual([stale.id], [machine.id for machine in self.list()])
+        self.assertEqual(12, len(fresh.nonce))
+        self.close(other)
+
+    def test_machines_that_are_no_pools_are_left_alone(self) -> None:
+        self.successResultOf(
+            self.begin(self.world.machines.create("postgres-1", "r", MachineConfig("i"), 0))
+        )
+        self.world.advance(700)
+
+        self.assertEqual(1, len(self.list()))
+
+    def test_a_failing_list_does_not_stop_the_service(self) -> None:
+        pool, api = self.world.pool("q")
+        api.always["list"] = Hang()
+
+        self.allocated(pool, within=30)
