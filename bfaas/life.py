@@ -112,6 +112,7 @@ class Phase(enum.Enum):
     """Where a member of the pool is in its life."""
 
     CREATING = "creating"  # there may be a machine, or not yet
+    RECLAIMING = "reclaiming"  # an earlier instance left it; being wiped, whatever it was doing
     IDLE = "idle"  # stopped, confirmed; costs nothing, starts when wanted
     STARTING = "starting"  # on its way to a request
     READY = "ready"  # started and answering, no request yet

@@ -89,7 +89,8 @@ class Pool:
     @property
     def next_in_line(self) -> int:
         """How many machines have to come free before one more request is served; 0 where none has to."""
-        taken = sum(member.phase in (Phase.BUSY, Phase.STOPPING, Phase.LEAVING) for member in self._members)
+        busy = (Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
+        taken = sum(member.phase in busy for member in self._members)
         return max(0, len(self._line) + 1 - (self._settings.size - taken))
 
     def count(self, phase: Phase) -> int:
@@ -138,7 +139,7 @@ class Pool:
         """Set machines on their way, as many as requests are short of."""
         if self._closing:
             return
-        on_their_way = (Phase.CREATING, Phase.STARTING, Phase.READY)
+        on_their_way = (Phase.CREATING, Phase.RECLAIMING, Phase.STARTING, Phase.READY)
         short = len(self._line) - sum(member.phase in on_their_way for member in self._members)
         idle = [member for member in self._members if member.phase is Phase.IDLE]
         for member in sorted(idle, key=lambda member: -member.lease_end)[: max(0, short)]:
@@ -182,7 +183,7 @@ class Pool:
                 await self._serve(member)
             else:
                 await self._life.adopt(member)
-                await self._wipe(member)
+                await self._life.stop(member)
             while await self._rest(member):
                 await self._life.start(member)
                 await self._serve(member)
@@ -204,9 +205,6 @@ class Pool:
             released: Deferred[None] = Deferred()
             self._line.popleft().callback(Allocation(member.machine, released))
             await released
-        await self._wipe(member)
-
-    async def _wipe(self, member: Member) -> None:
         member.phase = Phase.STOPPING
         await self._life.stop(member)
 
@@ -261,5 +259,5 @@ class Pool:
         """Take in a machine of ours that we did not know; False when there is no place for it."""
         if self._closing or len(self._members) >= self._settings.size:
             return False
-        self._add(Member(machine.name, Phase.STOPPING, machine))
+        self._add(Member(machine.name, Phase.RECLAIMING, machine))
         return True

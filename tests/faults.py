@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Fault:
     """What happens to one call. By itself it is none: the call is made and answered."""
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]], /) -> Any:
         return await call()
 
 
@@ -34,7 +34,7 @@ class Refuse(Fault):
     def __init__(self, error: MachinesError) -> None:
         self.error = error
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         raise self.error
 
 
@@ -49,7 +49,7 @@ class LoseAnswer(Fault):
 class Hang(Fault):
     """Nothing ever comes back."""
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await Deferred()
 
 

@@ -57,7 +57,17 @@ class PackagingTests(SynchronousTestCase):
             [site] = home.glob("lib/python*/site-packages")
             (site / "host.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
             python = str(home / "bin" / "python")
-            run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *editable, str(ROOT))
+            run(
+                python,
+                "-m",
+                "pip",
+                "install",
+                "-q",
+                "--no-deps",
+                "--no-build-isolation",
+                *editable,
+                str(ROOT),
+            )
 
             tapnames, package = run(python, "-c", LIST_PLUGINS).splitlines()
 
@@ -65,6 +75,8 @@ class PackagingTests(SynchronousTestCase):
             self.assertNotIn(str(ROOT / "twisted"), package)
 
     def test_plugin_imports_no_role(self) -> None:
-        heavy = "import sys, twisted.plugins.bfaas_plugin as p; print(*(m for m in sys.modules if 'bfaas.' in m))"
+        heavy = (
+            "import sys, twisted.plugins.bfaas_plugin as p; print(*(m for m in sys.modules if 'bfaas.' in m))"
+        )
 
         self.assertEqual("", run(sys.executable, "-c", heavy, cwd=str(ROOT)).strip())

@@ -9,7 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.life import PoolSettings, lease_ttl, owner
+from bfaas.life import Phase, PoolSettings, lease_ttl, owner
 from bfaas.machines.api import (
     CapacityError,
     LeaseHeldError,
@@ -20,7 +20,7 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.memory import MemoryMachines, Timing
-from bfaas.pool import Allocation, Phase, Pool, PoolClosedError
+from bfaas.pool import Allocation, Pool, PoolClosedError
 from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ class World:
         if machine.id in self.never_ready:
             await Deferred()
 
-    def pool(self, name: str = "p", size: int = 2, image: str = "i") -> tuple[Pool, FaultyMachines]:
+    def pool(
+        self, name: str = "p", size: int = 2, image: str = "i", *, start: bool = True
+    ) -> tuple[Pool, FaultyMachines]:
         api = FaultyMachines(self.machines)
         settings = PoolSettings(
             name=name,
@@ -57,7 +59,8 @@ class World:
             lease_ttl=lease_ttl(MAX_REQ_TIME),
         )
         pool = Pool(api, self.probe, self.clock, Random(1), settings)
-        pool.start()
+        if start:
+            pool.start()
         return pool, api
 
     def advance(self, seconds: float) -> None:
@@ -65,16 +68,21 @@ class World:
         self.clock.pump([0.05] * round(seconds / 0.05))
 
 
+def crash(api: FaultyMachines) -> None:
+    """Let a pool have no more effect on the world, and the world none on it."""
+    api.always["*"] = Hang()
+
+
 class PoolCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool()
 
-    def list(self) -> list[Machine]:
+    def machines(self) -> list[Machine]:
         return self.successResultOf(Deferred.fromCoroutine(self.world.machines.list()))
 
     def states(self) -> list[State]:
-        return sorted(machine.state for machine in self.list())
+        return sorted(machine.state for machine in self.machines())
 
     def begin(self, work: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
         return Deferred.fromCoroutine(work)
@@ -98,7 +106,7 @@ class AllocationTests(PoolCase):
     def test_a_request_gets_a_started_machine_that_names_its_owner(self) -> None:
         allocation = self.allocated()
 
-        [machine] = self.list()
+        [machine] = self.machines()
         self.assertEqual(allocation.machine.id, machine.id)
         self.assertEqual(State.STARTED, machine.state)
         self.assertEqual("p", owner(machine.name))
@@ -132,7 +140,7 @@ class AllocationTests(PoolCase):
 
         self.assertEqual(served[0].machine.id, third.machine.id)
         self.assertEqual(served[1].machine.id, self.successResultOf(places[3]).machine.id)
-        self.assertEqual(2, len(self.list()))
+        self.assertEqual(2, len(self.machines()))
         places[4].cancel()
         self.failureResultOf(places[4], CancelledError)
 
@@ -209,13 +217,13 @@ class LeaseTests(PoolCase):
         second = self.allocated(within=30)
 
         self.assertNotEqual(first.machine.id, second.machine.id)
-        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, len(self.machines()))
 
     def test_an_idle_machine_goes_before_its_lease_does(self) -> None:
         self.allocated().release()
         self.world.advance(299)
 
-        self.assertEqual([], self.list())
+        self.assertEqual([], self.machines())
 
     def test_a_machine_whose_lease_was_lost_is_not_used(self) -> None:
         first = self.allocated()
@@ -236,7 +244,7 @@ class FailureTests(PoolCase):
 
         served = [self.successResultOf(place) for place in places[:2]]
         self.assertNoResult(places[2])
-        self.assertEqual(2, len(self.list()))
+        self.assertEqual(2, len(self.machines()))
         self.assertEqual(2, len({allocation.machine.id for allocation in served}))
         names = [argument for method, argument in self.api.calls if method == "create"]
         self.assertEqual(2, len(set(names)))
@@ -264,7 +272,7 @@ class FailureTests(PoolCase):
         second = self.allocated(within=10)
 
         self.assertNotEqual(first.machine.id, second.machine.id)
-        self.assertEqual([second.machine.id], [machine.id for machine in self.list()])
+        self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
 
     def test_a_worker_that_never_answers_is_given_up(self) -> None:
         first = self.allocated()
@@ -295,7 +303,7 @@ class FailureTests(PoolCase):
         first.release()
         self.world.advance(20)
 
-        self.assertEqual([], self.list())
+        self.assertEqual([], self.machines())
         self.assertEqual(5, self.api.count("destroy"))
 
     def test_a_machine_that_vanishes_is_replaced(self) -> None:
@@ -332,7 +340,7 @@ class EndTests(PoolCase):
         self.assert_nothing_pending()
 
     def test_close_at_any_moment_of_a_start(self) -> None:
-        for moment in range(0, 40):
+        for moment in range(40):
             world = self.world = World()
             pool, _ = world.pool()
             places = [pool.allocate() for _ in range(3)]
@@ -358,7 +366,7 @@ class EndTests(PoolCase):
         self.world.advance(10)
 
         self.successResultOf(destroying)
-        self.assertEqual([], self.list())
+        self.assertEqual([], self.machines())
         self.assert_nothing_pending()
 
     def test_a_closed_pool_gives_out_nothing(self) -> None:
@@ -387,7 +395,7 @@ class CleaningTests(PoolCase):
         self.allocated().release()
         self.world.advance(3)
         self.close()
-        [left] = self.list()
+        [left] = self.machines()
         again, api = self.world.pool()
         self.world.advance(3)
 
@@ -398,7 +406,7 @@ class CleaningTests(PoolCase):
 
     def test_what_a_crash_left_running_is_wiped_before_it_is_used(self) -> None:
         crashed = self.allocated()
-        self.pool._closing = True  # noqa: SLF001 - as if it had crashed: it does nothing more
+        crash(self.api)
         again, api = self.world.pool()
 
         allocation = self.allocated(again)
@@ -422,14 +430,14 @@ class CleaningTests(PoolCase):
 
     def test_live_machines_of_others_are_left_and_expired_ones_destroyed(self) -> None:
         self.allocated()
-        self.pool._closing = True  # noqa: SLF001 - as if it had crashed: it renews nothing more
+        crash(self.api)
         other, api = self.world.pool("q")
         self.world.advance(290)
-        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, len(self.machines()))
         self.assertEqual(0, api.count("destroy"))
         self.world.advance(400)
 
-        self.assertEqual([], self.list())
+        self.assertEqual([], self.machines())
         self.close(other)
 
     def test_changed_metadata_means_destroy_and_nobody_adopts(self) -> None:
@@ -443,7 +451,7 @@ class CleaningTests(PoolCase):
             self.assertEqual(0, others.count("destroy"))
             allocation.release()
             world.advance(400)
-            self.assertEqual([], self.list())
+            self.assertEqual([], self.machines())
             self.close(pool)
             self.close(other)
 
@@ -451,14 +459,14 @@ class CleaningTests(PoolCase):
         self.allocated().release()
         self.world.advance(3)
         self.close()
-        [old] = self.list()
+        [old] = self.machines()
         again, _ = self.world.pool(image="new")
         self.world.advance(3)
 
         allocation = self.allocated(again)
 
         self.assertNotEqual(old.id, allocation.machine.id)
-        self.assertEqual([allocation.machine.id], [machine.id for machine in self.list()])
+        self.assertEqual([allocation.machine.id], [machine.id for machine in self.machines()])
 
     def test_a_smaller_pool_gives_up_what_is_too_much(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
@@ -468,27 +476,29 @@ class CleaningTests(PoolCase):
         again, _ = self.world.pool(size=1)
         self.world.advance(5)
 
-        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, len(self.machines()))
         self.assertEqual(1, again.count(Phase.IDLE))
 
     def test_one_machine_that_makes_trouble_does_not_stop_a_sweep(self) -> None:
+        crash(self.api)
         for name in ("a", "b"):
-            pool, _ = self.world.pool(name)
+            pool, crashing = self.world.pool(name)
             self.allocated(pool)
-            pool._closing = True  # noqa: SLF001 - as if it had crashed
+            crash(crashing)
         self.world.advance(301)
-        other, api = self.world.pool("q")
+        other, api = self.world.pool("q", start=False)
         api.next("get", Refuse(UnavailableError("500")))
+        other.start()
         self.world.advance(3)
-        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, len(self.machines()))
         self.world.advance(400)
 
-        self.assertEqual([], self.list())
+        self.assertEqual([], self.machines())
         self.close(other)
 
     def test_the_list_may_be_stale(self) -> None:
         stale = self.allocated().machine
-        self.pool._closing = True  # noqa: SLF001 - as if it had crashed
+        crash(self.api)
         self.world.advance(301)
         fresh = self.successResultOf(
             self.begin(self.world.machines.acquire_lease(stale.id, 1000, "somebody is back"))
@@ -496,20 +506,19 @@ class CleaningTests(PoolCase):
         other, _ = self.world.pool("q")
         self.world.advance(3)
 
-        self.assertEqual([stale.id], [machine.id for machine in self.list()])
+        self.assertEqual([stale.id], [machine.id for machine in self.machines()])
         self.assertEqual(12, len(fresh.nonce))
         self.close(other)
 
     def test_machines_that_are_no_pools_are_left_alone(self) -> None:
-        self.successResultOf(
-            self.begin(self.world.machines.create("postgres-1", "r", MachineConfig("i"), 0))
-        )
+        self.successResultOf(self.begin(self.world.machines.create("postgres-1", "r", MachineConfig("i"), 0)))
         self.world.advance(700)
 
-        self.assertEqual(1, len(self.list()))
+        self.assertEqual(1, len(self.machines()))
 
     def test_a_failing_list_does_not_stop_the_service(self) -> None:
-        pool, api = self.world.pool("q")
+        pool, api = self.world.pool("q", start=False)
         api.always["list"] = Hang()
+        pool.start()
 
         self.allocated(pool, within=30)

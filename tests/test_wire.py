@@ -200,7 +200,9 @@ class ExitTests(SynchronousTestCase):
                 0
             ),
             '{"code": 0, "signal": "", "reason": "\\u001b[31mred", "wall_ms": -1, "cpu_ms": 1e99}': Exit(0),
-            '{"code": 0, "signal": "SIG KILL", "reason": "timeout\\n", "max_rss_kb": 9007199254740992}': Exit(0),
+            '{"code": 0, "signal": "SIG KILL", "reason": "timeout\\n", "max_rss_kb": 9007199254740992}': Exit(
+                0
+            ),
             '{"code": 0, "wall_ms": 0, "cpu_ms": 2, "max_rss_kb": 3}': Exit(
                 0, wall_ms=0, cpu_ms=2, max_rss_kb=3
             ),

@@ -151,10 +151,9 @@ class LocalBodies:
         }
         if "PYTHONPATH" in os.environ:
             environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
-        command = [
-            *_leaders(sandboxed=self._sandboxed),
-            *self._command, "--attached", "--listen", f"tcp:{urlsplit(machine.url or '').port}:interface=127.0.0.1",
-        ]  # fmt: skip
+        endpoint = f"tcp:{urlsplit(machine.url or '').port}:interface=127.0.0.1"
+        leaders = _leaders(sandboxed=self._sandboxed)
+        command = [*leaders, *self._command, "--attached", "--listen", endpoint]
         body = _Body(machine.id, directory, exited)
         self._reactor.spawnProcess(body, command[0], command, env=environment)
         self._bodies[machine.id] = body

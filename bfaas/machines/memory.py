@@ -327,34 +327,30 @@ class MemoryMachines:
             watcher.callback(None)
 
     async def _boot(self, entry: _Entry) -> None:
+        """Bring a machine up; a stop, a destruction or another boot in the meantime voids this one."""
         entry.boot_number += 1
         number = entry.boot_number
 
-        def current() -> bool:
-            return entry.boot_number == number
-
         def exited() -> None:
-            if current() and entry.machine.state in (State.STARTING, State.STARTED):
+            if entry.boot_number == number and entry.machine.state in (State.STARTING, State.STARTED):
                 self._begin(self._halt(entry))
 
-        if self._timing.boot:
-            await sleep(self._clock, self._timing.boot / 2)
-            if not current():
+        for state in (State.STARTING, State.STARTED):
+            if self._timing.boot:
+                await sleep(self._clock, self._timing.boot / 2)
+            if state is State.STARTED and entry.boot_number == number:
+                state = await self._give_body(entry, exited)  # noqa: PLW2901 - or what came of it
+            if entry.boot_number != number:
                 return
-        self._turn(entry, State.STARTING)
-        if self._timing.boot:
-            await sleep(self._clock, self._timing.boot / 2)
-            if not current():
-                return
+            self._turn(entry, state)
+
+    async def _give_body(self, entry: _Entry, exited: Callable[[], None]) -> State:
         try:
             await self._bodies.boot(entry.machine, entry.config, exited)
         except OSError as error:
             self._log.error("{name} does not boot: {error}", name=entry.machine.name, error=error)
-            if current():
-                self._turn(entry, State.FAILED)
-            return
-        if current():
-            self._turn(entry, State.STARTED)
+            return State.FAILED
+        return State.STARTED
 
     async def _halt(self, entry: _Entry) -> None:
         entry.boot_number += 1  # a boot that is under way is void
