@@ -1,0 +1,1 @@
+"""Real programs on loopback, end to end."""

@@ -1,0 +1,61 @@
+"""
+What every end-to-end test stands on: a coordinator, and a fixture that looks for what was left behind.
+
+pytest-twisted itself notices neither pending calls nor sockets, processes or logged errors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_twisted
+from twisted.internet import process as twisted_process
+from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
+from zope.interface import provider
+
+from bfaas.deadline import sleep
+from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from twisted.logger import LogEvent
+
+
+def _pending() -> set[Any]:
+    """Tell what the reactor still has to do, and the processes it waits for."""
+    selectables = {*reactor.getReaders(), *reactor.getWriters()} - set(reactor._internalReaders)
+    return {*reactor.getDelayedCalls(), *selectables, *twisted_process.reapProcessHandlers.values()}
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves delayed calls, sockets, processes or logged errors."""
+    errors: list[LogEvent] = []
+
+    @provider(ILogObserver)
+    def observe(event: LogEvent) -> None:
+        if event.get("log_level", LogLevel.info) >= LogLevel.error:
+            errors.append(event)
+
+    before = _pending()
+    globalLogPublisher.addObserver(observe)
+    try:
+        yield
+        for _ in range(100):
+            if _pending() <= before:
+                break
+            pytest_twisted.blockon(sleep(reactor, 0.02))
+    finally:
+        globalLogPublisher.removeObserver(observe)
+    assert _pending() - before == set()
+    assert errors == []
+
+
+@pytest_twisted.async_yield_fixture
+async def coordinator() -> AsyncIterator[Running]:
+    """Run a coordinator with two local machines and twenty seconds a request."""
+    running = await start_coordinator()
+    yield running
+    assert await stop(running) == 0, running.program.said.decode()

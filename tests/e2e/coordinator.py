@@ -1,0 +1,222 @@
+"""A real coordinator process, and a client that talks to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treq.client import HTTPClient
+from twisted.internet import reactor as installed_reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+
+from bfaas import tree
+from bfaas.deadline import Deadline, sleep
+from bfaas.exchange import Body, BytesProducer, single_use_agent
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.python.failure import Failure
+
+reactor: Any = installed_reactor
+
+PATIENCE = 60.0
+"""Seconds that anything may take on a busy machine before a test gives up on it."""
+
+TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile="]
+
+
+@dataclass
+class Answer:
+    """What came back for a script."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def events(self) -> list[tuple[str, Any]]:
+        blocks = [
+            block.split("\n") for block in self.body.decode().split("\n\n") if block[:1] not in ("", ":")
+        ]
+        return [(name.removeprefix("event: "), json.loads(data[6:])) for name, data in blocks]
+
+    def output(self, stream: str) -> str:
+        return "".join(data for name, data in self.events if name == stream)
+
+    @property
+    def exit(self) -> dict[str, Any]:
+        assert [name for name, _ in self.events].count("exit") == 1, self.body
+        name, told = self.events[-1]
+        assert name == "exit", self.body
+        assert isinstance(told, dict)
+        return told
+
+
+class Program(ProcessProtocol):
+    """A program of ours, with what it says."""
+
+    def __init__(self) -> None:
+        self.said = b""
+        self.ended: Deferred[int | None] = Deferred()
+        self.status: int | None = None
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: ARG002
+        self.said += data
+
+    def processEnded(self, reason: Failure) -> None:
+        self.status = getattr(reason.value, "exitCode", None)
+        self.ended.callback(self.status)
+
+
+class Exchange:
+    """A request that was sent, and its answer as it comes."""
+
+    def __init__(self, status: int, headers: dict[str, str], body: Body) -> None:
+        self.status = status
+        self.headers = headers
+        self.reader = body
+
+    async def end(self, patience: float = PATIENCE) -> None:
+        await Deadline(reactor, patience).run(self.reader.done)
+
+    def leave(self) -> None:
+        """Close the connection, whatever is still to come."""
+        self.reader.done.addErrback(lambda _: None)
+        self.reader.close()
+
+
+@dataclass
+class Running:
+    """A coordinator that takes requests."""
+
+    program: Program
+    port: int
+    pid: int
+    agent: Any = field(default_factory=lambda: single_use_agent(reactor))
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        data: bytes | None = None,
+        take: Callable[[bytes], None] = lambda _: None,
+    ) -> Exchange:
+        """Send a request; `take` gets the answer's body as it comes."""
+        client = HTTPClient(self.agent, data_to_body_producer=BytesProducer)
+        url = f"http://127.0.0.1:{self.port}{path}"
+        sent = client.request(method, url, data=data, unbuffered=True, reactor=reactor, allow_redirects=False)
+        response: Any = await Deadline(reactor, PATIENCE).run(sent)
+        headers = {
+            name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
+        }
+        body = Body(take)
+        response.deliverBody(body)
+        return Exchange(response.code, headers, body)
+
+    async def begin(
+        self, script: str | bytes, query: str = "", take: Callable[[bytes], None] = lambda _: None
+    ) -> Exchange:
+        """Send a script, and return when its answer begins."""
+        return await self.request(
+            "POST", f"/run{query}", script.encode() if isinstance(script, str) else script, take
+        )
+
+    async def run(self, script: str | bytes, query: str = "") -> Answer:
+        """Send a script, read everything."""
+        pieces: list[bytes] = []
+        exchange = await self.begin(script, query, pieces.append)
+        await exchange.end()
+        return Answer(exchange.status, exchange.headers, b"".join(pieces))
+
+    async def get(self, path: str) -> Answer:
+        pieces: list[bytes] = []
+        exchange = await self.request("GET", path, None, pieces.append)
+        await exchange.end()
+        return Answer(exchange.status, exchange.headers, b"".join(pieces))
+
+    def processes(self) -> list[tree.Process]:
+        """Find everything below the coordinator: workers, scripts."""
+        return [process for process in tree.descendants(self.pid) if not process.dead]
+
+    def workers(self) -> list[int]:
+        """Find the worker processes."""
+        return [process.pid for process in self.processes() if b"bfaas.basher" in command(process.pid)]
+
+    async def settle(self) -> None:
+        """Wait until nothing is left below the coordinator: every machine is stopped."""
+        for _ in range(int(PATIENCE / 0.05)):
+            if not self.processes():
+                return
+            await sleep(reactor, 0.05)
+        raise AssertionError(f"still there: {self.processes()}")
+
+    def memory_mb(self, pid: int | None = None) -> float:
+        """Tell the most memory that a process has had, in MB; 0 for one that is gone."""
+        try:
+            status = Path(f"/proc/{pid or self.pid}/status").read_text()
+        except OSError:
+            return 0.0
+        peaks = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")]
+        return int(peaks[0]) / 1024 if peaks else 0.0
+
+    def descriptors(self) -> int:
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
+        os.kill(self.pid, number)
+
+
+def command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start(arguments: list[str], settings: dict[str, str]) -> tuple[Program, int]:
+    """Start a program of ours, with nothing but these settings in its environment."""
+    program = Program()
+    environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/", **settings}
+    if "PYTHONPATH" in os.environ:
+        environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
+    process = reactor.spawnProcess(program, sys.executable, [sys.executable, *arguments], env=environment)
+    return program, process.pid
+
+
+async def start_coordinator(**settings: str) -> Running:
+    """Start `twistd bfaas-coord` over local machines, and wait until it takes requests."""
+    port = free_port()
+    listen = ["bfaas-coord", "--listen", f"tcp:{port}:interface=127.0.0.1"]
+    program, pid = start(
+        [*TWISTD, *listen], {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s", **settings}
+    )
+    for _ in range(int(PATIENCE / 0.05)):
+        assert program.status is None, program.said.decode()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return Running(program, port, pid)
+        await sleep(reactor, 0.05)
+    raise AssertionError(program.said.decode())
+
+
+async def stop(running: Running) -> int | None:
+    """Let a coordinator end in order."""
+    if running.program.status is None:
+        running.kill()
+        await Deadline(reactor, PATIENCE).run(running.program.ended)
+    return running.program.status

@@ -1,0 +1,347 @@
+"""The main job: scripts in, output out, whole and in time, and nothing left."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
+from twisted.internet.task import LoopingCall
+
+from bfaas import tree
+from bfaas.deadline import Deadline, sleep
+from tests.e2e.coordinator import PATIENCE, TWISTD, Answer, reactor, start, start_coordinator, stop
+
+if TYPE_CHECKING:
+    from tests.e2e.coordinator import Running
+
+# `make soak` asks for more.
+RUNS = int(os.environ.get("BFAAS_RUNS", "60"))
+MEGABYTES = int(os.environ.get("BFAAS_MEGABYTES", "60"))
+
+MEMORY_BOUND_MB = 120
+
+with_twisted = pytest_twisted.ensureDeferred
+
+
+@with_twisted
+async def test_a_script_is_run_and_its_output_told_apart(coordinator: Running) -> None:
+    answer = await coordinator.run("echo out; echo err >&2; exit 3")
+
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/event-stream"
+    assert answer.headers["coord"] == "mock"
+    assert len(answer.headers["worker"]) == 14
+    assert ("stdout", "out\n") in answer.events
+    assert ("stderr", "err\n") in answer.events
+    assert answer.exit["code"] == 3
+    assert {"wall_ms", "cpu_ms", "max_rss_kb"} <= set(answer.exit)
+
+    raw = await coordinator.run("printf 'a\\0b'; kill -9 $$", "?raw=1")
+    assert raw.body == b"a\0b\nexit: 137\n"
+
+
+@with_twisted
+async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
+    first: Deferred[bytes] = Deferred()
+    exchange = await coordinator.begin(
+        "echo first; sleep 1000", take=lambda data: None if first.called else first.callback(data)
+    )
+
+    assert b"first" in await Deadline(reactor, PATIENCE).run(first)
+    exchange.leave()
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_many_runs_at_once_each_whole(coordinator: Running) -> None:
+    eight = DeferredSemaphore(8)
+
+    def run() -> Deferred[Answer]:
+        return Deferred.fromCoroutine(coordinator.run("echo out; echo err >&2; exit 3"))
+
+    answers = await gatherResults([eight.run(run) for _ in range(RUNS)], consumeErrors=True)
+
+    assert len(answers) == RUNS
+    for answer in answers:
+        assert (answer.output("stdout"), answer.output("stderr"), answer.exit["code"]) == (
+            "out\n",
+            "err\n",
+            3,
+        )
+
+
+@with_twisted
+async def test_much_output_is_whole_and_memory_stays_flat() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="200s", MAXOUTPUT="1GiB")
+    output = f"seq 1 100000000 | head -c {MEGABYTES}M"
+    script = f"{output}; echo whole | md5sum; {output} | md5sum"
+    digest = hashlib.md5(usedforsecurity=False)
+    total, tail, peaks = 0, b"", [0.0]
+
+    def take(data: bytes) -> None:
+        nonlocal total, tail
+        joined = tail + data
+        digest.update(joined[:-200])
+        tail = joined[-200:]
+        if (total >> 22) != ((total + len(data)) >> 22):
+            peaks.extend(coordinator.memory_mb(pid) for pid in coordinator.workers())
+        total += len(data)
+
+    exchange = await coordinator.begin(script, "?raw=1", take)
+    await exchange.end(4 * PATIENCE)
+    marker = hashlib.md5(b"whole\n", usedforsecurity=False).hexdigest().encode()
+    rest, found, after = tail.partition(marker)
+    digest.update(rest)
+    told, end = after.split(b"\n")[1].split()[0].decode(), after.split(b"\n", 2)[2]
+
+    assert found
+    assert end == b"\nexit: 0\n"
+    assert digest.hexdigest() == told
+    assert 0 < max(peaks) < MEMORY_BOUND_MB
+    assert coordinator.memory_mb() < MEMORY_BOUND_MB
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_a_slow_reader_pauses_the_script_and_costs_no_memory() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="5s", MAXOUTPUT="100GiB")
+    received, began = 0, reactor.seconds()
+
+    def take(data: bytes) -> None:
+        nonlocal received
+        received += len(data)
+        exchange.reader.transport.pauseProducing()
+
+    def read_on() -> None:
+        # A megabyte a second.
+        if received < 1e6 * (reactor.seconds() - began):
+            exchange.reader.transport.resumeProducing()
+
+    exchange = await coordinator.begin("yes", "?raw=1", take)
+    reading = LoopingCall(read_on)
+    reading.start(0.01)
+    await sleep(reactor, 4)
+    peak = max(coordinator.memory_mb(pid) for pid in coordinator.workers())
+    reading.stop()
+    exchange.leave()
+    await coordinator.settle()
+
+    assert 0 < received < 20_000_000
+    assert peak < MEMORY_BOUND_MB
+    assert coordinator.memory_mb() < MEMORY_BOUND_MB
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_the_deadline_ends_a_run_whose_client_does_not_read() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="1s", MAXOUTPUT="100GiB")
+    exchange = await coordinator.begin("yes", "?raw=1")
+    exchange.reader.transport.pauseProducing()
+    while b"timeout" not in coordinator.program.said:
+        await sleep(reactor, 0.05)
+    await coordinator.settle()
+    exchange.leave()
+
+    assert await stop(coordinator) == 0
+
+
+NASTY = {
+    "spin": "trap '' TERM INT HUP; while :; do :; done",
+    "session": "setsid sleep 1000 & sleep 1000",
+    "crowd": "for i in $(seq 200); do sleep 1000 & done; wait",
+    "daemon": "(setsid bash -c 'sleep 1000 & sleep 1000' &) ; sleep 1000",
+    "stopped": "kill -STOP $$; sleep 1000",
+    "pipe": "sleep 1000 | cat",
+}
+
+LINGERING = {
+    "background": "sleep 1000 & echo done",
+    "session": "setsid sleep 1000 & echo done",
+    "crowd": "for i in $(seq 200); do sleep 1000 & done; echo done",
+    "daemon": "(setsid bash -c 'sleep 1000 & sleep 1000' &) ; echo done",
+}
+
+
+@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "bare"])
+@with_twisted
+async def test_whatever_a_script_does_it_ends_and_nothing_is_left(sandboxed: bool, tmp_path: Path) -> None:
+    coordinator = await start_coordinator(MAXREQTIME="2s", **path_setting(sandboxed, tmp_path))
+
+    for name, script in NASTY.items():
+        answer = await coordinator.run(f"echo begun; {script}")
+        assert answer.output("stdout") == "begun\n", name
+        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout"), name
+    for name, script in LINGERING.items():
+        answer = await coordinator.run(script)
+        assert (answer.output("stdout"), answer.exit["code"]) == ("done\n", 0), name
+    await coordinator.settle()
+
+    assert (b"NO SANDBOX" in coordinator.program.said) is not sandboxed
+    assert await stop(coordinator) == 0
+    assert not sleepers()
+
+
+@with_twisted
+async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinator: Running) -> None:
+    await coordinator.run("true")
+    await coordinator.settle()
+    before = coordinator.descriptors()
+    chance = random.Random(3)
+
+    async def leave() -> None:
+        run = Deferred.fromCoroutine(coordinator.run("echo begun; sleep 1000"))
+        run.addErrback(lambda _: None)
+        await sleep(reactor, chance.uniform(0, 2))
+        run.cancel()
+
+    await gatherResults([Deferred.fromCoroutine(leave()) for _ in range(40)])
+    await coordinator.settle()
+
+    answers = await gatherResults([Deferred.fromCoroutine(coordinator.run("echo fine")) for _ in range(2)])
+    assert [answer.output("stdout") for answer in answers] == ["fine\n", "fine\n"]
+    await coordinator.settle()
+    await sleep(reactor, 0.3)
+    assert coordinator.descriptors() <= before + 2
+    assert b"Traceback" not in coordinator.program.said
+    assert not sleepers()
+
+
+@with_twisted
+async def test_what_is_no_run_touches_no_machine(coordinator: Running) -> None:
+    assert (await coordinator.get("/")).status == 404
+    assert (await coordinator.get("/run")).status == 405
+    assert (await coordinator.get("/favicon.ico")).body == b"not found\n"
+    assert (await coordinator.run(b"echo \0")).status == 400
+    assert (await coordinator.run(b"#" * ((1 << 20) + 1))).status == 413
+
+    assert coordinator.processes() == []
+    assert b"created" not in coordinator.program.said
+
+
+@with_twisted
+async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
+    coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s", MAXQUEUE="1")
+    busy = await coordinator.begin("echo begun; sleep 1000")
+    waiting = Deferred.fromCoroutine(coordinator.run("echo late"))
+    await sleep(reactor, 0.1)
+    refused = await coordinator.run("echo refused")
+    late = await waiting
+
+    assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
+    assert (late.status, late.body) == (503, b"no worker within 3 s\n")
+    assert int(late.headers["retry-after"]) >= 1
+    busy.leave()
+    await coordinator.settle()
+    assert await stop(coordinator) == 0
+
+
+@pytest.mark.parametrize("query", ["", "?raw=1"])
+@with_twisted
+async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: str) -> None:
+    pieces: list[bytes] = []
+    begun: Deferred[None] = Deferred()
+
+    def take(data: bytes) -> None:
+        pieces.append(data)
+        if not begun.called:
+            begun.callback(None)
+
+    exchange = await coordinator.begin("echo begun; sleep 1000", query, take)
+    await Deadline(reactor, PATIENCE).run(begun)
+    [worker] = coordinator.workers()
+    os.kill(worker, signal.SIGKILL)
+    await exchange.end()
+
+    body = b"".join(pieces)
+    if query:
+        assert body == b"begun\n\nexit: 125 worker-lost\n"
+    else:
+        exit_ = Answer(200, {}, body).exit
+        assert (exit_["code"], exit_["reason"]) == (125, "worker-lost")
+    assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@with_twisted
+async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: signal.Signals) -> None:
+    coordinator = await start_coordinator()
+    begun: Deferred[None] = Deferred()
+    pieces: list[bytes] = []
+
+    def take(data: bytes) -> None:
+        pieces.append(data)
+        if not begun.called:
+            begun.callback(None)
+
+    exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
+    await begun
+    coordinator.kill(number)
+    await exchange.end()
+    status = await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
+
+    assert b"".join(pieces) == b"begun\nended\n\nexit: 0\n"
+    assert status == 0
+
+
+@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "bare"])
+@with_twisted
+async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: Path) -> None:
+    coordinator = await start_coordinator(**path_setting(sandboxed, tmp_path))
+    exchange = await coordinator.begin("sleep 1000 & sleep 1000")
+    exchange.reader.done.addErrback(lambda _: None)
+    while not sleepers():
+        await sleep(reactor, 0.05)
+    processes = coordinator.processes()
+    coordinator.kill(signal.SIGKILL)
+    await coordinator.program.ended
+
+    for _ in range(int(PATIENCE / 0.05)):
+        if not tree.alive(processes):
+            break
+        await sleep(reactor, 0.05)
+    assert not tree.alive(processes)
+    assert not sleepers()
+
+
+@with_twisted
+async def test_wrong_settings_are_told_together_before_anything_is_opened() -> None:
+    program, _ = start([*TWISTD, "bfaas-coord"], {"WORKER_APP": "mock", "POOLSIZE": "no"})
+    status = await Deadline(reactor, PATIENCE).run(program.ended)
+
+    assert status == 1
+    problems = sorted(line.split(":")[1].strip() for line in program.said.decode().splitlines())
+    assert problems == ["MAXREQTIME", "POOLSIZE"]
+
+
+def sleepers() -> list[str]:
+    """Find processes that scripts of these tests started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if path.read_bytes().startswith(b"sleep\x001000\x00"):
+                found.append(str(path))
+        except OSError:
+            continue
+    return found
+
+
+def path_setting(sandboxed: bool, directory: Path) -> dict[str, str]:
+    """Make the setting of a PATH with bubblewrap, or with everything else."""
+    if sandboxed:
+        if shutil.which("bwrap") is None:
+            pytest.skip("bubblewrap is not installed")
+        return {}
+    for place in os.environ["PATH"].split(":"):
+        for program in Path(place).glob("*"):
+            link = directory / program.name
+            if program.name != "bwrap" and not link.is_symlink():
+                link.symlink_to(program)
+    return {"PATH": str(directory)}
