@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run test lint format clean
+.PHONY: run fly test lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -13,6 +13,22 @@ run: $(VENV)/installed
 	@echo "      curl -sN localhost:8000/run -d uptime"
 	@echo
 	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} $(BIN)/twistd -n --pidfile= bfaas-coord
+
+# The same, but the coordinator believes that it is on Fly: the Machines API is another program on this host.
+fly: $(VENV)/installed
+	@echo
+	@echo "  The Machines API, its proxy and a coordinator are starting. In another terminal, try:"
+	@echo
+	@echo "      curl -sN localhost:8000/run -d uptime"
+	@echo "      FLY_TOKEN=local WORKER_APP=workers FLY_FLAPS_BASE_URL=http://127.0.0.1:4280 $(BIN)/bfaas machines"
+	@echo
+	trap 'kill 0' EXIT; \
+	FLY_TOKEN=local $(BIN)/twistd -n --pidfile= bfaas-machines & \
+	FLY_TOKEN=local WORKER_APP=workers WORKER_IMAGE=basher:local FLY_REGION=local \
+	FLY_MACHINE_ID=$${FLY_MACHINE_ID:-coord-1} MAXREQTIME=$${MAXREQTIME:-10s} \
+	PRIVATE=$$($(BIN)/bfaas genkey | sed -n 's/^PRIVATE=//p') \
+	FLY_FLAPS_BASE_URL=http://127.0.0.1:4280 WORKER_URL=http://127.0.0.1:4281 \
+	$(BIN)/twistd -n --pidfile= bfaas-coord --listen tcp:8000:interface=127.0.0.1
 
 # The trial cases under pytest and under trial, then the end-to-end tests: pytest-twisted and trial cases do
 # not share a session (its reactor looks dirty to them).

@@ -20,8 +20,10 @@ from twisted.python.usage import Options as UsageOptions
 from bfaas import wire
 from bfaas.answer import Answer
 from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.exchange import lasting_agent
 from bfaas.life import PoolSettings, lease_ttl
 from bfaas.machines.api import MachineConfig
+from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.pool import Pool, PoolClosedError
 from bfaas.process import prepare, settings_or_exit
@@ -30,14 +32,20 @@ from bfaas.settings import CoordSettings
 from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from twisted.application.service import IService
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
-    from bfaas.machines.api import Machine
+    from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.pool import Allocation
+
+
+MAX_REPLAYED = 1_000_000
+"""Bytes of a request's body that Fly's proxy replays at the most."""
+
+REPLAYED = "bfaas-replayed"
 
 
 class Coordinator:
@@ -76,6 +84,7 @@ class Coordinator:
             raise RefusalError(400, "a script cannot contain a NUL byte")
         if self._draining:
             raise self._unavailable("shutting down")
+        self._replay_elsewhere(request, script)
         done: Deferred[None] = Deferred()
         self._running.add(done)
         try:
@@ -103,6 +112,21 @@ class Coordinator:
             raise self._unavailable(f"no worker within {settings.max_wait:g} s") from None
         except PoolClosedError:
             raise self._unavailable("shutting down") from None
+
+    def _replay_elsewhere(self, request: Request, script: bytes) -> None:
+        """
+        Where that is wanted, let Fly's proxy take the request to a coordinator that may have a machine.
+
+        Once: the proxy tells the next coordinator in `fly-replay-src` the state that this one gave it.
+        """
+        settings = self._settings
+        if not settings.replay or len(script) > MAX_REPLAYED or self._pool.next_in_line == 0:
+            return
+        source = request.getHeader("fly-replay-src") or ""
+        if f"state={REPLAYED}" not in [part.strip() for part in source.split(";")]:
+            raise RefusalError(
+                503, "no worker here; trying elsewhere", {"fly-replay": f"elsewhere=true;state={REPLAYED}"}
+            )
 
     def _unavailable(self, line: str) -> RefusalError:
         retry = max(1, round(self._settings.max_req_time))
@@ -152,7 +176,7 @@ class CoordService(MultiService):
         site: BoundedSite,
         listener: IService,
         pool: Pool,
-        shut_down_machines: Callable[[], Any],
+        shut_down_machines: Callable[[], Awaitable[object]],
     ) -> None:
         super().__init__()
         self._coordinator = coordinator
@@ -192,13 +216,21 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     prepare(reactor)
-    machines = LocalMachines(reactor, time.time, sandboxed=find_sandbox())
-    proxy = Proxy(reactor, None, settings.max_output)
-    pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), pool_settings(settings))
+    random, fly = SystemRandom(), settings.fly
+    machines: MachinesAPI
+    if fly is None:
+        machines = local = LocalMachines(reactor, time.time, sandboxed=find_sandbox())
+        shut_down, worker_url, endpoint = local.shutdown, None, "tcp:8000:interface=127.0.0.1"
+    else:
+        agent, connections = lasting_agent(reactor)
+        machines = FlyMachines(reactor, agent, random, fly.api_url, fly.worker_app, fly.token)
+        shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
+    proxy = Proxy(reactor, worker_url, settings.max_output)
+    pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_settings(settings))
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
     site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
-    endpoint = options["listen"] or "tcp:8000:interface=127.0.0.1"
-    return CoordService(coordinator, site, listening(endpoint, site, reactor), pool, machines.shutdown)
+    listener = listening(options["listen"] or endpoint, site, reactor)
+    return CoordService(coordinator, site, listener, pool, shut_down)
 
 
 def pool_settings(settings: CoordSettings) -> PoolSettings:
@@ -214,7 +246,7 @@ def pool_settings(settings: CoordSettings) -> PoolSettings:
         size=settings.pool_size,
         region=settings.region,
         config=MachineConfig(
-            image="local",
+            image=settings.fly.worker_image if settings.fly else "local",
             env=environment,
             cpus=settings.worker_cpus,
             memory_mb=settings.worker_memory_mb,

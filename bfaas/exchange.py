@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint
+from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, wrapClientTLS
 from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, ResponseDone
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
 from zope.interface import implementer
@@ -78,8 +78,8 @@ class _Quietly:
 
 
 @implementer(IAgentEndpointFactory)
-class _PlainEndpoints:
-    """Plain TCP; an IPv4 address is connected to directly, as racing one address with nobody costs 0.3 s."""
+class _Endpoints:
+    """TCP, or TLS over it; an IPv4 address is connected to directly, as racing it with nobody costs 0.3 s."""
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -87,9 +87,12 @@ class _PlainEndpoints:
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Choose the endpoint."""
         host = uri.host.decode("ascii")
-        if host.replace(".", "").isdigit():
-            return _Quietly(TCP4ClientEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT))
-        return _Quietly(HostnameEndpoint(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT))
+        kind = TCP4ClientEndpoint if host.replace(".", "").isdigit() else HostnameEndpoint
+        endpoint: IStreamClientEndpoint = kind(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
+        if uri.scheme == b"https":
+            creator = BrowserLikePolicyForHTTPS().creatorForNetloc(uri.host, uri.port)
+            endpoint = wrapClientTLS(creator, endpoint)
+        return _Quietly(endpoint)
 
 
 @implementer(IAgent)
@@ -127,7 +130,13 @@ def single_use_agent(reactor: Any) -> IAgent:
     """Make an agent that connects for every request anew, never repeats one, and takes no encoded answer."""
     pool = HTTPConnectionPool(reactor, persistent=False)
     pool.retryAutomatically = False
-    return _IdentityAgent(Agent.usingEndpointFactory(reactor, _PlainEndpoints(reactor), pool=pool))
+    return _IdentityAgent(Agent.usingEndpointFactory(reactor, _Endpoints(reactor), pool=pool))
+
+
+def lasting_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
+    """Make an agent that keeps connections, TLS or not, for a server that we trust; and their pool."""
+    pool = HTTPConnectionPool(reactor)
+    return Agent.usingEndpointFactory(reactor, _Endpoints(reactor), pool=pool), pool
 
 
 async def head(response: Deferred[Any]) -> Any:
@@ -204,7 +213,7 @@ def discard(response: IResponse) -> None:
     body.close()
 
 
-async def read(response: IResponse, limit: int) -> bytes:
+async def read_body(response: IResponse, limit: int) -> bytes:
     """Read an answer's body whole. Raises `BodyTooLargeError` past `limit` bytes."""
     pieces: list[bytes] = []
     room = limit

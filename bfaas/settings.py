@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from bfaas.auth import Signer, Verifier, genkey
@@ -85,11 +85,27 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True)
+class FlySettings:
+    """What it takes to have machines on Fly: their app and image, and the API's and the workers' URLs."""
+
+    worker_app: str
+    worker_image: str
+    token: str = field(repr=False)
+    api_url: str
+    worker_url: str
+
+
+@dataclass(frozen=True)
 class CoordSettings:
-    """What a coordinator is told. Spans of time are in seconds, sizes in bytes."""
+    """
+    What a coordinator is told. Spans of time are in seconds, sizes in bytes.
+
+    `fly` is None where the workers are processes on this host.
+    """
 
     max_req_time: float
-    worker_app: str
+    fly: FlySettings | None
+    replay: bool
     signer: Signer
     machine_id: str
     region: str
@@ -101,11 +117,6 @@ class CoordSettings:
     max_body: int
     max_output: int
 
-    @property
-    def mock(self) -> bool:
-        """Whether the workers are processes on this host."""
-        return self.worker_app == _MOCK
-
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings; raise `SettingsError` with all that is wrong."""
@@ -114,7 +125,8 @@ class CoordSettings:
             mock = worker_app == _MOCK
             return cls(
                 max_req_time=read.required("MAXREQTIME", _positive(parse_duration), "a duration such as 10s"),
-                worker_app=worker_app,
+                fly=None if mock else _fly(read, worker_app),
+                replay=read.optional("FLY_REPLAY", _switch, default=False),
                 signer=(
                     read.optional("PRIVATE", Signer, Signer(genkey().private))
                     if mock
@@ -174,6 +186,16 @@ class BasherSettings:
                 sandbox=read.optional("SANDBOX", _words, ()),
                 home=read.optional("HOME", str, "/"),
             )
+
+
+def _fly(read: _Reader, worker_app: str) -> FlySettings:
+    return FlySettings(
+        worker_app=worker_app,
+        worker_image=read.required("WORKER_IMAGE", str, "the image that workers run"),
+        token=read.required("FLY_TOKEN", str, "a token that may manage the worker app"),
+        api_url=read.optional("FLY_FLAPS_BASE_URL", _url, "http://_api.internal:4280"),
+        worker_url=read.optional("WORKER_URL", _url, f"http://{worker_app}.flycast"),
+    )
 
 
 class _Reader:
@@ -266,6 +288,18 @@ def _machine_id(text: str) -> str:
     if not _MACHINE_ID.fullmatch(text):
         raise ValueError(f"{_quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
     return text
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("1", "0", "true", "false", "on", "off", "yes", "no"):
+        raise ValueError(f'"{text}" is neither on nor off')
+    return text.lower() in ("1", "true", "on", "yes")
+
+
+def _url(text: str) -> str:
+    if not re.fullmatch(r"https?://[A-Za-z0-9_.:\[\]-]+/?", text):
+        raise ValueError(f'"{text}" is not a URL such as http://host:port')
+    return text.rstrip("/")
 
 
 def _words(text: str) -> tuple[str, ...]:

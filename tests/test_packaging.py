@@ -12,7 +12,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 ROOT = Path(__file__).parent.parent
-TAPNAMES = {"bfaas-coord", "bfaas-basher"}
+TAPNAMES = {"bfaas-coord", "bfaas-basher", "bfaas-machines"}
 
 LIST_PLUGINS = """
 import twisted, twisted.application.service as service

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from datetime import datetime
 from math import ceil
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
 from treq.client import HTTPClient
@@ -19,7 +18,7 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.exchange import BytesProducer, head, read
+from bfaas.exchange import BytesProducer, head, read_body
 from bfaas.machines.api import (
     Call,
     CapacityError,
@@ -38,16 +37,26 @@ from bfaas.machines.api import (
     UnavailableError,
     WaitTimeoutError,
 )
+from bfaas.machines.documents import (
+    DocumentError,
+    config_to_json,
+    read_created,
+    read_lease,
+    read_list,
+    read_machine,
+    read_object,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from random import Random
 
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.iweb import IAgent
 
+T = TypeVar("T")
+
 NONCE = "fly-machine-lease-nonce"
-WORKER_PORT = 8001
 
 _CALL_LIMIT = 15.0  # seconds for a call that needs no waiting, its repetitions included
 _CREATE_LIMIT = 60.0  # a create waits for a host
@@ -101,40 +110,38 @@ class FlyMachines:
     ) -> tuple[Machine, Lease]:
         """Make a machine, leased at once. Repeated where needed: two machines never have the same name."""
         asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": config_to_json(config)}
-        told = await self._call("POST", "", body=asked, limit=_CREATE_LIMIT)
-        machine = _machine(told)
-        nonce = told.get("nonce")
-        if machine.name != name or not isinstance(nonce, str) or not nonce:
-            raise UnavailableError(f"the answer to the creation of {name} tells another name, or no nonce")
+        machine, nonce = await self._call("POST", "", read_created, body=asked, limit=_CREATE_LIMIT)
+        if machine.name != name:
+            raise UnavailableError(f"asked to create {name}, the API tells of {machine.name}")
         return machine, Lease(nonce, machine.created_at + lease_ttl)
 
     async def list(self) -> list[Machine]:
         """Tell every machine of the app that is not destroyed; the answer may be stale."""
-        told = await self._call("GET", "", kind=list)
         machines = []
-        for item in told:
+        for item in await self._call("GET", "", read_list):
             try:
-                machines.append(_machine(item))
-            except UnavailableError as error:
+                machines.append(read_machine(item))
+            except DocumentError as error:
                 self._log.warn("a machine in the list makes no sense: {error}", error=error)
         return machines
 
     async def get(self, machine_id: str) -> Machine:
         """Look at one machine."""
-        return _machine(await self._call("GET", f"/{machine_id}"))
+        return await self._call("GET", f"/{machine_id}", read_machine)
 
     async def start(self, machine_id: str, nonce: str | None) -> None:
         """Start it."""
-        await self._call("POST", f"/{machine_id}/start", nonce)
+        await self._call("POST", f"/{machine_id}/start", read_object, nonce)
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
         """Stop it, without grace."""
         # Fly waits for the end of a process at least this long; SIGKILL ends it at once.
-        await self._call("POST", f"/{machine_id}/stop", nonce, {"signal": "SIGKILL", "timeout": "1s"})
+        asked = {"signal": "SIGKILL", "timeout": "1s"}
+        await self._call("POST", f"/{machine_id}/stop", read_object, nonce, asked)
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
         """Freeze it."""
-        await self._call("POST", f"/{machine_id}/suspend", nonce)
+        await self._call("POST", f"/{machine_id}/suspend", read_object, nonce)
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
         """Wait, in slices that the API allows."""
@@ -147,7 +154,13 @@ class FlyMachines:
                 query["instance_id"] = machine.instance_id
             try:
                 told = await deadline.run(
-                    self._call("GET", f"{path}?{urlencode(query)}", limit=seconds + _CALL_LIMIT, repeat=False)
+                    self._call(
+                        "GET",
+                        f"{path}?{urlencode(query)}",
+                        read_object,
+                        limit=seconds + _CALL_LIMIT,
+                        repeat=False,
+                    )
                 )
             except DeadlineExceededError:
                 break
@@ -168,45 +181,45 @@ class FlyMachines:
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
         """Destroy it, in whatever state it is."""
-        await self._call("DELETE", f"/{machine_id}?force=true", nonce)
+        await self._call("DELETE", f"/{machine_id}?force=true", read_object, nonce)
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Take a free lease. Not repeated: had it been ours, the second call would find it held."""
         asked = {"ttl": ttl, "description": description}
-        return _lease(await self._call("POST", f"/{machine_id}/lease", body=asked, repeat=False))
+        return await self._call("POST", f"/{machine_id}/lease", read_lease, body=asked, repeat=False)
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
         """Extend our lease."""
-        lease = _lease(await self._call("POST", f"/{machine_id}/lease", nonce, {"ttl": ttl}))
+        lease = await self._call("POST", f"/{machine_id}/lease", read_lease, nonce, {"ttl": ttl})
         if lease.nonce != nonce:
             raise LeaseHeldError(f"the lease on {machine_id} had run out: this is another")
         return lease
 
     async def get_lease(self, machine_id: str) -> Lease:
         """Tell the lease in force."""
-        return _lease(await self._call("GET", f"/{machine_id}/lease"))
+        return await self._call("GET", f"/{machine_id}/lease", read_lease)
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
         """Give our lease back."""
-        await self._call("DELETE", f"/{machine_id}/lease", nonce)
+        await self._call("DELETE", f"/{machine_id}/lease", read_object, nonce)
 
     async def _call(
         self,
         method: str,
         path: str,
+        read: Callable[[Any], T],
         nonce: str | None = None,
         body: Mapping[str, Any] | None = None,
         *,
         limit: float = _CALL_LIMIT,
         repeat: bool = True,
-        kind: type = dict,
-    ) -> Any:
-        """Make a call, and read its answer as JSON of a kind. Raises `MachinesError`."""
+    ) -> T:
+        """Make a call, and read its answer. Raises `MachinesError`."""
         deadline = Deadline(self._clock, limit)
         pause, longest = _PAUSES
         while True:
             try:
-                return await deadline.run(self._call_once(method, path, nonce, body, kind))
+                return await deadline.run(self._call_once(method, path, read, nonce, body))
             except DeadlineExceededError as error:
                 raise UnavailableError(f"{method} {path}: {error}", Call(method, path)) from None
             except UnavailableError as error:
@@ -217,8 +230,13 @@ class FlyMachines:
             pause = min(2 * pause, longest)
 
     async def _call_once(
-        self, method: str, path: str, nonce: str | None, body: Mapping[str, Any] | None, kind: type
-    ) -> Any:
+        self,
+        method: str,
+        path: str,
+        read: Callable[[Any], T],
+        nonce: str | None,
+        body: Mapping[str, Any] | None,
+    ) -> T:
         path = self._machines + path
         try:
             answer = await self._send(method, path, nonce, body)
@@ -230,12 +248,9 @@ class FlyMachines:
         if not 200 <= answer.status < 300:  # noqa: PLR2004 - success
             raise _error(call, answer.body)
         try:
-            told = json.loads(answer.body)
-        except ValueError:
-            told = None
-        if not isinstance(told, kind):
-            raise UnavailableError(f"{method} {path}: not the JSON it should be: {call.excerpt}", call)
-        return told
+            return read(json.loads(answer.body))
+        except (ValueError, DocumentError) as error:
+            raise UnavailableError(f"{method} {path}: {error}: {call.excerpt}", call) from None
 
     async def _send(
         self, method: str, path: str, nonce: str | None, body: Mapping[str, Any] | None
@@ -255,76 +270,7 @@ class FlyMachines:
             )
         )  # fmt: skip
         names = response.headers.getRawHeaders("fly-request-id", [None])
-        return _Answer(response.code, await read(response, _MAX_ANSWER), names[0])
-
-
-def config_to_json(config: MachineConfig) -> dict[str, Any]:
-    """
-    Write a machine's config.
-
-    It is never started, stopped or restarted but by us: not by traffic, not at its end. The service is
-    what the app's proxy reaches it by.
-    """
-    return {
-        "image": config.image,
-        "env": dict(config.env),
-        "metadata": dict(config.metadata),
-        "guest": {"cpu_kind": "shared", "cpus": config.cpus, "memory_mb": config.memory_mb},
-        "restart": {"policy": "no"},
-        "auto_destroy": False,
-        "stop_config": {"signal": "SIGKILL", "timeout": "1s"},
-        "services": [
-            {
-                "protocol": "tcp",
-                "internal_port": WORKER_PORT,
-                "autostart": False,
-                "autostop": "off",
-                "ports": [{"port": 80, "handlers": ["http"]}],
-            }
-        ],
-    }
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _object(value: object) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _machine(told: object) -> Machine:
-    fields = _object(told)
-    config = _object(fields.get("config")) or _object(fields.get("incomplete_config"))
-    if not (_text(fields.get("id")) and _text(fields.get("name")) and _text(fields.get("state"))):
-        raise UnavailableError(f"a machine without id, name or state: {_excerpt(json.dumps(told).encode())}")
-    return Machine(
-        id=fields["id"],
-        name=fields["name"],
-        state=State(fields["state"]),
-        region=_text(fields.get("region")),
-        image=_text(config.get("image")),
-        metadata={key: _text(value) for key, value in _object(config.get("metadata")).items()},
-        instance_id=_text(fields.get("instance_id")) or _text(fields.get("version")),
-        created_at=_moment(fields.get("created_at")),
-    )
-
-
-def _moment(told: object) -> float:
-    """Read an RFC 3339 time as seconds since the epoch; 0 where it is none."""
-    try:
-        return datetime.fromisoformat(_text(told)).timestamp()
-    except ValueError:
-        return 0.0
-
-
-def _lease(told: dict[str, Any]) -> Lease:
-    """Read a lease, which is wrapped in `data` (the published schema shows it without)."""
-    fields = _object(told.get("data"))
-    nonce, expires_at = fields.get("nonce"), fields.get("expires_at")
-    if told.get("status") != "success" or not _text(nonce) or not isinstance(expires_at, int | float):
-        raise UnavailableError("an answer that is no lease")
-    return Lease(_text(nonce), expires_at, _text(fields.get("owner")), _text(fields.get("description")))
+        return _Answer(response.code, await read_body(response, _MAX_ANSWER), names[0])
 
 
 def _excerpt(body: bytes) -> str:
@@ -338,10 +284,11 @@ _NO_ROOM = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
 def _error(call: Call, body: bytes) -> MachinesError:
     """Choose the error by status first; the text only refines it (superfly/fly-go, flaps/flaps_error.go)."""
     try:
-        told = _object(json.loads(body))
-    except ValueError:
+        told = read_object(json.loads(body))
+    except (ValueError, DocumentError):
         told = {}
-    text = _text(told.get("message")) or _text(told.get("error")) or call.excerpt
+    said = told.get("message") or told.get("error")
+    text = said if isinstance(said, str) else call.excerpt
     message = f"{call.method} {call.path}: {call.status} {text} (fly-request-id {call.request_id})"
     status = call.status or 0
     kind: type[MachinesError]

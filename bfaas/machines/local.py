@@ -24,7 +24,7 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
 
 from bfaas import tree
-from bfaas.machines.memory import Bodies, MemoryMachines
+from bfaas.machines.memory import MemoryMachines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
     from bfaas.machines.api import Machine, MachineConfig
+    from bfaas.machines.bodies import Bodies
 
 _log = Logger()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
@@ -24,58 +24,16 @@ from bfaas.machines.api import (
     NameTakenError,
     NotFoundError,
     NotReadyError,
-    RateLimitedError,
     State,
     WaitTimeoutError,
 )
+from bfaas.machines.bodies import Bodies, NoBodies
+from bfaas.machines.rates import NoLimits, RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from twisted.internet.interfaces import IReactorTime
-
-
-class Bodies(Protocol):
-    """Gives machines bodies."""
-
-    def place(self) -> str | None:
-        """Choose the URL that a new machine will have; None for none."""
-        ...
-
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
-        """Start a body; call `exited` if it ends by itself. Raises `OSError`."""
-        ...
-
-    async def kill(self, machine_id: str) -> None:
-        """End the body at once, with all that it left; right also where there is none."""
-        ...
-
-    async def freeze(self, machine_id: str) -> None:
-        """Let the body stand still, where it is."""
-        ...
-
-    async def thaw(self, machine_id: str) -> None:
-        """Let the body go on."""
-        ...
-
-
-class NoBodies:
-    """Machines that are only told of."""
-
-    def place(self) -> None:
-        """Be nowhere."""
-
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
-        """Start nothing."""
-
-    async def kill(self, machine_id: str) -> None:
-        """End nothing."""
-
-    async def freeze(self, machine_id: str) -> None:
-        """Do nothing."""
-
-    async def thaw(self, machine_id: str) -> None:
-        """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +61,6 @@ class _Entry:
     watchers: list[Deferred[None]] = field(default_factory=list)
 
 
-class _Bucket:
-    """A token bucket: `rate` a second, `burst` at once."""
-
-    def __init__(self, rate: float, burst: float, now: float) -> None:
-        self._rate, self._burst, self._tokens, self._at = rate, burst, burst, now
-
-    def take(self, now: float) -> bool:
-        self._tokens = min(self._burst, self._tokens + self._rate * (now - self._at))
-        self._at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
-
-
 class MemoryMachines:
     """
     Machines of one app, in memory.
@@ -142,8 +85,7 @@ class MemoryMachines:
         self._wall = wall
         self._bodies: Bodies = bodies or NoBodies()
         self._timing = timing or Timing()
-        self._rate_limited = rate_limited
-        self._buckets: dict[tuple[str, str], _Bucket] = {}
+        self._limits = RateLimits(clock) if rate_limited else NoLimits()
         self._entries: dict[str, _Entry] = {}
         self._under_way: set[Deferred[None]] = set()
 
@@ -153,7 +95,7 @@ class MemoryMachines:
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
         """Make a machine under a unique name; it boots by itself."""
-        self._limit("create", "")
+        self._limits.take("create")
         for entry in self._entries.values():
             if entry.machine.name == name and not _is_gone(entry):
                 raise NameTakenError(f"machine {entry.machine.id} has the name {name}", entry.machine.id)
@@ -176,12 +118,12 @@ class MemoryMachines:
 
     async def list(self) -> list[Machine]:
         """Tell every machine that is not destroyed."""
-        self._limit("list", "")
+        self._limits.take("list")
         return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
 
     async def get(self, machine_id: str) -> Machine:
         """Look at one machine."""
-        self._limit("get", machine_id, rate=5, burst=10)
+        self._limits.take("get", machine_id, rate=5, burst=10)
         return self._entry(machine_id).machine
 
     async def start(self, machine_id: str, nonce: str | None) -> None:
@@ -250,7 +192,7 @@ class MemoryMachines:
 
     async def get_lease(self, machine_id: str) -> Lease:
         """Tell the lease in force."""
-        self._limit("get-lease", machine_id)
+        self._limits.take("get-lease", machine_id)
         lease = self._lease(self._entry(machine_id))
         if lease is None:
             raise NotFoundError("lease not found")
@@ -283,13 +225,6 @@ class MemoryMachines:
 
     # Rules.
 
-    def _limit(self, action: str, machine_id: str, rate: float = 1, burst: float = 3) -> None:
-        if self._rate_limited:
-            now = self._clock.seconds()
-            bucket = self._buckets.setdefault((action, machine_id), _Bucket(rate, burst, now))
-            if not bucket.take(now):
-                raise RateLimitedError("rate limit exceeded")
-
     def _entry(self, machine_id: str) -> _Entry:
         entry = self._entries.get(machine_id)
         if entry is None:
@@ -301,7 +236,7 @@ class MemoryMachines:
         return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
 
     def _guarded(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
-        self._limit(action, machine_id)
+        self._limits.take(action, machine_id)
         entry = self._entry(machine_id)
         lease = self._lease(entry)
         if lease is not None and lease.nonce != nonce:

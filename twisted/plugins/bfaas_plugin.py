@@ -8,3 +8,6 @@ coord = ServiceMaker(
 basher = ServiceMaker(
     "bfaas worker", "bfaas.basher", "Run one authenticated bash script, then end.", "bfaas-basher"
 )
+machines = ServiceMaker(
+    "bfaas machines", "bfaas.machines.server", "Stand in for Fly on this host.", "bfaas-machines"
+)
