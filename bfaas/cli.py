@@ -6,15 +6,22 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bfaas.auth import KeyFormatError, Signer, genkey
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from twisted.internet.defer import Deferred
+
+    from bfaas.machines.api import MachinesAPI
 
     Command = Callable[[Namespace, Mapping[str, str]], int]  # does it and returns the exit code
+
+
+T = TypeVar("T")
 
 
 class CommandError(Exception):
@@ -48,6 +55,14 @@ def _parser() -> ArgumentParser:
     command.add_argument("machine", metavar="MACHINE", help="the machine that will accept it")
     command.set_defaults(command=_genauth)
 
+    command = commands.add_parser("machines", help="list the machines of the app $WORKER_APP")
+    command.set_defaults(command=_machines)
+
+    command = commands.add_parser("destroy", help="destroy a pool's machines, after asking")
+    command.add_argument("--pool", metavar="NAME", help="the pool; $FLY_MACHINE_ID where it is not given")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    command.set_defaults(command=_destroy)
+
     return parser
 
 
@@ -67,6 +82,54 @@ def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
         raise CommandError(f"PRIVATE: {error}") from None
     sys.stdout.write(f"{signer.sign(arguments.machine, time.time())}\n")
     return 0
+
+
+def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas import operate  # noqa: PLC0415 - what the keys' commands can do without
+
+    sys.stdout.write(_with_api(environ, operate.table))
+    return 0
+
+
+def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas import operate  # noqa: PLC0415 - what the keys' commands can do without
+
+    pool = arguments.pool or environ.get("FLY_MACHINE_ID", "").strip()
+    if not pool:
+        raise CommandError("which pool? Give --pool, or FLY_MACHINE_ID")
+
+    async def ask_and_destroy(api: MachinesAPI) -> int | None:
+        machines = await operate.of_pool(api, pool)
+        for machine in machines:
+            sys.stdout.write(f"{machine.id}  {machine.state}  {machine.name}\n")
+        sure = arguments.yes or not machines or _sure(f"Destroy these {len(machines)} machines of {pool}?")
+        return await operate.destroy(api, machines) if sure else None
+
+    destroyed = _with_api(environ, ask_and_destroy)
+    if destroyed is None:
+        raise CommandError("nothing was destroyed")
+    sys.stdout.write(f"destroyed {destroyed} machines of {pool}\n")
+    return 0
+
+
+def _sure(question: str) -> bool:
+    sys.stdout.write(f"{question} [y/N] ")
+    sys.stdout.flush()
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _with_api(
+    environ: Mapping[str, str], work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]
+) -> T:
+    """Do something with the Machines API that the environment names."""
+    from bfaas.machines.api import MachinesError  # noqa: PLC0415
+    from bfaas.operate import with_api  # noqa: PLC0415
+    from bfaas.settings import ApiSettings, SettingsError  # noqa: PLC0415
+
+    try:
+        return with_api(ApiSettings.from_environment(environ), work)
+    except (SettingsError, MachinesError) as error:
+        raise CommandError(str(error)) from None
 
 
 if __name__ == "__main__":

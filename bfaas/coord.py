@@ -223,7 +223,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         shut_down, worker_url, endpoint = local.shutdown, None, "tcp:8000:interface=127.0.0.1"
     else:
         agent, connections = lasting_agent(reactor)
-        machines = FlyMachines(reactor, agent, random, fly.api_url, fly.worker_app, fly.token)
+        machines = FlyMachines(reactor, agent, random, fly.api.url, fly.api.worker_app, fly.api.token)
         shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
     proxy = Proxy(reactor, worker_url, settings.max_output)
     pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_settings(settings))

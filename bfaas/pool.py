@@ -129,7 +129,7 @@ class Pool:
         self._destroying = True
         await self.close()
         try:
-            await Deadline(self._clock, self._settings.limits.destroy).run(self._sweep.destroy_own())
+            await Deadline(self._clock, self._settings.limits.destroy).run(self._sweep.destroy_all_own())
         except (MachinesError, DeadlineExceededError) as error:
             self._log.error("cannot tell whether a machine is left: {error}", error=error)
 

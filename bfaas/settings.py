@@ -85,13 +85,26 @@ class SettingsError(Exception):
 
 
 @dataclass(frozen=True)
-class FlySettings:
-    """What it takes to have machines on Fly: their app and image, and the API's and the workers' URLs."""
+class ApiSettings:
+    """What it takes to ask the Machines API about an app."""
 
     worker_app: str
-    worker_image: str
+    url: str
     token: str = field(repr=False)
-    api_url: str
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> ApiSettings:
+        """Read the settings; raise `SettingsError` with all that is wrong."""
+        with _Reader(environ) as read:
+            return _api(read, read.required("WORKER_APP", str, "the Fly app whose machines are meant"))
+
+
+@dataclass(frozen=True)
+class FlySettings:
+    """What it takes to have workers on Fly: the API, their image, and the URL that leads to them."""
+
+    api: ApiSettings
+    worker_image: str
     worker_url: str
 
 
@@ -190,11 +203,17 @@ class BasherSettings:
 
 def _fly(read: _Reader, worker_app: str) -> FlySettings:
     return FlySettings(
-        worker_app=worker_app,
+        api=_api(read, worker_app),
         worker_image=read.required("WORKER_IMAGE", str, "the image that workers run"),
-        token=read.required("FLY_TOKEN", str, "a token that may manage the worker app"),
-        api_url=read.optional("FLY_FLAPS_BASE_URL", _url, "http://_api.internal:4280"),
         worker_url=read.optional("WORKER_URL", _url, f"http://{worker_app}.flycast"),
+    )
+
+
+def _api(read: _Reader, worker_app: str) -> ApiSettings:
+    return ApiSettings(
+        worker_app=worker_app,
+        url=read.optional("FLY_FLAPS_BASE_URL", _url, "http://_api.internal:4280"),
+        token=read.required("FLY_TOKEN", str, "a token that may manage the worker app"),
     )
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from bfaas.life import Member, PoolSettings
     from bfaas.machines.api import Machine, MachinesAPI
 
+_log = Logger()
+
 _GONE = (State.DESTROYING, State.DESTROYED)
 
 
@@ -30,8 +32,6 @@ class Sweep:
     `known` tells the pool's member of a name. `adopt` takes a machine of ours in that the pool does not
     know, and answers False when it has no place for it.
     """
-
-    _log = Logger()
 
     def __init__(
         self,
@@ -58,13 +58,13 @@ class Sweep:
             try:
                 await self._look_at(machine)
             except MachinesError as error:
-                self._log.warn("leaves {name} for now: {error}", name=machine.name, error=error)
+                _log.warn("leaves {name} for now: {error}", name=machine.name, error=error)
 
-    async def destroy_own(self) -> None:
+    async def destroy_all_own(self) -> None:
         """Destroy all machines of this pool."""
         for machine in await self._api.list():
             if self._settings.owns(machine):
-                await self._destroy_own(machine)
+                await destroy_own(self._api, machine)
 
     async def _look_at(self, machine: Machine) -> None:
         if owner(machine.name) is None or machine.state in _GONE:
@@ -75,7 +75,7 @@ class Sweep:
         member = self._known(machine.name)
         if member is not None:
             if not self._settings.recognizes(machine):
-                self._log.warn("somebody changed the metadata of {name}", name=machine.name)
+                _log.warn("somebody changed the metadata of {name}", name=machine.name)
                 member.tainted = True
                 member.wake(wanted=False)
             return
@@ -84,7 +84,7 @@ class Sweep:
             return
         fit = self._settings.recognizes(machine) and machine.name not in self._doomed
         if not (fit and await self._is_leased(machine) and self._adopt(machine)):
-            await self._destroy_own(machine)
+            await destroy_own(self._api, machine)
 
     async def _destroy_unleased(self, machine: Machine) -> None:
         """Destroy another pool's machine if its lease has run out."""
@@ -97,19 +97,7 @@ class Sweep:
             await self._api.destroy(machine.id, None)
         except LeaseHeldError:
             return
-        self._log.info("destroyed {name}, whose lease had run out", name=machine.name)
-
-    async def _destroy_own(self, machine: Machine) -> None:
-        """Destroy a machine of ours, with whatever lease it has."""
-        try:
-            nonce = (await self._api.get_lease(machine.id)).nonce
-        except NotFoundError:
-            nonce = None
-        try:
-            await self._api.destroy(machine.id, nonce)
-        except NotFoundError:
-            return
-        self._log.info("destroyed {name}, which is not to be used", name=machine.name)
+        _log.info("destroyed {name}, whose lease had run out", name=machine.name)
 
     async def _is_leased(self, machine: Machine) -> bool:
         try:
@@ -117,3 +105,16 @@ class Sweep:
         except NotFoundError:
             return False
         return True
+
+
+async def destroy_own(api: MachinesAPI, machine: Machine) -> None:
+    """Destroy a machine of our own, with whatever lease it has."""
+    try:
+        nonce = (await api.get_lease(machine.id)).nonce
+    except NotFoundError:
+        nonce = None
+    try:
+        await api.destroy(machine.id, nonce)
+    except NotFoundError:
+        return
+    _log.info("destroyed {name}, {id}, which is not to be used", name=machine.name, id=machine.id)

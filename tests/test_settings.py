@@ -6,8 +6,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.auth import Signer, genkey
 from bfaas.settings import (
+    ApiSettings,
     BasherSettings,
     CoordSettings,
+    FlySettings,
     SettingsError,
     _nanoseconds,
     parse_duration,
@@ -25,6 +27,8 @@ PAIR = genkey()
 # The least that each role needs.
 MOCK = {"MAXREQTIME": "10s", "WORKER_APP": "mock"}
 FLY = {
+    "WORKER_IMAGE": "registry/basher:1",
+    "FLY_TOKEN": "FlyV1 secret",
     "MAXREQTIME": "1m30s",
     "WORKER_APP": "bfaas-workers",
     "PRIVATE": PAIR.private,
@@ -163,7 +167,8 @@ class CoordSettingsTests(SynchronousTestCase):
 
         expected = CoordSettings(
             max_req_time=10.0,
-            worker_app="mock",
+            fly=None,
+            replay=False,
             signer=found.signer,
             machine_id="mock",
             region="local",
@@ -176,7 +181,6 @@ class CoordSettingsTests(SynchronousTestCase):
             max_output=67_108_864,
         )
         self.assertEqual(expected, found)
-        self.assertTrue(found.mock)
 
     def test_mock_makes_a_new_pair_each_time(self) -> None:
         first, second = (CoordSettings.from_environment(MOCK).signer for _ in range(2))
@@ -193,6 +197,8 @@ class CoordSettingsTests(SynchronousTestCase):
 
     def test_every_variable_is_read(self) -> None:
         tuning = {
+            "FLY_FLAPS_BASE_URL": "http://127.0.0.1:4280/",
+            "FLY_REPLAY": "on",
             "POOLSIZE": "7",
             "WORKER_CPUS": "2",
             "WORKER_MEMORY_MB": "512",
@@ -205,7 +211,12 @@ class CoordSettingsTests(SynchronousTestCase):
 
         expected = CoordSettings(
             max_req_time=90.0,
-            worker_app="bfaas-workers",
+            fly=FlySettings(
+                ApiSettings("bfaas-workers", "http://127.0.0.1:4280", "FlyV1 secret"),
+                "registry/basher:1",
+                "http://bfaas-workers.flycast",
+            ),
+            replay=True,
             signer=found.signer,
             machine_id="3d8d9d",
             region="ams",
@@ -219,12 +230,14 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, found)
         self.assertEqual(PAIR.public, found.signer.public)
-        self.assertFalse(found.mock)
+        self.assertNotIn("FlyV1 secret", repr(found))
 
     def test_all_that_is_missing_is_told_at_once(self) -> None:
         expected = (
             "WORKER_APP: missing; a Fly app, or mock for local machines",
             "MAXREQTIME: missing; a duration such as 10s",
+            "FLY_TOKEN: missing; a token that may manage the worker app",
+            "WORKER_IMAGE: missing; the image that workers run",
             "PRIVATE: missing; a key that `bfaas genkey` made",
             "FLY_MACHINE_ID: missing; this machine's name",
             "FLY_REGION: missing; a region such as ams",
@@ -246,9 +259,11 @@ class CoordSettingsTests(SynchronousTestCase):
             "MAXQUEUE": "-1",
             "MAXBODY": "big",
             "MAXOUTPUT": "0B",
+            "FLY_REPLAY": "maybe",
         }
         expected = (
             'MAXREQTIME: "10" is not a duration such as 1m30s',
+            'FLY_REPLAY: "maybe" is neither on nor off',
             'FLY_MACHINE_ID: "a b" is not 1 to 63 letters, digits, dashes and underscores',
             'POOLSIZE: "x" is not a whole number',
             'WORKER_CPUS: "0" is not above zero',

@@ -38,6 +38,7 @@ ROOMS = [
     "bfaas.basher",
     "bfaas.proxy",
     "bfaas.coord",
+    "bfaas.operate",
     "bfaas.cli",
 ]
 

@@ -1,0 +1,87 @@
+"""What `bfaas machines` and `bfaas destroy` do: look at an app's machines, and destroy a pool's."""
+
+from __future__ import annotations
+
+import time
+from random import SystemRandom
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import react
+
+from bfaas.exchange import lasting_agent
+from bfaas.life import owner
+from bfaas.machines.api import MachinesError, NotFoundError
+from bfaas.machines.fly import FlyMachines
+from bfaas.sweep import destroy_own
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.settings import ApiSettings
+
+T = TypeVar("T")
+
+_HEADINGS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
+
+
+def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]) -> T:
+    """Do something with the Machines API, in a reactor of its own. Raises `MachinesError`."""
+    outcome: list[T] = []
+    errors: list[MachinesError] = []
+
+    async def run(reactor: Any) -> None:
+        agent, connections = lasting_agent(reactor)
+        api = FlyMachines(reactor, agent, SystemRandom(), settings.url, settings.worker_app, settings.token)
+        try:
+            outcome.append(await work(api))
+        except MachinesError as error:
+            errors.append(error)
+        finally:
+            await connections.closeCachedConnections()
+
+    try:
+        react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
+    except SystemExit:
+        if errors:
+            raise errors[0] from None
+        if not outcome:
+            raise
+    return outcome[0]
+
+
+async def table(api: MachinesAPI) -> str:
+    """Describe the app's machines, a line each: whose, in which state, how old, how long still leased."""
+    rows = [_HEADINGS]
+    for machine in sorted(await api.list(), key=lambda machine: machine.name):
+        try:
+            left = _span((await api.get_lease(machine.id)).expires_at - time.time())
+        except NotFoundError:
+            left = "none"
+        age = _span(time.time() - machine.created_at)
+        rows.append((machine.id, owner(machine.name) or "-", machine.state, age, left, machine.name))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "".join(f"{line.rstrip()}\n" for line in lines)
+
+
+async def of_pool(api: MachinesAPI, pool: str) -> list[Machine]:
+    """Find a pool's machines."""
+    return [machine for machine in await api.list() if owner(machine.name) == pool]
+
+
+async def destroy(api: MachinesAPI, machines: list[Machine]) -> int:
+    """Destroy machines, one after the other; tells how many."""
+    for machine in machines:
+        await destroy_own(api, machine)
+    return len(machines)
+
+
+def _span(seconds: float) -> str:
+    """Write a span of time in its two largest units."""
+    whole = max(0, round(seconds))
+    for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller}{name}"
+    return f"{whole}s"
