@@ -198,13 +198,10 @@ def start(arguments: list[str], settings: dict[str, str]) -> tuple[Program, int]
     return program, process.pid
 
 
-async def start_coordinator(**settings: str) -> Running:
-    """Start `twistd bfaas-coord` over local machines, and wait until it takes requests."""
-    port = free_port()
-    listen = ["bfaas-coord", "--listen", f"tcp:{port}:interface=127.0.0.1"]
-    program, pid = start(
-        [*TWISTD, *listen], {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s", **settings}
-    )
+async def start_listening(role: str, port: int, options: list[str], settings: dict[str, str]) -> Running:
+    """Start one of our roles with twistd, and wait until it takes requests."""
+    endpoint = f"tcp:{port}:interface=127.0.0.1"
+    program, pid = start([*TWISTD, role, "--listen", endpoint, *options], settings)
     for _ in range(int(PATIENCE / 0.05)):
         assert program.status is None, program.said.decode()
         with socket.socket() as probe:
@@ -212,6 +209,12 @@ async def start_coordinator(**settings: str) -> Running:
                 return Running(program, port, pid)
         await sleep(reactor, 0.05)
     raise AssertionError(program.said.decode())
+
+
+async def start_coordinator(**settings: str) -> Running:
+    """Start a coordinator, over local machines where the settings do not say otherwise."""
+    defaults = {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s"}
+    return await start_listening("bfaas-coord", free_port(), [], {**defaults, **settings})
 
 
 async def stop(running: Running) -> int | None:

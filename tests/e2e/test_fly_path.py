@@ -1,0 +1,231 @@
+"""The path that a coordinator takes on Fly, on one host: Machines API, proxy and coordinators as programs."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest_twisted
+from treq.client import HTTPClient
+from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
+from twisted.internet.task import LoopingCall
+
+from bfaas import tree
+from bfaas.auth import genkey
+from bfaas.deadline import Deadline, sleep
+from bfaas.life import owner
+from bfaas.machines.api import State
+from bfaas.machines.fly import FlyMachines
+from tests.e2e.coordinator import (
+    PATIENCE,
+    Answer,
+    free_port,
+    reactor,
+    start,
+    start_coordinator,
+    start_listening,
+    stop,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from tests.e2e.coordinator import Running
+
+RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
+
+with_twisted = pytest_twisted.ensureDeferred
+
+# Tells if it is not the first in this machine since it was wiped.
+SCRIPT = "test -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
+WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2")
+
+
+@dataclass
+class Fly:
+    """The stand-in, and what it takes to use it."""
+
+    machines: Running
+    proxy_port: int
+    api: FlyMachines
+
+    def settings(self, pool: str, size: int = 2, **more: str) -> dict[str, str]:
+        return {
+            "WORKER_APP": "workers",
+            "WORKER_IMAGE": "basher:1",
+            "FLY_TOKEN": "secret",
+            "FLY_REGION": "ams",
+            "FLY_MACHINE_ID": pool,
+            "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.machines.port}",
+            "WORKER_URL": f"http://127.0.0.1:{self.proxy_port}",
+            "PRIVATE": genkey().private,
+            "POOLSIZE": str(size),
+            **more,
+        }
+
+    async def of_pool(self, pool: str) -> dict[str, State]:
+        return {machine.id: machine.state for machine in await self.api.list() if owner(machine.name) == pool}
+
+
+@pytest_twisted.async_yield_fixture
+async def fly() -> AsyncIterator[Fly]:
+    """Run the stand-in; at its end it leaves no process."""
+    proxy_port = free_port()
+    proxy = f"tcp:{proxy_port}:interface=127.0.0.1"
+    settings = {"FLY_TOKEN": "secret"}
+    machines = await start_listening("bfaas-machines", free_port(), ["--proxy", proxy], settings)
+    url = f"http://127.0.0.1:{machines.port}"
+    api = FlyMachines(reactor, machines.agent, random.Random(1), url, "workers", "secret")
+    yield Fly(machines, proxy_port, api)
+    processes = machines.processes()
+    assert await stop(machines) == 0, machines.program.said.decode()
+    assert b"Traceback" not in machines.program.said
+    assert not tree.alive(processes)
+
+
+@with_twisted
+async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) -> None:
+    coordinators = {
+        pool: await start_coordinator(**fly.settings(pool, size)) for pool, size in (("a-1", 3), ("a", 2))
+    }
+    chance = random.Random(5)
+    most: dict[str, int] = {"a-1": 0, "a": 0}
+    seen: dict[str, set[str]] = {"a-1": set(), "a": set()}
+
+    async def look() -> None:
+        for pool in seen:
+            machines = await fly.of_pool(pool)
+            most[pool] = max(most[pool], len(machines))
+            seen[pool] |= set(machines)
+
+    async def run(pool: str) -> None:
+        code = chance.randrange(5)
+        answer = await coordinators[pool].run(SCRIPT.format(work=chance.choice(WORK), code=code))
+        assert answer.exit["code"] == code
+        assert "DIRTY" not in answer.output("stdout")
+        assert answer.output("stdout").endswith("done\n")
+        used[pool].add(answer.headers["worker"])
+
+    used: dict[str, set[str]] = {"a-1": set(), "a": set()}
+    looking = LoopingCall(lambda: Deferred.fromCoroutine(look()))
+    stopped = looking.start(0.3)
+    eight = DeferredSemaphore(8)
+    runs = [
+        eight.run(lambda pool=pool: Deferred.fromCoroutine(run(pool)))
+        for pool in chance.choices(["a-1", "a"], k=RUNS)
+    ]
+    await gatherResults(runs, consumeErrors=True)
+    looking.stop()
+    await stopped
+    await look()
+
+    assert most["a-1"] <= 3
+    assert most["a"] <= 2
+    for pool, coordinator in coordinators.items():
+        assert used[pool] <= seen[pool]
+        assert await stop(coordinator) == 0
+        assert set((await fly.of_pool(pool)).values()) == {State.STOPPED}
+
+
+@with_twisted
+async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None:
+    settings = fly.settings("p", 2)
+    first = await start_coordinator(**settings)
+    broken = [Deferred.fromCoroutine(first.run("sleep 1000")) for _ in range(2)]
+    while list((await fly.of_pool("p")).values()) != [State.STARTED, State.STARTED]:
+        await sleep(reactor, 0.05)
+    left = await fly.of_pool("p")
+    first.kill(signal.SIGKILL)
+    await first.program.ended
+    for run in broken:
+        run.addErrback(lambda _: None)
+        await run
+
+    second = await start_coordinator(**settings)
+    answers: list[Answer] = await gatherResults(
+        [Deferred.fromCoroutine(second.run(SCRIPT.format(work="true", code=0))) for _ in range(6)]
+    )
+
+    assert all(answer.output("stdout") == "done\n" for answer in answers)
+    assert {answer.headers["worker"] for answer in answers} <= set(left)
+    assert set(await fly.of_pool("p")) == set(left)
+    assert await stop(second) == 0
+
+
+@with_twisted
+async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly) -> None:
+    settings = fly.settings("p", 1)
+    for pool in ("p", "q"):
+        coordinator = await start_coordinator(**{**settings, "FLY_MACHINE_ID": pool})
+        assert (await coordinator.run("true")).exit["code"] == 0
+        assert await stop(coordinator) == 0
+
+    async def bfaas(*arguments: str) -> tuple[int | None, str]:
+        program, _ = start(["-m", "bfaas.cli", *arguments], settings)
+        status = await Deadline(reactor, PATIENCE).run(program.ended)
+        return status, program.said.decode()
+
+    [listed] = await fly.of_pool("p")
+    status, table = await bfaas("machines")
+    assert status == 0
+    assert re.search(rf"^{listed} +p +stopped +\d+s +\d+m\d+s +worker-p-[0-9a-f]+$", table, re.MULTILINE)
+
+    status, said = await bfaas("destroy", "--yes")
+    assert (status, said.splitlines()[-1]) == (0, "destroyed 1 machines of p")
+    assert await fly.of_pool("p") == {}
+    assert len(await fly.of_pool("q")) == 1
+
+    settings["FLY_TOKEN"] = "another"
+    status, said = await bfaas("machines")
+    assert status == 1
+    assert "401" in said
+    assert len(said.splitlines()) == 1
+
+
+@with_twisted
+async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) -> None:
+    coordinator = await start_coordinator(**fly.settings("p", 1, FLY_REPLAY="1", MAXWAIT="1s"))
+    busy = await coordinator.begin("echo begun; sleep 1000")
+
+    async def ask(script: bytes, source: str | None) -> Any:
+        headers = {"fly-replay-src": source} if source else {}
+        url = f"http://127.0.0.1:{coordinator.port}/run"
+        response = await HTTPClient(coordinator.agent).post(url, data=script, headers=headers)
+        await response.content()
+        return response
+
+    replayed = await ask(b"true", None)
+    assert replayed.code == 503
+    [answer] = replayed.headers.getRawHeaders("fly-replay")
+    assert answer.startswith("elsewhere=true;state=")
+    state = answer.partition("state=")[2]
+
+    for script, source in ((b"true", f"instance=x;region=ams;t=1;state={state}"), (b"#" * 1_000_001, None)):
+        waited = await ask(script, source)
+        assert waited.code == 503
+        assert not waited.headers.hasHeader("fly-replay")
+    busy.leave()
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_a_dead_api_is_told_in_time_and_a_live_one_found_again(fly: Fly) -> None:
+    coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="1s"))
+    assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
+    os.kill(fly.machines.pid, signal.SIGSTOP)
+    try:
+        refused = await coordinator.run("echo fine")
+    finally:
+        os.kill(fly.machines.pid, signal.SIGCONT)
+
+    assert (refused.status, refused.body) == (503, b"no worker within 1 s\n")
+    for _ in range(int(PATIENCE)):
+        answer = await coordinator.run("echo fine")
+        if answer.status == 200:
+            break
+    assert answer.output("stdout") == "fine\n"
+    assert await stop(coordinator) == 0
