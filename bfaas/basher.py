@@ -43,7 +43,6 @@ class Basher:
     """
 
     app = Klein()
-    app.url_map.merge_slashes = False
     answer_errors_in_text(app)
     _log = Logger()
 

@@ -56,7 +56,6 @@ class Coordinator:
     """
 
     app = Klein()
-    app.url_map.merge_slashes = False
     answer_errors_in_text(app)
     _log = Logger()
 

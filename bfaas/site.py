@@ -100,11 +100,16 @@ class BoundedRequest(Request):
             transport.abortConnection()
 
     def process(self) -> None:
-        """Dispatch the request, unless its body was too large."""
-        if self._received <= self._max_body:
+        """Dispatch the request, unless its body was too large or its path is not one."""
+        if self._received > self._max_body:
+            error = refuse(self, 413, f"the body is larger than {self._max_body} bytes")
+        elif b"//" in self.path:
+            # Klein would take the first of two slashes for nothing, and find a route.
+            error = refuse(self, 404, "not found")
+        else:
             super().process()
             return
-        self.write(refuse(self, 413, f"the body is larger than {self._max_body} bytes"))
+        self.write(error)
         self.finish()
 
 

@@ -84,8 +84,11 @@ class Peer(Protocol):
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         self.end = reason
 
-    def say(self, data: bytes) -> None:
-        self.transport.write(data)
+    async def say(self, data: bytes) -> None:
+        """Write, and wait until the kernel has it."""
+        transport = self.transport
+        transport.write(data)
+        await until(lambda: self.end or not (transport.dataBuffer or transport._tempDataBuffer))
 
     @property
     def ended_in_order(self) -> bool:
@@ -136,12 +139,10 @@ class Liar(ServerFactory):
         self.asked.put(peer)
         for step in script:
             if isinstance(step, bytes):
-                peer.say(step)
+                await peer.say(step)
             elif step is End.CLOSE:
                 peer.transport.loseConnection()
             elif step is End.RESET:
-                # What was said goes out first.
-                await until(lambda: peer.end or not peer.transport.dataBuffer)
                 peer.transport.abortConnection()
             else:
                 await step
@@ -169,7 +170,7 @@ class LoopbackTestCase(TestCase):
         """Connect, and say something."""
         peer: Peer = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), Peer())
         self.addCleanup(lambda: Deferred.fromCoroutine(self._hang_up([peer])))
-        peer.say(said)
+        await peer.say(said)
         return peer
 
     async def _hang_up(self, peers: list[Peer]) -> None:

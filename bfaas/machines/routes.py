@@ -66,7 +66,6 @@ class MachinesServer:
     """The API of one app. Requests need the token, where one is given, and any where none is."""
 
     app = Klein()
-    app.url_map.merge_slashes = False
     _log = Logger()
 
     def __init__(self, machines: HostedMachines, app_name: str, token: str | None) -> None:

@@ -13,6 +13,7 @@ import pytest_twisted
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import LoopingCall
+from twisted.web.http_headers import Headers
 
 from bfaas import tree
 from bfaas.auth import genkey
@@ -114,10 +115,7 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
     looking = LoopingCall(lambda: Deferred.fromCoroutine(look()))
     stopped = looking.start(0.3)
     eight = DeferredSemaphore(8)
-    runs = [
-        eight.run(lambda pool=pool: Deferred.fromCoroutine(run(pool)))
-        for pool in chance.choices(["a-1", "a"], k=RUNS)
-    ]
+    runs = [eight.run(run, pool) for pool in chance.choices(["a-1", "a"], k=RUNS)]
     await gatherResults(runs, consumeErrors=True)
     looking.stop()
     await stopped
@@ -192,7 +190,7 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     busy = await coordinator.begin("echo begun; sleep 1000")
 
     async def ask(script: bytes, source: str | None) -> Any:
-        headers = {"fly-replay-src": source} if source else {}
+        headers = Headers({"fly-replay-src": [source]} if source else {})
         url = f"http://127.0.0.1:{coordinator.port}/run"
         response = await HTTPClient(coordinator.agent).post(url, data=script, headers=headers)
         await response.content()
