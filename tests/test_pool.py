@@ -15,6 +15,7 @@ from bfaas.machines.api import (
     LeaseHeldError,
     MachineConfig,
     NotFoundError,
+    NotReadyError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -313,6 +314,22 @@ class FailureTests(PoolCase):
         self.api.next("start", Refuse(NotFoundError("gone")))
 
         self.assertNotEqual(first.machine.id, self.allocated().machine.id)
+
+    def test_a_machine_that_somebody_destroyed_is_replaced_at_once(self) -> None:
+        for refusal in (NotFoundError("gone"), NotReadyError("unable to start machine: 'destroyed'")):
+            first = self.allocated()
+            first.release()
+            self.world.advance(2)
+            lease = self.successResultOf(self.begin(self.world.machines.get_lease(first.machine.id)))
+            self.successResultOf(self.begin(self.world.machines.destroy(first.machine.id, lease.nonce)))
+            self.api.next("refresh_lease", Refuse(UnavailableError("500")))
+            self.api.next("start", Refuse(refusal))
+
+            second = self.allocated()
+
+            self.assertNotEqual(first.machine.id, second.machine.id)
+            second.release()
+            self.world.advance(2)
 
     def test_every_call_may_hang_and_the_pool_recovers(self) -> None:
         for method in ("create", "refresh_lease", "start", "wait", "stop", "destroy"):

@@ -172,8 +172,6 @@ class MemoryMachines:
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
         """End a machine for good, in whatever state it is."""
         entry = self._guarded("destroy", machine_id, nonce)
-        if _is_gone(entry):
-            raise NotFoundError("machine not found")
         self._begin(self._destroy(entry))
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
@@ -238,6 +236,8 @@ class MemoryMachines:
     def _guarded(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
         self._limits.take(action, machine_id)
         entry = self._entry(machine_id)
+        if _is_gone(entry):
+            raise NotFoundError("machine not found")
         lease = self._lease(entry)
         if lease is not None and lease.nonce != nonce:
             raise LeaseHeldError(
