@@ -386,6 +386,23 @@ class EndTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assert_nothing_pending()
 
+    def test_the_end_comes_in_the_middle_of_a_sweep(self) -> None:
+        for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
+            world = self.world = World()
+            before, _ = world.pool()
+            self.allocated(before).release()
+            world.advance(3)
+            self.close(before)
+            pool, api = world.pool(start=False)
+            api.next(method, Hang())
+            pool.start()
+            ending = self.begin(pool.destroy())
+            world.advance(120)
+
+            self.successResultOf(ending)
+            self.assertEqual([], self.machines(), method)
+            self.assert_nothing_pending()
+
     def test_a_closed_pool_gives_out_nothing(self) -> None:
         self.close()
 

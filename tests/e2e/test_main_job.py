@@ -272,7 +272,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @with_twisted
 async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: signal.Signals) -> None:
-    coordinator = await start_coordinator()
+    coordinator = await start_coordinator(POOLSIZE="1")
     begun: Deferred[None] = Deferred()
     pieces: list[bytes] = []
 
@@ -283,10 +283,14 @@ async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: sign
 
     exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
     await begun
+    waiting = Deferred.fromCoroutine(coordinator.run("true"))
+    await sleep(reactor, 0.1)
     coordinator.kill(number)
+    refused = await waiting
     await exchange.end()
     status = await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
+    assert (refused.status, refused.body) == (503, b"shutting down\n")
     assert b"".join(pieces) == b"begun\nended\n\nexit: 0\n"
     assert status == 0
 
