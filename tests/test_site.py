@@ -32,11 +32,11 @@ class Little:
         return b"ran"
 
     @app.route("/busy", methods=["POST"])
-    async def busy(self, request: Request) -> bytes:
+    async def busy(self, _: Request) -> bytes:
         raise RefusalError(503, "busy", {"Retry-After": "7"})
 
     @app.route("/much", methods=["POST"])
-    async def much(self, request: Request) -> bytes:
+    async def much(self, _: Request) -> bytes:
         return b"x" * MUCH
 
     @app.route("/wait", methods=["POST"])
@@ -88,6 +88,11 @@ class ErrorTests(SiteTestCase):
             post("/run/", b""): not_found,
             post("/Run", b""): not_found,
             post("/run%2F", b""): not_found,
+            post("/%2frun", b""): not_found,
+            post("/run%ff", b""): not_found,
+            post("http://there/run", b""): not_found,
+            post("/none", b"").replace(b"there", b"a..b:c"): not_found,
+            post("/none", b"").replace(b"there", b"\xff"): not_found,
             get % b"/none": not_found,
             get % b"/run": not_allowed,
             get.replace(b"GET", b"PUT") % b"/run": not_allowed,
