@@ -106,9 +106,9 @@ class ProxyTestCase(LoopbackTestCase):
             await peer.hear_out()
         return body, self.successResultOf(self.front.relay)
 
-    def assert_clean(self) -> None:
-        """No timer is left but the site's own, which keeps the time for its log."""
-        self.assertEqual(1, len(self.clock.getDelayedCalls()))
+    async def until_clean(self) -> None:
+        """Wait until no timer is left but the site's own, which keeps the time for its log."""
+        await until(lambda: len(self.clock.getDelayedCalls()) == 1)
 
 
 class RelayTests(ProxyTestCase):
@@ -123,7 +123,7 @@ class RelayTests(ProxyTestCase):
                 pieces = [chunk(said[at : at + size]) for at in range(0, len(said), size)]
                 found = await self.run_it(format_, began(format_), *pieces, LAST_CHUNK, End.CLOSE)
                 self.assertEqual((expected, Exit(3)), found)
-        self.assert_clean()
+        await self.until_clean()
 
     async def test_output_is_passed_on_while_it_is_produced(self) -> None:
         for format_, said in BOTH:
@@ -141,8 +141,10 @@ class RelayTests(ProxyTestCase):
         await liar.peers[0].say(chunk(STDOUT))
         await client.hear(STDOUT)
         self.clock.advance(KEEPALIVE - 1)
+        await liar.peers[0].say(chunk(STDERR))
+        await client.hear(STDERR)
         self.assertNotIn(COMMENT, client.heard)
-        self.clock.advance(1)
+        self.clock.advance(KEEPALIVE)
         await client.hear(COMMENT)
 
     async def test_of_the_workers_head_nothing_reaches_the_client(self) -> None:
@@ -205,7 +207,7 @@ class LostTests(ProxyTestCase):
                 _, body = parse_answer(await client.hear_out())
                 self.assertEqual(said + LOST[format_], body, end)
                 self.assertEqual(Exit(125, reason="worker-lost"), self.successResultOf(self.front.relay), end)
-        self.assert_clean()
+        await self.until_clean()
 
     async def test_one_that_says_nothing_at_all_is_lost_too(self) -> None:
         for format_ in Format:
@@ -275,7 +277,7 @@ class WorkerErrorTests(ProxyTestCase):
             self.assertEqual(b"", bytes(client.heard))
             self.assertEqual(1, len(liar.peers))
         self.assertEqual([], other.peers)
-        self.assert_clean()
+        await self.until_clean()
 
     async def test_a_worker_that_ends_before_it_answers_is_an_error(self) -> None:
         for script in ([End.CLOSE], [End.RESET], [b"HTTP/1.1 200 OK\r\nContent-", End.CLOSE]):
@@ -323,6 +325,7 @@ class CancelTests(ProxyTestCase):
         client.transport.abortConnection()
         await liar.peers[0].hear_out()
         self.failureResultOf(self.front.relay, CancelledError)
+        await self.until_clean()
 
 
 class ReadyTests(ProxyTestCase):
@@ -354,7 +357,7 @@ class ReadyTests(ProxyTestCase):
             self.assertEqual(6, len(liar.peers))
             for peer in liar.peers:
                 await peer.hear_out()
-        self.assert_clean()
+        await self.until_clean()
 
     async def test_a_worker_that_does_not_listen_yet_is_tried_again(self) -> None:
         liar = Liar([b"HTTP/1.1 200 OK\r\n\r\n"])
@@ -398,7 +401,7 @@ class ReadyTests(ProxyTestCase):
         await until(lambda: [call for call in self.clock.getDelayedCalls() if call.getTime() < 1])
         pausing.cancel()
         self.failureResultOf(pausing, CancelledError)
-        self.assert_clean()
+        await self.until_clean()
 
 
 @implementer(IPushProducer)
