@@ -161,6 +161,7 @@ class EventTests(SynchronousTestCase):
             event("stdout", '"x"'.encode("utf-16")),
             event("stdout", '"x"'.encode("utf-32-le")),
             event("exit", "[" * 100_000),
+            *(event("exit", f'{{"code": {code}}}') for code in ("256", "-2", "-1.0", "true", "null")),
             exit_ + exit_,
             exit_ + event("stdout", '"x"'),
         ]
@@ -195,6 +196,7 @@ class ExitTests(SynchronousTestCase):
             '{"code": 3}': Exit(3),
             ' {"code": 3, "from": "the future", "x": {"y": [1]}} ': Exit(3),
             '{"code": -1}': Exit(255),
+            '{"code": 255}': Exit(255),
             '{"code": 0, "signal": "SIGKILL", "reason": "timeout"}': Exit(0, "SIGKILL", "timeout"),
             '{"code": 0, "signal": 9, "reason": ["x"], "wall_ms": "1", "cpu_ms": 1.5}': Exit(0),
             '{"code": 0, "signal": "", "reason": "\\u001b[31mred", "wall_ms": -1, "cpu_ms": 1e99}': Exit(0),
@@ -258,6 +260,7 @@ class RawTests(SynchronousTestCase):
             b"\nexit: 0\nmore\nexit: 3\n": Exit(3),
             b"\nexit: 0\n\nexit: 124 timeout\n": Exit(124, reason="timeout"),
             b"\nexit: -1\n": Exit(255),
+            b"\nexit: 256\n": None,
             b"": None,
             b"hello\n": None,
             b"\nexit: 0\nmore": None,
