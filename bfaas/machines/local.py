@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -156,12 +157,16 @@ class LocalBodies:
         leaders = _leaders(sandboxed=self._sandboxed)
         command = [*leaders, *self._command, "--attached", "--listen", endpoint]
         body = _Body(machine.id, directory, exited)
-        self._reactor.spawnProcess(body, command[0], command, env=environment)
+        try:
+            self._reactor.spawnProcess(body, command[0], command, env=environment)
+        except OSError:
+            _wipe(directory)
+            raise
         self._bodies[machine.id] = body
 
     async def kill(self, machine_id: str) -> None:
         """Kill the worker and everything below it, and wipe its home."""
-        body = self._bodies.pop(machine_id, None)
+        body = self._bodies.get(machine_id)
         if body is None:
             return
         body.killed = True
@@ -169,7 +174,9 @@ class LocalBodies:
         if pid is not None:
             tree.kill_tree(pid)
         await _when(body.ended)
-        _wipe(body.home)
+        if self._bodies.get(machine_id) is body:  # and not another kill was first, or this one cancelled
+            del self._bodies[machine_id]
+            _wipe(body.home)
 
     async def freeze(self, machine_id: str) -> None:
         """Stop the processes, where they are."""
@@ -238,17 +245,13 @@ def _free_port() -> int:
 
 def _wipe(directory: Path) -> None:
     """Remove a directory, also if a script took its own right to do so; links are not followed."""
-
-    def insist(_: Callable[..., object], path: str, __: object) -> None:
-        for place in (Path(path).parent, Path(path)):
-            if not place.is_symlink() and place.is_dir():
-                place.chmod(0o700)
-        if Path(path).is_dir() and not Path(path).is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            Path(path).unlink(missing_ok=True)
-
-    shutil.rmtree(directory, onerror=insist)
+    with suppress(FileNotFoundError):  # a script may have done it
+        directory.chmod(0o700)
+        for place, names, _ in os.walk(directory):
+            for below in (Path(place, name) for name in names):
+                if not below.is_symlink():
+                    below.chmod(0o700)
+        shutil.rmtree(directory)
 
 
 def _when(event: Deferred[None]) -> Deferred[None]:

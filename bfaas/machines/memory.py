@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -242,7 +243,7 @@ class MemoryMachines:
         if lease is not None and lease.nonce != nonce:
             raise LeaseHeldError(
                 f"machine ID {machine_id} lease currently held by {lease.owner or 'somebody'}, "
-                f"expires at {lease.expires_at:.0f}"
+                f"expires at {datetime.fromtimestamp(lease.expires_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
             )
         return entry
 
@@ -267,9 +268,11 @@ class MemoryMachines:
         number = entry.boot_number
 
         def exited() -> None:
-            if entry.boot_number == number and entry.machine.state in (State.STARTING, State.STARTED):
+            if entry.boot_number == number:
                 self._begin(self._halt(entry))
 
+        if entry.machine.state is not State.CREATED:
+            self._turn(entry, State.STARTING)  # at once, so that a stop finds something to stop
         for state in (State.STARTING, State.STARTED):
             if self._timing.boot:
                 await sleep(self._clock, self._timing.boot / 2)
