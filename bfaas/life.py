@@ -205,16 +205,9 @@ class Life:
         When the answer is lost, ask again: since no two machines have the same name, there is one at
         most. Until that is known, the member keeps its place.
         """
-        settings = self._settings
         for failures in count():
-            asked = self._clock.seconds()
-            create = self._api.create(member.name, settings.region, settings.labelled(), settings.lease_ttl)
             try:
-                member.known_machine, member.lease = await self._within(self._limits.create, create)
-                member.lease_end = asked + settings.lease_ttl
-                break
-            except NameTakenError as taken:
-                await self._find(member, taken.machine_id)
+                await self._try_to_create(member)
                 break
             except (UnavailableError, DeadlineExceededError) as error:
                 if self._closing:
@@ -223,16 +216,35 @@ class Life:
                 await self._nap(self.pause(failures))
         self._log.info("created {name}, {id}", name=member.name, id=member.machine.id)
 
-    async def _find(self, member: Member, machine_id: str | None) -> None:
-        """Take over the machine that an earlier attempt made."""
-        if machine_id is None:
-            machines = await self._within(self._limits.lease, self._api.list())
-            machine_id = next((machine.id for machine in machines if machine.name == member.name), None)
+    async def _try_to_create(self, member: Member) -> None:
+        settings, asked = self._settings, self._clock.seconds()
+        create = self._api.create(member.name, settings.region, settings.labelled(), settings.lease_ttl)
+        try:
+            member.known_machine, member.lease = await self._within(self._limits.create, create)
+            member.lease_end = asked + settings.lease_ttl
+        except NameTakenError as taken:
+            await self._take_over(member, taken.machine_id or await self._find(member))
+        except UnavailableError:
+            raise
+        except MachinesError:
+            # This attempt is refused; but one before it, whose answer was lost, may have been done.
+            machine_id = await self._find(member)
+            if machine_id is None:
+                raise
+            await self._take_over(member, machine_id)
+
+    async def _find(self, member: Member) -> str | None:
+        machines = await self._within(self._limits.lease, self._api.list())
+        return next((machine.id for machine in machines if machine.name == member.name), None)
+
+    async def _take_over(self, member: Member, machine_id: str | None) -> None:
+        """Go on with the machine that an earlier attempt made."""
         if machine_id is None:
             raise UnavailableError(f"{member.name} exists, but nobody says where")
-        member.known_machine = await self._within(self._limits.lease, self._api.get(machine_id))
+        machine = await self._within(self._limits.lease, self._api.get(machine_id))
         member.lease = await self._within(self._limits.lease, self._api.get_lease(machine_id))
-        await self._extend(member)
+        await self._extend(machine.id, member)
+        member.known_machine = machine
 
     async def adopt(self, member: Member) -> None:
         """
@@ -307,16 +319,17 @@ class Life:
                 return
 
     async def _renew(self, member: Member) -> None:
-        """Extend the lease; do without as long as what is left of it covers two requests."""
+        """Extend the lease; do without as long as what is left covers a start and two requests."""
         try:
-            await self._extend(member)
+            await self._extend(member.machine.id, member)
         except (UnavailableError, DeadlineExceededError):
-            if member.lease_end - self._clock.seconds() < 2 * self._settings.max_req_time:
+            starting = self._limits.start + self._limits.ready
+            if member.lease_end - self._clock.seconds() < starting + 2 * self._settings.max_req_time:
                 raise
 
-    async def _extend(self, member: Member) -> None:
+    async def _extend(self, machine_id: str, member: Member) -> None:
         asked, ttl = self._clock.seconds(), self._settings.lease_ttl
-        refresh = self._api.refresh_lease(member.machine.id, member.nonce or "", ttl)
+        refresh = self._api.refresh_lease(machine_id, member.nonce or "", ttl)
         member.lease = await self._within(self._limits.lease, refresh)
         member.lease_end = asked + ttl
 

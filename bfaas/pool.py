@@ -200,7 +200,7 @@ class Pool:
         await self._life.become_ready(member)
         self._failures = 0
         member.phase = Phase.READY
-        if self._line:
+        if self._line and not member.tainted:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.popleft().callback(Allocation(member.machine, released))

@@ -51,8 +51,8 @@ class Proxy:
     ) -> None:
         self._reactor = reactor
         self._worker_url = worker_url
-        # JSON writes a control character in six bytes, and a tiny event has its frame.
-        self._max_received = 8 * max_output + (1 << 20)
+        # An event of one control character, frame and all, is 30 bytes.
+        self._max_received = 32 * max_output + (1 << 20)
         self._agent = agent or single_use_agent(reactor)
 
     async def wait_until_ready(self, machine: Machine) -> None:

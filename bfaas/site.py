@@ -131,10 +131,11 @@ class _Connection(ProtocolWrapper):
     A connection that closes as TCP wants it: it ends its own side, then waits for the peer to end its.
 
     Until then the peer may not have everything: closing at once, or ending the machine, would lose it.
-    A peer that does not end its side within `LINGER` seconds is cut off.
+    A peer that does not take what was written, and end its side, within `LINGER` seconds is cut off. (Sent
+    is not taken: the kernel may hold megabytes for a peer that reads slowly, and an abort drops them.)
     """
 
-    LINGER = 5.0
+    LINGER = 60.0
     factory: BoundedSite
     transport: Any
 
@@ -145,7 +146,10 @@ class _Connection(ProtocolWrapper):
 
     def loseConnection(self) -> None:
         """End our side, once what was written is sent."""
+        if self.disconnecting:
+            return
         self.disconnecting = 1
+        self._lingering = self.factory.clock.callLater(self.LINGER, self.transport.abortConnection)
         self.transport.unregisterProducer()
         self.transport.loseWriteConnection()
 
@@ -155,8 +159,7 @@ class _Connection(ProtocolWrapper):
             super().dataReceived(data)
 
     def writeConnectionLost(self) -> None:
-        """Our side has ended."""
-        self._lingering = self.factory.clock.callLater(self.LINGER, self.transport.abortConnection)
+        """Our side has ended; what was written may still be on its way."""
 
     def readConnectionLost(self) -> None:
         """Close, as the peer has; one that does so in the middle of an exchange has gone away."""

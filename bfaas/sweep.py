@@ -63,8 +63,11 @@ class Sweep:
     async def destroy_all_own(self) -> None:
         """Destroy all machines of this pool."""
         for machine in await self._api.list():
-            if self._settings.owns(machine):
-                await destroy_own(self._api, machine)
+            if self._settings.owns(machine) and machine.state not in _GONE:
+                try:
+                    await destroy_own(self._api, machine)
+                except MachinesError as error:
+                    _log.error("cannot destroy {name}: {error}", name=machine.name, error=error)
 
     async def _look_at(self, machine: Machine) -> None:
         if owner(machine.name) is None or machine.state in _GONE:

@@ -252,6 +252,22 @@ class FailureTests(PoolCase):
         places[2].addErrback(lambda failure: failure.trap(CancelledError) and None)
         places[2].cancel()
 
+    def test_a_create_that_was_done_keeps_its_place_whatever_comes_of_looking_for_it(self) -> None:
+        troubles = (
+            ("create", LoseAnswer(), "get", Refuse(UnavailableError("500"))),
+            ("create", LoseAnswer(), "get_lease", Refuse(UnavailableError("500"))),
+            ("create", LoseAnswer(), "create", Refuse(CapacityError("full"))),
+        )
+        for first, fault, second, other in troubles:
+            world = self.world = World()
+            pool, api = world.pool(size=1)
+            api.next(first, fault)
+            api.next(second, other)
+            place = pool.allocate()
+            world.advance(20)
+
+            self.assertEqual([self.successResultOf(place).machine.id], [m.id for m in self.machines()])
+
     def test_failing_creates_keep_no_place_and_are_spaced_out(self) -> None:
         self.api.always["create"] = Refuse(CapacityError("full"))
         place = self.pool.allocate()
@@ -386,6 +402,19 @@ class EndTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assert_nothing_pending()
 
+    def test_destroy_goes_on_after_a_machine_that_makes_trouble(self) -> None:
+        for allocation in [self.allocated(), self.allocated()]:
+            allocation.release()
+        self.world.advance(3)
+        self.close()
+        again, api = self.world.pool(start=False)
+        api.next("destroy", Refuse(NotReadyError("412")))
+        destroying = self.begin(again.destroy())
+        self.world.advance(30)
+
+        self.successResultOf(destroying)
+        self.assertEqual(1, len(self.machines()))
+
     def test_the_end_comes_in_the_middle_of_a_sweep(self) -> None:
         for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
             world = self.world = World()
@@ -488,6 +517,18 @@ class CleaningTests(PoolCase):
             self.assertEqual([], self.machines())
             self.close(pool)
             self.close(other)
+
+    def test_a_machine_that_is_found_out_while_it_starts_serves_nobody(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(238)
+        self.world.machines.set_metadata(first.machine.id, "pool_id", None)
+        place = self.pool.allocate()
+        for member in self.pool._members:
+            member.tainted = True  # as a sweep that comes in just now would have it
+        self.world.advance(10)
+
+        self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
 
     def test_another_image_means_another_machine(self) -> None:
         self.allocated().release()

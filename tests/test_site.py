@@ -207,7 +207,7 @@ class EndTests(SiteTestCase):
         peer.transport.pauseProducing()
         await peer.say(post("/run", b""))
         await until(lambda: [wrapper for wrapper in self.site.protocols if wrapper._lingering])
-        self.clock.advance(4.9)
+        self.clock.advance(59.9)
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(0.1)
         await until(lambda: not self.site.protocols)

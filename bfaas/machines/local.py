@@ -251,7 +251,11 @@ def _wipe(directory: Path) -> None:
             for below in (Path(place, name) for name in names):
                 if not below.is_symlink():
                     below.chmod(0o700)
-        shutil.rmtree(directory)
+        try:
+            shutil.rmtree(directory)
+        except RecursionError:
+            # Python 3.11 goes down by recursion; rm does not, however deep a script has dug.
+            subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
 
 
 def _when(event: Deferred[None]) -> Deferred[None]:
