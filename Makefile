@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test lint format clean
+.PHONY: run fly test soak lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -36,6 +36,10 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -p no:twisted --ignore=tests/e2e tests
 	$(BIN)/trial tests
 	$(BIN)/python -m pytest tests/e2e
+
+# The long form of the end-to-end tests.
+soak: $(VENV)/installed-test
+	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

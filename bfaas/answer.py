@@ -6,7 +6,7 @@ What a worker writes to the coordinator and what the coordinator writes to its c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bfaas import wire
 
@@ -78,13 +78,6 @@ class Answer:
         if not self.closed:
             self.close()
             self._request.finish()
-
-    def abort(self) -> None:
-        """Cut the connection, so that the client sees an answer that is not whole."""
-        if not self.closed:
-            transport: Any = self._request.transport
-            self.close()
-            transport.abortConnection()
 
     def close(self) -> None:
         """Let go of the request, without a word to the client."""

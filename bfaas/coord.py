@@ -195,9 +195,11 @@ class CoordService(MultiService):
 
     async def _stop(self) -> None:
         await MultiService.stopService(self)
+        # Requests that wait in line are told now; the pool waits for machines that are in use.
+        closing = Deferred.fromCoroutine(self._pool.close())
         await self._coordinator.drain()
         await self._site.drain(self._FLUSH_LIMIT)
-        await self._pool.close()
+        await closing
         await self._shut_down_machines()
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, wrapClientTLS
-from twisted.internet.error import ConnectingCancelledError
 from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
@@ -140,23 +139,22 @@ def lasting_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
 
 
 async def head(response: Deferred[Any]) -> Any:
-    """Wait for an answer's head; a cancellation comes out as one, however the agent has wrapped it."""
+    """Wait for an answer's head; a cancellation comes out as one, whatever the agent makes of it."""
+    cancelled = False
+
+    def cancel(_: object) -> None:
+        nonlocal cancelled
+        cancelled = True
+        response.cancel()
+
+    outcome: Deferred[Any] = Deferred(cancel)
+    response.addBoth(lambda result: None if outcome.called else outcome.callback(result))
     try:
-        return await response
+        return await outcome
     except Exception as error:
-        if is_cancellation(error):
+        if cancelled:
             raise CancelledError from error
         raise
-
-
-def is_cancellation(error: BaseException | None) -> bool:
-    """Tell whether this is how Twisted's agent reports that its request was cancelled."""
-    if isinstance(error, (CancelledError, ConnectingCancelledError)):
-        return True
-    reasons = getattr(error, "reasons", ())
-    return bool(reasons) and all(
-        isinstance(reason, Failure) and is_cancellation(reason.value) for reason in reasons
-    )
 
 
 class Body(Protocol):

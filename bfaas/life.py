@@ -40,20 +40,23 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED)
+
 
 @dataclass(frozen=True)
 class Limits:
     """
     Seconds that each step of a machine's life may take before the machine is given up.
 
-    `create` bounds one attempt: while nobody knows whether there is a machine, attempts go on.
+    `create` bounds one attempt to make it, since while nobody knows whether there is one, attempts go on;
+    and its first start, which waits for the image.
     """
 
     create: float = 90.0
-    start: float = 60.0
-    ready: float = 30.0
-    stop: float = 30.0
-    destroy: float = 30.0
+    start: float = 20.0
+    ready: float = 15.0
+    stop: float = 20.0
+    destroy: float = 20.0
     lease: float = 10.0
 
 
@@ -254,7 +257,7 @@ class Life:
 
     async def become_ready(self, member: Member) -> None:
         """Wait until the machine has started, and its worker takes requests."""
-        limit = self._limits.start
+        limit = self._limits.create if member.phase is Phase.CREATING else self._limits.start
         await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))
         await self._within(self._limits.ready, self._probe(member.machine))
 
@@ -296,6 +299,9 @@ class Life:
             try:
                 await self._api.start(member.machine.id, member.nonce)
             except NotReadyError:
+                machine = await self._api.get(member.machine.id)
+                if machine.state in _PAST_STARTING:
+                    raise
                 await self._nap(self.pause(failures))
             else:
                 return

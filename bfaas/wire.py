@@ -112,7 +112,7 @@ class Exit:
     def from_json(cls, data: bytes) -> Exit:
         """Read the `exit` event's data; unknown fields are ignored. Raises `WireError`."""
         told = _read_json(data)
-        if not isinstance(told, dict) or not _is_count(told.get("code"), floor=-1):
+        if not isinstance(told, dict) or not _is_code(told.get("code")):
             raise WireError("an exit event without a code")
         counts = {key: told[key] for key in ("wall_ms", "cpu_ms", "max_rss_kb") if _is_count(told.get(key))}
         dropped = told.get("dropped_bytes")
@@ -134,8 +134,13 @@ def _read_json(data: bytes) -> Any:
         raise WireError("data that is not JSON") from error
 
 
-def _is_count(value: object, floor: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and floor <= value < 1 << 53
+def _is_code(value: object) -> bool:
+    """Tell an exit code, 0 to 255; or -1, which is how the original tells a death by a signal."""
+    return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= 255  # noqa: PLR2004
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
 def _word(value: object) -> str | None:
@@ -284,7 +289,7 @@ class RawReader:
     def exit(self) -> Exit | None:
         """What the last line says, if it is an exit line."""
         match = _RAW_EXIT.search(self._tail)
-        if match is None:
+        if match is None or not _is_code(int(match[1])):
             return None
         reason = match[2].decode() if match[2] else None
         return Exit(int(match[1]) & 0xFF, reason=reason)

@@ -115,7 +115,7 @@ class Peer(Protocol):
 
 class Liar(ServerFactory):
     """
-    Takes a worker's place: answers each request with the next of its scripts, and every later one with the last.
+    Takes a worker's place: answers each request with the next of its scripts, the last for ever.
 
     A script is bytes to say, Deferreds to wait for, and perhaps an end; without one the connection stays.
     """

@@ -15,6 +15,7 @@ from bfaas.machines.api import (
     LeaseHeldError,
     MachineConfig,
     NotFoundError,
+    NotReadyError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -314,6 +315,22 @@ class FailureTests(PoolCase):
 
         self.assertNotEqual(first.machine.id, self.allocated().machine.id)
 
+    def test_a_machine_that_somebody_destroyed_is_replaced_at_once(self) -> None:
+        for refusal in (NotFoundError("gone"), NotReadyError("unable to start machine: 'destroyed'")):
+            first = self.allocated()
+            first.release()
+            self.world.advance(2)
+            lease = self.successResultOf(self.begin(self.world.machines.get_lease(first.machine.id)))
+            self.successResultOf(self.begin(self.world.machines.destroy(first.machine.id, lease.nonce)))
+            self.api.next("refresh_lease", Refuse(UnavailableError("500")))
+            self.api.next("start", Refuse(refusal))
+
+            second = self.allocated()
+
+            self.assertNotEqual(first.machine.id, second.machine.id)
+            second.release()
+            self.world.advance(2)
+
     def test_every_call_may_hang_and_the_pool_recovers(self) -> None:
         for method in ("create", "refresh_lease", "start", "wait", "stop", "destroy"):
             self.api.next(method, Hang())
@@ -368,6 +385,23 @@ class EndTests(PoolCase):
         self.successResultOf(destroying)
         self.assertEqual([], self.machines())
         self.assert_nothing_pending()
+
+    def test_the_end_comes_in_the_middle_of_a_sweep(self) -> None:
+        for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
+            world = self.world = World()
+            before, _ = world.pool()
+            self.allocated(before).release()
+            world.advance(3)
+            self.close(before)
+            pool, api = world.pool(start=False)
+            api.next(method, Hang())
+            pool.start()
+            ending = self.begin(pool.destroy())
+            world.advance(120)
+
+            self.successResultOf(ending)
+            self.assertEqual([], self.machines(), method)
+            self.assert_nothing_pending()
 
     def test_a_closed_pool_gives_out_nothing(self) -> None:
         self.close()

@@ -32,11 +32,11 @@ class Little:
         return b"ran"
 
     @app.route("/busy", methods=["POST"])
-    async def busy(self, request: Request) -> bytes:
+    async def busy(self, _: Request) -> bytes:
         raise RefusalError(503, "busy", {"Retry-After": "7"})
 
     @app.route("/much", methods=["POST"])
-    async def much(self, request: Request) -> bytes:
+    async def much(self, _: Request) -> bytes:
         return b"x" * MUCH
 
     @app.route("/wait", methods=["POST"])
@@ -85,9 +85,15 @@ class ErrorTests(SiteTestCase):
             post("/busy", b""): (503, "busy\n", {**text, "Retry-After": "7"}),
             post("/", b""): not_found,
             post("//run", b""): not_found,
+            post("///run", b""): not_found,
             post("/run/", b""): not_found,
             post("/Run", b""): not_found,
             post("/run%2F", b""): not_found,
+            post("/%2frun", b""): not_found,
+            post("/run%ff", b""): not_found,
+            post("http://there/run", b""): not_found,
+            post("/none", b"").replace(b"there", b"a..b:c"): not_found,
+            post("/none", b"").replace(b"there", b"\xff"): not_found,
             get % b"/none": not_found,
             get % b"/run": not_allowed,
             get.replace(b"GET", b"PUT") % b"/run": not_allowed,
@@ -100,9 +106,10 @@ class ErrorTests(SiteTestCase):
     async def test_after_a_malformed_request_nothing_is_heard_any_more(self) -> None:
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
-        await peer.say(b"POST /run HTTP/1.1\r\nnonsense\r\n\r\n")
+        await peer.say(b"POST /run HTTP/1.1\r\nnonsense\r\nContent-Length: 0\r\n")
         await until(lambda: any(wrapper.disconnecting for wrapper in self.site.protocols))
-        await peer.say(post("/run", b"smuggled"))
+        for _ in range(3):
+            await peer.say(b"\r\n")
         drained = self.drain(60)
         peer.transport.resumeProducing()
         self.assertEqual(b"HTTP/1.1 400 Bad Request\r\n\r\n", await peer.hear_out())

@@ -46,13 +46,12 @@ EXITS = st.builds(
     dropped_bytes=st.integers(0, 1 << 40),
 )
 # Whole words of the format, so that chance makes sense of them now and then.
-NOISE = st.binary() | st.lists(
-    st.sampled_from(
-        [b"event: ", b"stdout", b"exit", b"\n", b"\n\n", b"data: ", b'"', b"\\u", b'{"code":', b"1", b"}"]
-        + [b"[", b"\xff", b"\xfe", b"\0", b"\r", b": ", b'event: stdout\ndata: "x"\n\n']
-        + [b'event: exit\ndata: {"code": 3}\n\n', b"\nexit: 3\n"]
-    )
-).map(b"".join)
+FRAGMENTS = [
+    b"event: ", b"stdout", b"exit", b"data: ", b"\n", b"\n\n", b"\r", b": ", b'"', b"\\u",
+    b'{"code":', b"1", b"}", b"[", b"\xff", b"\0", b'event: stdout\ndata: "x"\n\n',
+    b'event: exit\ndata: {"code": 3}\n\n', b"\nexit: 3\n",
+]  # fmt: skip
+NOISE = st.binary() | st.lists(st.sampled_from(FRAGMENTS)).map(b"".join)
 
 
 def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
@@ -128,7 +127,8 @@ class EventTests(SynchronousTestCase):
     def test_it_is_written_as_the_original_writes_it(self) -> None:
         writer = EventWriter()
         self.assertEqual(
-            b'event: stdout\ndata: "a \\"b\\"\\n"\n\nevent: exit\ndata: {"code": 137, "signal": "SIGKILL"}\n\n',
+            b'event: stdout\ndata: "a \\"b\\"\\n"\n\n'
+            b'event: exit\ndata: {"code": 137, "signal": "SIGKILL"}\n\n',
             writer.output(Stream.STDOUT, b'a "b"\n') + writer.end(Exit(137, signal="SIGKILL")),
         )
 
@@ -161,6 +161,7 @@ class EventTests(SynchronousTestCase):
             event("stdout", '"x"'.encode("utf-16")),
             event("stdout", '"x"'.encode("utf-32-le")),
             event("exit", "[" * 100_000),
+            *(event("exit", f'{{"code": {code}}}') for code in ("256", "-2", "-1.0", "true", "null")),
             exit_ + exit_,
             exit_ + event("stdout", '"x"'),
         ]
@@ -195,18 +196,15 @@ class ExitTests(SynchronousTestCase):
             '{"code": 3}': Exit(3),
             ' {"code": 3, "from": "the future", "x": {"y": [1]}} ': Exit(3),
             '{"code": -1}': Exit(255),
+            '{"code": 255}': Exit(255),
             '{"code": 0, "signal": "SIGKILL", "reason": "timeout"}': Exit(0, "SIGKILL", "timeout"),
-            '{"code": 0, "signal": 9, "reason": ["x"], "wall_ms": "1", "cpu_ms": 1.5, "max_rss_kb": true}': Exit(
-                0
-            ),
+            '{"code": 0, "signal": 9, "reason": ["x"], "wall_ms": "1", "cpu_ms": 1.5}': Exit(0),
             '{"code": 0, "signal": "", "reason": "\\u001b[31mred", "wall_ms": -1, "cpu_ms": 1e99}': Exit(0),
-            '{"code": 0, "signal": "SIG KILL", "reason": "timeout\\n", "max_rss_kb": 9007199254740992}': Exit(
-                0
-            ),
+            '{"code": 0, "signal": "SIG KILL", "reason": "timeout\\n", "cpu_ms": 9007199254740992}': Exit(0),
             '{"code": 0, "wall_ms": 0, "cpu_ms": 2, "max_rss_kb": 3}': Exit(
                 0, wall_ms=0, cpu_ms=2, max_rss_kb=3
             ),
-            '{"code": 0, "truncated": 1, "dropped_bytes": true}': Exit(0),
+            '{"code": 0, "max_rss_kb": true, "truncated": 1, "dropped_bytes": true}': Exit(0),
             '{"code": 0, "truncated": true, "dropped_bytes": 5}': Exit(0, truncated=True, dropped_bytes=5),
         }
         self.assertEqual(cases, {data: Exit.from_json(data.encode()) for data in cases})
@@ -262,6 +260,7 @@ class RawTests(SynchronousTestCase):
             b"\nexit: 0\nmore\nexit: 3\n": Exit(3),
             b"\nexit: 0\n\nexit: 124 timeout\n": Exit(124, reason="timeout"),
             b"\nexit: -1\n": Exit(255),
+            b"\nexit: 256\n": None,
             b"": None,
             b"hello\n": None,
             b"\nexit: 0\nmore": None,

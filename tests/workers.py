@@ -17,6 +17,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol, Protocol, connectionDone
 from twisted.internet.task import deferLater
 from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.http_headers import Headers
 
 import bfaas
 from bfaas import tree
@@ -115,19 +116,14 @@ class Reader(Protocol):
 
     transport: Any
 
-    def __init__(self, *, paused: bool = False) -> None:
+    def __init__(self) -> None:
         self.data = bytearray()
         self.finished: Deferred[None] = Deferred()
-        self._paused = paused
-
-    def connectionMade(self) -> None:
-        if self._paused:
-            self.pause()
 
     def dataReceived(self, data: bytes) -> None:
         self.data += data
 
-    def connectionLost(self, reason: Failure = connectionDone) -> None:  # noqa: ARG002 - the signature
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.finished.callback(None)
 
     def pause(self) -> None:
@@ -142,6 +138,8 @@ class Reader(Protocol):
 
 class Worker(ProcessProtocol):
     """The process, from outside. One that still runs when its test ends is killed."""
+
+    transport: Any
 
     def __init__(self, port: int) -> None:
         self.output = bytearray()
@@ -220,7 +218,7 @@ class Worker(ProcessProtocol):
         self, method: str, path: str, body: bytes = b"", authorization: str | None = None
     ) -> _Response:
         """Send a request, wait for the answer's head."""
-        headers = {} if authorization is None else {"Authorization": authorization}
+        headers = Headers({} if authorization is None else {"Authorization": [authorization]})
         url = f"http://127.0.0.1:{self.port}{path}"
         return await self._client.request(method, url, data=body, headers=headers, unbuffered=True)
 
@@ -244,8 +242,10 @@ class Worker(ProcessProtocol):
         """Run a script, with its answer still to read."""
         response = await self.send("POST", f"/run{query}", script.encode(), ticket())
         assert response.code == 200, response.code
-        reader = Reader(paused=paused)
+        reader = Reader()
         response.deliverBody(reader)
+        if paused:  # only now: deliverBody begins with a resume
+            reader.pause()
         return reader
 
     def outReceived(self, data: bytes) -> None:
@@ -255,7 +255,7 @@ class Worker(ProcessProtocol):
         self.errors += data
 
     def processEnded(self, reason: Failure) -> None:
-        self.status = reason.value.status
+        self.status = getattr(reason.value, "status", 0)
 
     async def _clean_up(self) -> None:
         if self.status is None:

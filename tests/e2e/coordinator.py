@@ -68,7 +68,7 @@ class Program(ProcessProtocol):
         self.ended: Deferred[int | None] = Deferred()
         self.status: int | None = None
 
-    def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: ARG002
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
         self.said += data
 
     def processEnded(self, reason: Failure) -> None:

@@ -28,6 +28,9 @@ MEGABYTES = int(os.environ.get("BFAAS_MEGABYTES", "60"))
 
 MEMORY_BOUND_MB = 120
 
+NAP = 100_000 + os.getpid()
+"""Seconds that scripts sleep to be found by: nobody else on this machine sleeps just as long."""
+
 with_twisted = pytest_twisted.ensureDeferred
 
 
@@ -52,7 +55,7 @@ async def test_a_script_is_run_and_its_output_told_apart(coordinator: Running) -
 async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
     first: Deferred[bytes] = Deferred()
     exchange = await coordinator.begin(
-        "echo first; sleep 1000", take=lambda data: None if first.called else first.callback(data)
+        f"echo first; sleep {NAP}", take=lambda data: None if first.called else first.callback(data)
     )
 
     assert b"first" in await Deadline(reactor, PATIENCE).run(first)
@@ -155,18 +158,18 @@ async def test_the_deadline_ends_a_run_whose_client_does_not_read() -> None:
 
 NASTY = {
     "spin": "trap '' TERM INT HUP; while :; do :; done",
-    "session": "setsid sleep 1000 & sleep 1000",
-    "crowd": "for i in $(seq 200); do sleep 1000 & done; wait",
-    "daemon": "(setsid bash -c 'sleep 1000 & sleep 1000' &) ; sleep 1000",
-    "stopped": "kill -STOP $$; sleep 1000",
-    "pipe": "sleep 1000 | cat",
+    "session": f"setsid sleep {NAP} & sleep {NAP}",
+    "crowd": f"for i in $(seq 200); do sleep {NAP} & done; wait",
+    "daemon": f"(setsid bash -c 'sleep {NAP} & sleep {NAP}' &) ; sleep {NAP}",
+    "stopped": f"kill -STOP $$; sleep {NAP}",
+    "pipe": f"sleep {NAP} | cat",
 }
 
 LINGERING = {
-    "background": "sleep 1000 & echo done",
-    "session": "setsid sleep 1000 & echo done",
-    "crowd": "for i in $(seq 200); do sleep 1000 & done; echo done",
-    "daemon": "(setsid bash -c 'sleep 1000 & sleep 1000' &) ; echo done",
+    "background": f"sleep {NAP} & echo done",
+    "session": f"setsid sleep {NAP} & echo done",
+    "crowd": f"for i in $(seq 200); do sleep {NAP} & done; echo done",
+    "daemon": f"(setsid bash -c 'sleep {NAP} & sleep {NAP}' &) ; echo done",
 }
 
 
@@ -197,7 +200,7 @@ async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinat
     chance = random.Random(3)
 
     async def leave() -> None:
-        run = Deferred.fromCoroutine(coordinator.run("echo begun; sleep 1000"))
+        run = Deferred.fromCoroutine(coordinator.run(f"echo begun; sleep {NAP}"))
         run.addErrback(lambda _: None)
         await sleep(reactor, chance.uniform(0, 2))
         run.cancel()
@@ -229,7 +232,7 @@ async def test_what_is_no_run_touches_no_machine(coordinator: Running) -> None:
 @with_twisted
 async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s", MAXQUEUE="1")
-    busy = await coordinator.begin("echo begun; sleep 1000")
+    busy = await coordinator.begin(f"echo begun; sleep {NAP}")
     waiting = Deferred.fromCoroutine(coordinator.run("echo late"))
     await sleep(reactor, 0.1)
     refused = await coordinator.run("echo refused")
@@ -254,7 +257,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
         if not begun.called:
             begun.callback(None)
 
-    exchange = await coordinator.begin("echo begun; sleep 1000", query, take)
+    exchange = await coordinator.begin(f"echo begun; sleep {NAP}", query, take)
     await Deadline(reactor, PATIENCE).run(begun)
     [worker] = coordinator.workers()
     os.kill(worker, signal.SIGKILL)
@@ -272,7 +275,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @with_twisted
 async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: signal.Signals) -> None:
-    coordinator = await start_coordinator()
+    coordinator = await start_coordinator(POOLSIZE="1")
     begun: Deferred[None] = Deferred()
     pieces: list[bytes] = []
 
@@ -283,10 +286,14 @@ async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: sign
 
     exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
     await begun
+    waiting = Deferred.fromCoroutine(coordinator.run("true"))
+    await sleep(reactor, 0.1)
     coordinator.kill(number)
+    refused = await waiting
     await exchange.end()
     status = await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
+    assert (refused.status, refused.body) == (503, b"shutting down\n")
     assert b"".join(pieces) == b"begun\nended\n\nexit: 0\n"
     assert status == 0
 
@@ -295,7 +302,7 @@ async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: sign
 @with_twisted
 async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: Path) -> None:
     coordinator = await start_coordinator(**path_setting(sandboxed, tmp_path))
-    exchange = await coordinator.begin("sleep 1000 & sleep 1000")
+    exchange = await coordinator.begin(f"sleep {NAP} & sleep {NAP}")
     exchange.reader.done.addErrback(lambda _: None)
     while not sleepers():
         await sleep(reactor, 0.05)
@@ -326,7 +333,7 @@ def sleepers() -> list[str]:
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes().startswith(b"sleep\x001000\x00"):
+            if path.read_bytes().startswith(f"sleep\0{NAP}\0".encode()):
                 found.append(str(path))
         except OSError:
             continue

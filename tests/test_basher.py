@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.error import ProcessDone
+from twisted.internet.task import Clock, deferLater
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.python.filepath import FilePath
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.web.server import Site
+
+from bfaas import tree
+from bfaas.auth import genkey
+from bfaas.basher import Basher
+from bfaas.settings import BasherSettings
+from tests.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
+
+if TYPE_CHECKING:
+    from twisted.internet.protocol import ProcessProtocol
+
+ENDLESS = "echo up; setsid sleep 1000 & sleep 1000 | cat; :"
+
+
+class PlayedProcess:
+    """A process's transport, without a process."""
+
+    pid = 1 << 30  # no process has this number
+
+    def pauseProducing(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        pass
+
+
+class PlayedReactor(Clock):
+    """Moved by hand; its one process is played by the test."""
+
+    error: OSError | None = None
+    process: ProcessProtocol
+
+    def spawnProcess(self, protocol: ProcessProtocol, *_: object, **__: object) -> None:
+        if self.error is not None:
+            raise self.error
+        self.process = protocol
+        protocol.makeConnection(PlayedProcess())
+
+
+class PlayedRunTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.finished = 0
+        self.reactor = PlayedReactor()
+        settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
+        played: Any = self.reactor
+        basher = Basher(played, settings, time.time, self.finish)
+        self.site = Site(basher.app.resource(), reactor=self.reactor)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def post(self, query: str = "") -> str:
+        """Send a request; the head of the answer."""
+        self.transport = StringTransport()
+        channel = self.site.buildProtocol(None)
+        assert channel is not None
+        channel.makeConnection(self.transport)
+        request = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: 1\r\n\r\n:"
+        channel.dataReceived(request.encode())
+        head, _, self.rest = self.written().decode().partition("\r\n\r\n")
+        return head
+
+    def written(self) -> bytes:
+        """What was written since the last look."""
+        data: bytes = self.transport.value()
+        self.transport.clear()
+        return data
+
+    def say(self, data: bytes, stream: int = 1) -> bytes:
+        self.reactor.process.childDataReceived(stream, data)
+        return self.written()
+
+    def end(self) -> bytes:
+        self.reactor.process.processExited(Failure(ProcessDone(0)))
+        self.reactor.process.processEnded(Failure(ProcessDone(0)))
+        return self.written()
+
+    def test_the_head_is_sent_before_there_is_output(self) -> None:
+        head = self.post()
+        self.assertIn(" 200 ", head)
+        self.assertIn(f"Worker: {MACHINE}", head)
+        self.assertIn("Content-Type: text/event-stream", head)
+        self.assertEqual("", self.rest)
+        self.end()
+
+    def test_silence_is_broken_by_comments(self) -> None:
+        self.post()
+        self.reactor.advance(14)
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.reactor.advance(14)
+        self.assertEqual(b"", self.written())
+        self.reactor.advance(1)
+        self.assertEqual(b": \n\n", self.written())
+        self.reactor.advance(15)
+        self.assertEqual(b": \n\n", self.written())
+        self.assertIn(b'event: exit\ndata: {"code": 0', self.end())
+        self.reactor.advance(15)
+        self.assertEqual(b"", self.written())
+        self.assertEqual(1, self.finished)
+
+    def test_raw_answers_have_no_comments(self) -> None:
+        self.assertIn("Content-Type: application/octet-stream", self.post("?raw=1"))
+        self.reactor.advance(60)
+        self.assertEqual(b"", self.written())
+        self.assertEqual(b"x\xff", self.say(b"x\xff"))
+        self.assertEqual(b"\nexit: 0\n", self.end())
+
+    def test_a_character_may_come_in_pieces(self) -> None:
+        self.post()
+        self.assertEqual([b"", b""], [self.say(b"\xe2"), self.say(b"\x82")])
+        self.assertEqual('event: stderr\ndata: "ü"\n\n'.encode(), self.say("ü".encode(), 2))
+        self.assertEqual('event: stdout\ndata: "€"\n\n'.encode(), self.say(b"\xac"))
+        self.end()
+
+    def test_what_is_no_text_is_replaced(self) -> None:
+        self.post()
+        self.assertEqual('event: stdout\ndata: "a\ufffdb"\n\n'.encode(), self.say(b"a\xffb\xe2"))
+        self.assertTrue(self.end().startswith('event: stdout\ndata: "\ufffd"\n\nevent: exit\n'.encode()))
+
+    def test_a_bash_that_cannot_be_started_is_an_error_and_the_end(self) -> None:
+        self.reactor.error = OSError("no more processes")
+        self.assertIn(" 500 ", self.post())
+        self.assertEqual("bash cannot be started\n", self.rest)
+        self.assertEqual(1, self.finished)
+
+
+class WorkerTests(TestCase):
+    timeout = 2 * LIMIT
+
+    async def assert_ends(self, worker: Worker) -> None:
+        self.assertEqual(0, await worker.ended(), worker.output + worker.errors)
+        self.assertNotIn(b"Traceback", worker.output + worker.errors)
+
+    async def begin(self, worker: Worker) -> Reader:
+        """Run a script without end, wait until all of it is there."""
+        reader = await worker.stream(ENDLESS)
+        await until(lambda: b"up" in reader.data and worker.below("sleep") == 2, "the script is up")
+        return reader
+
+    async def test_runs_one_script_and_ends(self) -> None:
+        for program in (BASHER, TWISTD):
+            worker = await Worker.start(self, program=program)
+            answer = await worker.run("echo out; echo err >&2; exit 3")
+            self.assertEqual((200, MACHINE), (answer.code, answer.headers["Worker"]))
+            self.assertEqual(("out\n", "err\n"), (answer.text("stdout"), answer.text("stderr")))
+            self.assertEqual(3, answer.exit["code"])
+            self.assertEqual({"code", "wall_ms", "cpu_ms", "max_rss_kb"}, set(answer.exit))
+            await self.assert_ends(worker)
+
+    async def test_tells_the_signal_that_killed_bash(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("kill -KILL $$")
+        self.assertEqual((137, "SIGKILL"), (answer.exit["code"], answer.exit["signal"]))
+        await self.assert_ends(worker)
+
+    async def test_a_script_inherits_nothing(self) -> None:
+        worker = await Worker.start(self, SECRET="1")
+        script = (
+            "env | sort | sed s/=.*//; pwd; cat; ls /proc/self/fd; echo $FLY_MACHINE_ID $FLY_REGION $HOME"
+        )
+        answer = await worker.run(script)
+        names = "FLY_MACHINE_ID FLY_REGION HOME LANG PATH PWD SHLVL _ /tmp"
+        # The last descriptor is the directory that ls reads.
+        words = f"{names} 0 1 2 3 {MACHINE} ams /tmp".split()
+        self.assertEqual((words, ""), (answer.text("stdout").split(), answer.text("stderr")))
+        await self.assert_ends(worker)
+
+    async def test_twenty_megabytes_are_bit_exact_in_raw(self) -> None:
+        data = os.urandom(20_000_000)
+        path = FilePath(self.mktemp())
+        path.setContent(data)
+        worker = await Worker.start(self)
+        answer = await worker.run(f"cat '{path.path}'; exit 9", "?raw=1")
+        end = b"\nexit: 9\n"
+        self.assertEqual(len(data + end), len(answer.body))
+        self.assertEqual(hashlib.md5(data + end).digest(), hashlib.md5(answer.body).digest())
+        await self.assert_ends(worker)
+
+    async def test_refuses_what_is_no_run_and_stays_unused(self) -> None:
+        worker = await Worker.start(self)
+        health = await worker.fetch("GET", "/healthz")
+        self.assertEqual((200, b"ok\n"), (health.code, health.body))
+        unsigned = [None, "", "00", ticket("another-machine"), ticket(private=genkey().private)]
+        for authorization in unsigned:
+            refused = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+        for method, path, body, code in [
+            ("GET", "/", b"", 404),
+            ("POST", "/run/", b":", 404),
+            ("GET", "/run", b"", 405),
+            ("POST", "/run", b"echo \0", 400),
+            ("POST", "/run", bytes((1 << 20) + 1), 413),
+        ]:
+            refused = await worker.fetch(method, path, body, ticket())
+            self.assertEqual((method, path, code), (method, path, refused.code))
+            self.assertEqual("text/plain; charset=utf-8", refused.headers["Content-Type"])
+            self.assertEqual(1, refused.body.count(b"\n"))
+        largest = await worker.run("exit 6\n".ljust(1 << 20, "#"))
+        self.assertEqual(6, largest.exit["code"])
+        await self.assert_ends(worker)
+
+    async def test_runs_only_one_script(self) -> None:
+        worker = await Worker.start(self)
+        reader = await self.begin(worker)
+        second = await worker.run("echo second")
+        self.assertEqual(409, second.code)
+        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).code)
+        self.assertEqual(2, worker.below("sleep"))
+        self.assertNotIn(b"exit", reader.data)
+        reader.leave()
+        await self.assert_ends(worker)
+
+    async def test_a_client_that_leaves_ends_the_run(self) -> None:
+        worker = await Worker.start(self)
+        reader = await self.begin(worker)
+        reader.leave()
+        await self.assert_ends(worker)
+
+    async def test_what_a_script_leaves_running_does_not_delay_its_end(self) -> None:
+        worker = await Worker.start(self)
+        started = time.monotonic()
+        script = "sleep 1000 & setsid sleep 1000 & nohup sleep 1000 & ( ( setsid sleep 1000 & ) & ); disown"
+        answer = await worker.run(script + "; echo out")
+        self.assertLess(time.monotonic() - started, 20)
+        self.assertEqual(("out\n", 0), (answer.text("stdout"), answer.exit["code"]))
+        await self.assert_ends(worker)
+
+    async def test_a_run_ends_at_its_deadline(self) -> None:
+        async def expire(script: str) -> None:
+            worker = await Worker.start(self, MAXREQTIME="1s")
+            answer = await worker.run("echo before; " + script)
+            self.assertEqual((124, "timeout"), (answer.exit["code"], answer.exit["reason"]))
+            self.assertNotIn("signal", answer.exit)
+            self.assertGreaterEqual(answer.exit["wall_ms"], 999)
+            self.assertEqual("before\n", answer.text("stdout"))
+            await self.assert_ends(worker)
+
+        scripts = ("trap '' TERM; while :; do :; done", "sleep 1000 | cat", "kill -STOP $$")
+        await gatherResults([Deferred.fromCoroutine(expire(script)) for script in scripts])
+
+    async def test_signals_end_the_run_and_the_worker(self) -> None:
+        for program, signal in ((BASHER, "TERM"), (BASHER, "INT"), (TWISTD, "TERM")):
+            worker = await Worker.start(self, program=program)
+            reader = await self.begin(worker)
+            worker.send_signal(signal)
+            await reader.finished
+            self.assertIn(b'event: exit\ndata: {"code": 137, "signal": "SIGKILL"', reader.data)
+            await self.assert_ends(worker)
+
+    async def test_an_attached_worker_ends_with_its_input(self) -> None:
+        worker = await Worker.start(self, "--attached")
+        reader = await self.begin(worker)
+        worker.end_input()
+        await reader.finished
+        self.assertIn(b"event: exit\n", reader.data)
+        await self.assert_ends(worker)
+
+    async def test_output_past_its_limit_is_dropped(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="100kB")
+        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4")
+        self.assertEqual("x" * 100_000, answer.text("stdout"))
+        exit_ = answer.exit
+        self.assertEqual((4, True, 200_000), (exit_["code"], exit_["truncated"], exit_["dropped_bytes"]))
+        await self.assert_ends(worker)
+
+    async def test_a_client_that_does_not_read_holds_the_script_back(self) -> None:
+        worker = await Worker.start(self, MAXREQTIME="3s", MAXOUTPUT="1000GB")
+        reader = await worker.stream("yes", "?raw=1", paused=True)
+        largest = 0
+
+        def killed() -> bool:
+            nonlocal largest
+            largest = max(largest, worker.resident_kb)
+            return not tree.descendants(worker.pid)
+
+        await until(killed, "the deadline")
+        reader.resume()
+        await reader.finished
+        self.assertLess(largest, 120_000)
+        self.assertTrue(reader.data.endswith(b"y\n\nexit: 124 timeout\n"), reader.data[-40:])
+        await self.assert_ends(worker)
+
+    async def test_a_client_that_reads_slowly_gets_everything(self) -> None:
+        worker = await Worker.start(self)
+        reader = await worker.stream("seq 100000 100000 600000; seq 1 600000", "?raw=1", paused=True)
+        await deferLater(reactor, 1)
+        expected = [*range(100_000, 600_001, 100_000), *range(1, 600_001)]
+        while not reader.finished.called:
+            reader.resume()
+            await deferLater(reactor, 0.01)
+            reader.pause()
+            await deferLater(reactor, 0.05)
+        self.assertEqual("".join(f"{n}\n" for n in expected).encode() + b"\nexit: 0\n", bytes(reader.data))
+        await self.assert_ends(worker)
+
+    async def test_bad_settings_are_told_line_by_line_before_anything_else(self) -> None:
+        for program in (BASHER, TWISTD):
+            worker = await Worker.start(
+                self, program=program, up=False, PUBLIC="", FLY_MACHINE_ID="a b", MAXREQTIME="soon"
+            )
+            self.assertEqual(1, await worker.ended())
+            lines = worker.errors.decode().splitlines()
+            self.assertEqual(
+                ["bfaas-basher: PUBLIC", "bfaas-basher: FLY_MACHINE_ID", "bfaas-basher: MAXREQTIME"],
+                [": ".join(line.split(": ")[:2]) for line in lines],
+            )
+            self.assertNotIn(b"starting on", worker.output)
+            self.assertNotIn(b"Traceback", worker.errors)
+
+    async def test_a_port_that_is_taken_is_told_with_exit_code_1(self) -> None:
+        first = await Worker.start(self)
+        for program in (BASHER, TWISTD):
+            second = await Worker.start(
+                self, "--listen", f"tcp:{first.port}:interface=127.0.0.1", program=program, up=False
+            )
+            self.assertEqual(1, await second.ended())
+            self.assertIn(b"Address already in use", second.errors + second.output)
+
+    async def test_scripts_run_behind_the_sandbox(self) -> None:
+        worker = await Worker.start(self, SANDBOX="env 'MARK=one two'")
+        answer = await worker.run("echo $MARK")
+        self.assertEqual("one two\n", answer.text("stdout"))
+        await self.assert_ends(worker)
