@@ -242,9 +242,8 @@ class MachinesServer:
             raise BadRequestError("a lease needs a ttl in seconds")
         nonce = _nonce(request)
         if nonce is not None:
-            return self._reply(
-                request, lease_to_json(await self._machines.refresh_lease(machine_id, nonce, ttl))
-            )
+            lease = await self._machines.refresh_lease(machine_id, nonce, ttl)
+            return self._reply(request, lease_to_json(lease))
         description = str(asked.get("description") or "")
         lease = await self._machines.acquire_lease(machine_id, ttl, description)
         return self._reply(request, lease_to_json(lease), 201)
