@@ -56,7 +56,7 @@ def read_config(told: object) -> MachineConfig:
             raise DocumentError("json: cannot unmarshal env or metadata: all values are strings")
     if not isinstance(guest, dict):
         raise DocumentError("json: cannot unmarshal guest")
-    return MachineConfig(told["image"], env, metadata, guest.get("cpus", 1), guest.get("memory_mb", 256))
+    return MachineConfig(told["image"], env, metadata, guest.get("cpus") or 1, guest.get("memory_mb") or 256)
 
 
 def _text(value: object) -> str:

@@ -169,13 +169,12 @@ class FlyMachines:
                     return
                 raise
             except UnavailableError as error:
-                # 408 is how it says that the slice is over; anything else deserves a pause.
-                if error.call is None or error.call.status != 408:  # noqa: PLR2004 - request timeout
-                    await sleep(self._clock, self._random.uniform(*_PAUSES) / 2)
-                continue
-            version = told.get("version") or machine.instance_id
-            if told.get("ok") is True and version == machine.instance_id:
-                return
+                # Among them is 408: that the slice is over, or that the API itself was slow, and soon.
+                self._log.debug("again: {error}", error=error)
+            else:
+                version = told.get("version") or machine.instance_id
+                if told.get("ok") is True and version == machine.instance_id:
+                    return
             await sleep(self._clock, self._random.uniform(*_PAUSES) / 2)
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
@@ -215,6 +214,7 @@ class FlyMachines:
         repeat: bool = True,
     ) -> T:
         """Make a call, and read its answer. Raises `MachinesError`."""
+        path = self._machines + path
         deadline = Deadline(self._clock, limit)
         pause, longest = _PAUSES
         while True:
@@ -237,7 +237,6 @@ class FlyMachines:
         nonce: str | None,
         body: Mapping[str, Any] | None,
     ) -> T:
-        path = self._machines + path
         try:
             answer = await self._send(method, path, nonce, body)
         except CancelledError:
@@ -278,6 +277,7 @@ def _excerpt(body: bytes) -> str:
 
 
 _NAME_TAKEN = re.compile(r"unique machine name violation(?:, machine ID (\w+))?")
+_LEASE = re.compile(r"\blease\b", re.IGNORECASE)
 _NO_ROOM = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
 
 
@@ -296,7 +296,7 @@ def _error(call: Call, body: bytes) -> MachinesError:
         return NameTakenError(message, taken[1], call)
     if status in (409, 422) and _NO_ROOM.search(text):
         kind = CapacityError
-    elif status == 409 and "lease" in text:  # noqa: PLR2004 - conflict
+    elif status == 409 and _LEASE.search(text):  # noqa: PLR2004 - conflict
         kind = LeaseHeldError
     elif status in (409, 412):
         kind = NotReadyError

@@ -51,6 +51,10 @@ class Flycast(Resource):
         return NOT_DONE_YET
 
     async def _pass_on(self, request: Request) -> None:
+        if not request.uri.startswith(b"/"):  # behind an address, "@elsewhere" would lead elsewhere
+            request.write(refuse(request, 400, "a request names a path"))
+            request.finish()
+            return
         address = await self._address(request.getHeader(FORCE_INSTANCE))
         if address is None:
             request.write(refuse(request, 503, "no such machine is started"))

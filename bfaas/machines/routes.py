@@ -125,7 +125,7 @@ class MachinesServer:
         states = set(_query(request, "state").split(",")) - {""}
         region = _query(request, "region")
         wanted = {
-            name.removeprefix(b"metadata.").decode(): values[-1].decode()
+            _text(name).removeprefix("metadata."): _text(values[-1])
             for name, values in request.args.items()
             if name.startswith(b"metadata.")
         }
@@ -147,7 +147,7 @@ class MachinesServer:
         config = read_config(asked.get("config"))
         name = asked.get("name") or f"local-machine-{secrets.randbelow(10_000):04}"
         ttl = asked.get("lease_ttl") or 0
-        if not isinstance(name, str) or not isinstance(ttl, int):
+        if not isinstance(name, str) or not isinstance(ttl, int) or ttl < 0:
             raise BadRequestError("json: cannot unmarshal name or lease_ttl")
         region = asked.get("region") or "local"
         machine, lease = await self._machines.create(name, str(region), config, ttl)
@@ -203,7 +203,7 @@ class MachinesServer:
     async def wait(self, request: Request, app: str, machine_id: str) -> bytes:
         """Wait until a machine is in one of some states, for 1 to 60 seconds."""
         self._check(request, app)
-        words = ",".join(value.decode() for value in request.args.get(b"state", [b"started"])).split(",")
+        words = ",".join(map(_text, request.args.get(b"state", [b"started"]))).split(",")
         if not set(words) <= set(_WAITABLE):
             raise BadRequestError("invalid WaitMachineRequest.State")
         timeout = _query(request, "timeout") or str(_MAX_WAIT)
@@ -235,14 +235,15 @@ class MachinesServer:
         """Take a lease, or with its nonce make it last longer."""
         self._check(request, app)
         asked = _json(request)
-        ttl = asked.get("ttl") or int(_query(request, "ttl") or 0)
+        ttl = asked.get("ttl") or _query(request, "ttl")
+        if isinstance(ttl, str) and re.fullmatch("[0-9]{1,9}", ttl):
+            ttl = int(ttl)
         if not isinstance(ttl, int) or ttl <= 0:
             raise BadRequestError("a lease needs a ttl in seconds")
         nonce = _nonce(request)
         if nonce is not None:
-            return self._reply(
-                request, lease_to_json(await self._machines.refresh_lease(machine_id, nonce, ttl))
-            )
+            lease = await self._machines.refresh_lease(machine_id, nonce, ttl)
+            return self._reply(request, lease_to_json(lease))
         description = str(asked.get("description") or "")
         lease = await self._machines.acquire_lease(machine_id, ttl, description)
         return self._reply(request, lease_to_json(lease), 201)
@@ -320,7 +321,11 @@ _ERRORS: list[tuple[type[MachinesError], int, str]] = [
 
 def _query(request: Request, name: str) -> str:
     values: list[bytes] = request.args.get(name.encode(), [b""])
-    return values[-1].decode("utf-8", "replace")
+    return _text(values[-1])
+
+
+def _text(told: bytes) -> str:
+    return told.decode("utf-8", "replace")
 
 
 def _nonce(request: Request) -> str | None:
