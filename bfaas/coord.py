@@ -21,10 +21,10 @@ from bfaas import wire
 from bfaas.answer import Answer
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.exchange import lasting_agent
-from bfaas.life import PoolSettings, lease_ttl
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
+from bfaas.member import PoolSettings, lease_ttl
 from bfaas.pool import Pool, PoolClosedError
 from bfaas.process import prepare, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError

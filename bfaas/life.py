@@ -6,9 +6,6 @@ What the steps are taken for, and in which order, is the pool's business.
 
 from __future__ import annotations
 
-import enum
-import secrets
-from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,10 +14,8 @@ from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import (
-    Lease,
     LeaseHeldError,
     Machine,
-    MachineConfig,
     MachinesAPI,
     MachinesError,
     NameTakenError,
@@ -29,6 +24,7 @@ from bfaas.machines.api import (
     State,
     UnavailableError,
 )
+from bfaas.member import Member, Phase, PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -40,128 +36,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+SETTLED = 60.0
+"""Seconds after which whatever was asked of the API is done, or never will be, and its lists show it."""
+
 _PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED)
 
 
-@dataclass(frozen=True)
-class Limits:
-    """
-    Seconds that each step of a machine's life may take before the machine is given up.
-
-    `create` bounds one attempt to make it, since while nobody knows whether there is one, attempts go on;
-    and its first start, which waits for the image.
-    """
-
-    create: float = 90.0
-    start: float = 20.0
-    ready: float = 15.0
-    stop: float = 20.0
-    destroy: float = 20.0
-    lease: float = 10.0
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """
-    Which machines a pool makes, and how many.
-
-    `max_req_time` and `lease_ttl` are seconds. `config` is given the metadata that says whose it is.
-    """
-
-    name: str
-    size: int
-    region: str
-    config: MachineConfig
-    max_req_time: float
-    lease_ttl: int
-    limits: Limits = field(default_factory=Limits)
-
-    @property
-    def pool_id(self) -> str:
-        """What a machine's metadata says of it, under the key `pool_id`."""
-        return f"{self.name}//{self.config.image}"
-
-    def labelled(self) -> MachineConfig:
-        """Make the config that machines are created with."""
-        return replace(self.config, metadata={**self.config.metadata, "pool_id": self.pool_id})
-
-    def owns(self, machine: Machine) -> bool:
-        """Tell whether a machine is this pool's: by its name, which cannot be changed."""
-        return owner(machine.name) == self.name
-
-    def recognizes(self, machine: Machine) -> bool:
-        """Tell whether its metadata is what we gave it: it is of this image, and nobody meddled with it."""
-        return machine.metadata.get("pool_id") == self.pool_id
-
-
-def lease_ttl(max_req_time: float) -> int:
-    """Choose how long leases last, in seconds: five minutes, and at least four requests of full length."""
-    return max(300, int(4 * max_req_time) + 1)
-
-
-def machine_name(pool: str) -> str:
-    """Make a name that no machine has had."""
-    return f"worker-{pool}-{secrets.token_hex(8)}"
-
-
-def owner(name: str) -> str | None:
-    """Tell the pool that a machine's name says, dashes and all; None if the name is no pool's."""
-    prefix, _, rest = name.partition("-")
-    pool, dash, unique = rest.rpartition("-")
-    return pool if prefix == "worker" and dash and pool and unique else None
-
-
-class Phase(enum.Enum):
-    """Where a member of the pool is in its life."""
-
-    CREATING = "creating"  # there may be a machine, or not yet
-    RECLAIMING = "reclaiming"  # an earlier instance left it; being wiped, whatever it was doing
-    IDLE = "idle"  # stopped, confirmed; costs nothing, starts when wanted
-    STARTING = "starting"  # on its way to a request
-    READY = "ready"  # started and answering, no request yet
-    BUSY = "busy"  # a request has it
-    STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
-    LEAVING = "leaving"  # being destroyed; has its place until that is done
-
-
-@dataclass(eq=False)
-class Member:
-    """
-    A place in the pool, and the machine that fills it.
-
-    `lease_end` is by the pool's clock, counted from before the lease was asked for. `tainted` means that
-    the machine must not be used again. `woken` is what its life waits for while it is idle: True when a
-    request wants it, False when it is to end.
-    """
-
-    name: str
-    phase: Phase = Phase.CREATING
-    known_machine: Machine | None = None
-    lease: Lease | None = None
-    lease_end: float = 0.0
-    tainted: bool = False
-    woken: Deferred[bool] | None = None
-
-    @property
-    def machine(self) -> Machine:
-        """The machine, in a phase in which there is one."""
-        assert self.known_machine is not None, self.name  # noqa: S101 - phases after CREATING have one
-        return self.known_machine
-
-    @property
-    def nonce(self) -> str | None:
-        """What proves that the machine is leased to us."""
-        return self.lease.nonce if self.lease else None
-
-    def wake(self, *, wanted: bool) -> None:
-        """End its rest, if it rests."""
-        if self.woken is not None:
-            woken, self.woken = self.woken, None
-            woken.callback(wanted)
-
-
 class StuckError(MachinesError):
-    """The machine cannot be destroyed now, though the API answers."""
+    """The machine cannot be destroyed now, and the pool has no more time."""
+
+
+class TakenOverError(MachinesError):
+    """Another holds the lease that was ours: the machine is its to use, and to destroy."""
 
 
 class Life:
@@ -184,7 +70,7 @@ class Life:
         self._random = random
         self._settings = settings
         self._limits = settings.limits
-        self._naps: set[IDelayedCall] = set()
+        self._naps: dict[IDelayedCall, None] = {}
         self._closing = False
 
     def close(self) -> None:
@@ -203,17 +89,24 @@ class Life:
         Make the machine.
 
         When the answer is lost, ask again: since no two machines have the same name, there is one at
-        most. Until that is known, the member keeps its place.
+        most. Until that is known, the member keeps its place. Raises what speaks against a machine once
+        it is known that there is none.
         """
         for failures in count():
+            asked = self._clock.seconds()
             try:
                 await self._try_to_create(member)
                 break
             except (UnavailableError, DeadlineExceededError) as error:
                 if self._closing:
                     raise
+                member.lost = self._clock.seconds()
                 self._log.warn("is {name} created? {error}", name=member.name, error=error)
-                await self._nap(self.pause(failures))
+            except MachinesError:
+                # This attempt is refused; but one before it, whose answer was lost, may have been done.
+                if member.known_machine is not None or member.lost is None or asked > member.lost + SETTLED:
+                    raise
+            await self._nap(self.pause(failures))
         self._log.info("created {name}, {id}", name=member.name, id=member.machine.id)
 
     async def _try_to_create(self, member: Member) -> None:
@@ -223,11 +116,13 @@ class Life:
             member.known_machine, member.lease = await self._within(self._limits.create, create)
             member.lease_end = asked + settings.lease_ttl
         except NameTakenError as taken:
-            await self._take_over(member, taken.machine_id or await self._find(member))
+            machine_id = taken.machine_id or await self._find(member)
+            if machine_id is None:
+                raise UnavailableError(f"{member.name} exists, but nobody says where") from taken
+            await self._take_over(member, machine_id)
         except UnavailableError:
             raise
         except MachinesError:
-            # This attempt is refused; but one before it, whose answer was lost, may have been done.
             machine_id = await self._find(member)
             if machine_id is None:
                 raise
@@ -237,14 +132,14 @@ class Life:
         machines = await self._within(self._limits.lease, self._api.list())
         return next((machine.id for machine in machines if machine.name == member.name), None)
 
-    async def _take_over(self, member: Member, machine_id: str | None) -> None:
+    async def _take_over(self, member: Member, machine_id: str) -> None:
         """Go on with the machine that an earlier attempt made."""
-        if machine_id is None:
-            raise UnavailableError(f"{member.name} exists, but nobody says where")
-        machine = await self._within(self._limits.lease, self._api.get(machine_id))
+        try:
+            member.known_machine = await self._within(self._limits.lease, self._api.get(machine_id))
+        except NotFoundError as error:
+            raise UnavailableError(str(error)) from error  # too new to be found, or gone again
         member.lease = await self._within(self._limits.lease, self._api.get_lease(machine_id))
-        await self._extend(machine.id, member)
-        member.known_machine = machine
+        await self._extend(machine_id, member)
 
     async def adopt(self, member: Member) -> None:
         """
@@ -281,29 +176,61 @@ class Life:
 
     async def destroy(self, member: Member) -> None:
         """
-        Destroy the machine, trying again for as long as the API does not answer.
+        Destroy the machine, trying for as long as it takes.
 
-        Raises `StuckError` when the API does answer, but has not done it within the limit; and when the
-        pool is closing and it did not answer within the limit.
+        An attempt to create it whose answer was lost may be done only now, under the name that is free
+        again: then that one is destroyed too. Raises `TakenOverError` when the machine is another's now;
+        and `StuckError` when the pool is closing and it is not done within the limit.
         """
+        settled = (member.lost or -SETTLED) + SETTLED
+        unsettled = self._clock.seconds() < settled
+        await self._destroy(member)
+        for failures in count():
+            if self._closing or not unsettled:
+                break
+            await self._nap(max(settled - self._clock.seconds(), self.pause(failures)))
+            try:
+                machine_id = await self._find(member)
+                unsettled = machine_id is not None
+                if machine_id is not None:
+                    await self._take_over(member, machine_id)
+                    await self._destroy(member)
+            except (MachinesError, DeadlineExceededError) as error:
+                self._log.warn("is there another {name}? {error}", name=member.name, error=error)
+
+    async def _destroy(self, member: Member) -> None:
         deadline = Deadline(self._clock, self._limits.destroy)
+        nonce = member.nonce
         for failures in count():
             try:
-                await self._within(self._limits.destroy, self._api.destroy(member.machine.id, member.nonce))
+                await self._within(self._limits.destroy, self._api.destroy(member.machine.id, nonce))
+                break
             except NotFoundError:
                 break
             except (MachinesError, DeadlineExceededError) as error:
-                unknown = isinstance(error, UnavailableError | DeadlineExceededError)
-                if not deadline.remaining and (self._closing or not unknown):
+                if self._closing and not deadline.remaining:
                     raise StuckError(f"cannot destroy {member.name}: {error}") from error
                 self._log.warn("{name} is not destroyed: {error}", name=member.name, error=error)
                 if isinstance(error, LeaseHeldError):
-                    # Ours has run out or was taken over; without a nonce, a live one still protects it.
-                    member.lease = None
-                await self._nap(self.pause(failures))
-            else:
-                break
+                    nonce = await self._other_nonce(member, nonce)
+            await self._nap(self.pause(failures))
         self._log.info("destroyed {name}, {id}", name=member.name, id=member.machine.id)
+
+    async def _other_nonce(self, member: Member, refused: str | None) -> str | None:
+        """
+        Choose what to try after a nonce was refused.
+
+        First none, since our lease may just have run out; then, if the machine never was under a lease of
+        ours, that of whoever left it.
+        """
+        if refused is not None:
+            return None
+        if member.lease is not None:
+            raise TakenOverError(f"{member.name} is another's now")
+        try:
+            return (await self._within(self._limits.lease, self._api.get_lease(member.machine.id))).nonce
+        except (MachinesError, DeadlineExceededError):
+            return None
 
     async def _call_start(self, member: Member) -> None:
         """Ask for the start, again for as long as the last stop is not over."""
@@ -341,10 +268,10 @@ class Life:
         done: Deferred[None] = Deferred()
         longest = self._HURRIED_NAP if self._closing else seconds
         nap = self._clock.callLater(min(seconds, longest), done.callback, None)
-        self._naps.add(nap)
+        self._naps[nap] = None
         try:
             await done
         finally:
-            self._naps.discard(nap)
+            del self._naps[nap]
             if nap.active():
                 nap.cancel()

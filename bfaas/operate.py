@@ -10,9 +10,9 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import react
 
 from bfaas.exchange import lasting_agent
-from bfaas.life import owner
 from bfaas.machines.api import MachinesError, NotFoundError
 from bfaas.machines.fly import FlyMachines
+from bfaas.member import owner
 from bfaas.sweep import destroy_own
 
 if TYPE_CHECKING:

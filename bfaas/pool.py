@@ -18,8 +18,9 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.life import Life, Member, Phase, PoolSettings, StuckError, machine_name
+from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError
+from bfaas.member import Member, Phase, PoolSettings, machine_name
 from bfaas.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -60,7 +61,6 @@ class Pool:
     """
 
     _log = Logger()
-    _RECLAIM_LIMIT = 20.0
 
     def __init__(
         self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
@@ -69,7 +69,7 @@ class Pool:
         self._clock = clock
         self._random = random
         self._life = Life(api, probe, clock, random, settings)
-        self._sweep = Sweep(api, settings, self._member_named, self._adopt)
+        self._sweep = Sweep(api, clock, settings, self._know)
         self._members: dict[Member, Deferred[None]] = {}
         self._line: deque[Deferred[Allocation]] = deque()
         self._cleaning: Deferred[None] | None = None
@@ -146,7 +146,7 @@ class Pool:
             member.wake(wanted=True)
             short -= 1
         while short > 0 and len(self._members) < self._settings.size and self._may_create():
-            self._add(Member(machine_name(self._settings.name)))
+            self._add(Member(machine_name(self._settings.name, self._random)))
             short -= 1
 
     def _may_create(self) -> bool:
@@ -178,10 +178,10 @@ class Pool:
     async def _live(self, member: Member) -> None:
         """Get a machine, let it serve as long as it is good for it, and see it off."""
         try:
-            if member.known_machine is None:
+            if member.phase is Phase.CREATING:
                 await self._life.create(member)
                 await self._serve(member)
-            else:
+            elif not member.tainted:
                 await self._life.adopt(member)
                 await self._life.stop(member)
             while await self._rest(member):
@@ -200,13 +200,17 @@ class Pool:
         await self._life.become_ready(member)
         self._failures = 0
         member.phase = Phase.READY
-        if self._line and not member.tainted:
+        if self._line and not member.tainted and self._is_leased(member, self._settings.max_req_time):
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.popleft().callback(Allocation(member.machine, released))
             await released
         member.phase = Phase.STOPPING
         await self._life.stop(member)
+
+    def _is_leased(self, member: Member, seconds: float) -> bool:
+        """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""
+        return member.lease_end - self._clock.seconds() >= seconds
 
     async def _rest(self, member: Member) -> bool:
         """Wait until a request wants the machine. False when it is to end: its lease does, or the pool."""
@@ -227,37 +231,49 @@ class Pool:
         return wanted
 
     async def _see_off(self, member: Member) -> None:
-        """Destroy the machine; one that cannot be destroyed is left to the cleaning."""
+        """Destroy the machine. Until that is done it has its place: it is there."""
         member.phase = Phase.LEAVING
         self._balance()
         if member.known_machine is None:
             return
         try:
             await self._life.destroy(member)
+        except TakenOverError as error:
+            self._log.warn("{error}", error=error)
         except StuckError as error:
-            self._log.error("{error}; will try again", error=error)
-            self._sweep.doom(member)
+            self._log.error("{error}", error=error)
 
     # Cleaning.
 
     async def _clean(self) -> None:
-        limit = self._RECLAIM_LIMIT
+        failures = 0
         while True:
             try:
-                await Deadline(self._clock, limit).run(self._sweep.sweep())
+                await Deadline(self._clock, CLEANING_PERIOD).run(self._sweep.sweep())
             except (MachinesError, DeadlineExceededError) as error:
                 self._log.warn("cleaning is not done: {error}", error=error)
-            limit = CLEANING_PERIOD
-            self._reclaimed = True
-            self._balance()
-            await sleep(self._clock, CLEANING_PERIOD * self._random.uniform(0.8, 1.2))
+                await sleep(self._clock, self._life.pause(failures))
+                failures += 1
+            else:
+                failures = 0
+                await sleep(self._clock, CLEANING_PERIOD * self._random.uniform(0.8, 1.2))
 
-    def _member_named(self, name: str) -> Member | None:
-        return next((member for member in self._members if member.name == name), None)
+    def _know(self, machines: list[Machine]) -> None:
+        """
+        Take note of all machines of this pool.
 
-    def _adopt(self, machine: Machine) -> bool:
-        """Take in a machine of ours that we did not know; False when there is no place for it."""
-        if self._closing or len(self._members) >= self._settings.size:
-            return False
-        self._add(Member(machine.name, Phase.RECLAIMING, machine))
-        return True
+        One that we did not know has a place from now on, since it is there; if it is not to be used, or
+        one too many, until it is gone.
+        """
+        self._reclaimed = True
+        known = {member.name: member for member in self._members}
+        for machine in sorted(machines, key=self._settings.recognizes, reverse=True):
+            fit, member = self._settings.recognizes(machine), known.get(machine.name)
+            if member is None:
+                too_many = len(self._members) >= self._settings.size
+                self._add(Member(machine.name, Phase.RECLAIMING, machine, tainted=too_many or not fit))
+            elif not fit:
+                self._log.warn("somebody changed the metadata of {name}", name=machine.name)
+                member.tainted = True
+                member.wake(wanted=False)
+        self._balance()

@@ -7,18 +7,24 @@ first, and destroyed without a nonce, which the API refuses while anybody holds 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.logger import Logger
 
-from bfaas.life import owner
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State
+from bfaas.member import owner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
-    from bfaas.life import Member, PoolSettings
+    from twisted.internet.defer import Deferred
+    from twisted.internet.interfaces import IReactorTime
+
     from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.member import PoolSettings
+
+T = TypeVar("T")
 
 _log = Logger()
 
@@ -29,71 +35,55 @@ class Sweep:
     """
     Goes through the machines of the app, whosever they are.
 
-    `known` tells the pool's member of a name. `adopt` takes a machine of ours in that the pool does not
-    know, and answers False when it has no place for it.
+    `tell_own` is told what there is of this pool's.
     """
 
     def __init__(
         self,
         api: MachinesAPI,
+        clock: IReactorTime,
         settings: PoolSettings,
-        known: Callable[[str], Member | None],
-        adopt: Callable[[Machine], bool],
+        tell_own: Callable[[list[Machine]], None],
     ) -> None:
         self._api = api
+        self._clock = clock
         self._settings = settings
-        self._known = known
-        self._adopt = adopt
-        self._doomed: set[str] = set()
-
-    def doom(self, member: Member) -> None:
-        """Remember a machine of ours that could not be destroyed, to try again."""
-        self._doomed.add(member.name)
+        self._tell_own = tell_own
 
     async def sweep(self) -> None:
-        """Go through all machines once; one that makes trouble is left for the next time."""
-        machines = await self._api.list()
-        self._doomed &= {machine.name for machine in machines}
+        """Go through all machines once; another's that makes trouble is left for the next time."""
+        machines = await self._list()
+        self._tell_own([machine for machine in machines if self._settings.owns(machine)])
         for machine in machines:
-            try:
-                await self._look_at(machine)
-            except MachinesError as error:
-                _log.warn("leaves {name} for now: {error}", name=machine.name, error=error)
+            if owner(machine.name) is not None and not self._settings.owns(machine):
+                try:
+                    await self._within(self._destroy_unleased(machine))
+                except (MachinesError, DeadlineExceededError) as error:
+                    _log.warn("leaves {name} for now: {error}", name=machine.name, error=error)
 
     async def destroy_all_own(self) -> None:
         """Destroy all machines of this pool."""
-        for machine in await self._api.list():
-            if self._settings.owns(machine) and machine.state not in _GONE:
+        for machine in await self._list():
+            if self._settings.owns(machine):
                 try:
-                    await destroy_own(self._api, machine)
-                except MachinesError as error:
+                    await self._within(destroy_own(self._api, machine))
+                except (MachinesError, DeadlineExceededError) as error:
                     _log.error("cannot destroy {name}: {error}", name=machine.name, error=error)
 
-    async def _look_at(self, machine: Machine) -> None:
-        if owner(machine.name) is None or machine.state in _GONE:
-            return
-        if not self._settings.owns(machine):
-            await self._destroy_unleased(machine)
-            return
-        member = self._known(machine.name)
-        if member is not None:
-            if not self._settings.recognizes(machine):
-                _log.warn("somebody changed the metadata of {name}", name=machine.name)
-                member.tainted = True
-                member.wake(wanted=False)
-            return
-        machine = await self._api.get(machine.id)
-        if machine.state in _GONE or self._known(machine.name) is not None:
-            return
-        fit = self._settings.recognizes(machine) and machine.name not in self._doomed
-        if not (fit and await self._is_leased(machine) and self._adopt(machine)):
-            await destroy_own(self._api, machine)
+    async def _list(self) -> list[Machine]:
+        return [machine for machine in await self._within(self._api.list()) if machine.state not in _GONE]
+
+    def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
+        return Deadline(self._clock, self._settings.limits.look).run(work)
 
     async def _destroy_unleased(self, machine: Machine) -> None:
         """Destroy another pool's machine if its lease has run out."""
-        if await self._is_leased(machine):
+        try:
+            await self._api.get_lease(machine.id)
+        except NotFoundError:
+            machine = await self._api.get(machine.id)
+        else:
             return
-        machine = await self._api.get(machine.id)
         if machine.state in _GONE:
             return
         try:
@@ -101,13 +91,6 @@ class Sweep:
         except LeaseHeldError:
             return
         _log.info("destroyed {name}, whose lease had run out", name=machine.name)
-
-    async def _is_leased(self, machine: Machine) -> bool:
-        try:
-            await self._api.get_lease(machine.id)
-        except NotFoundError:
-            return False
-        return True
 
 
 async def destroy_own(api: MachinesAPI, machine: Machine) -> None:

@@ -296,6 +296,7 @@ class ReadingTests(LiarTestCase):
             answer(500, b""), answer(409, said), answer(409, {"error": "unique machine name violation"})
         )
 
+        await self.refused(UnavailableError, fly.create("m", "ams", CONFIG, 60))  # not repeated
         for machine_id in ("12ab", None):
             raised = await self.refused(NameTakenError, fly.create("m", "ams", CONFIG, 60))
             assert isinstance(raised, NameTakenError)

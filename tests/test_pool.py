@@ -9,7 +9,6 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.life import Phase, PoolSettings, lease_ttl, owner
 from bfaas.machines.api import (
     CapacityError,
     LeaseHeldError,
@@ -21,6 +20,7 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.memory import MemoryMachines, Timing
+from bfaas.member import Phase, PoolSettings, lease_ttl, owner
 from bfaas.pool import Allocation, Pool, PoolClosedError
 from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse
 
@@ -591,9 +591,17 @@ class CleaningTests(PoolCase):
 
         self.assertEqual(1, len(self.machines()))
 
-    def test_a_failing_list_does_not_stop_the_service(self) -> None:
-        pool, api = self.world.pool("q", start=False)
-        api.always["list"] = Hang()
-        pool.start()
+    def test_nothing_is_created_before_it_is_known_what_there_is(self) -> None:
+        self.allocated().release()
+        self.world.advance(3)
+        self.close()
+        again, api = self.world.pool(size=1, start=False)
+        api.next("list", Hang(), Refuse(UnavailableError("500")))
+        again.start()
+        place = again.allocate()
+        self.world.advance(15)
+        self.assertNoResult(place)
+        self.world.advance(15)
 
-        self.allocated(pool, within=30)
+        self.successResultOf(place)
+        self.assertEqual(0, api.count("create"))

@@ -30,6 +30,7 @@ ROOMS = [
     "bfaas.machines.routes",
     "bfaas.machines.flycast",
     "bfaas.machines.server",
+    "bfaas.member",
     "bfaas.life",
     "bfaas.sweep",
     "bfaas.pool",

@@ -108,9 +108,11 @@ class FlyMachines:
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
-        """Make a machine, leased at once. Repeated where needed: two machines never have the same name."""
+        """Make a machine, leased at once. Not repeated: whoever asked must know of a lost answer."""
         asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": config_to_json(config)}
-        machine, nonce = await self._call("POST", "", read_created, body=asked, limit=_CREATE_LIMIT)
+        machine, nonce = await self._call(
+            "POST", "", read_created, body=asked, limit=_CREATE_LIMIT, repeat=False
+        )
         if machine.name != name:
             raise UnavailableError(f"asked to create {name}, the API tells of {machine.name}")
         return machine, Lease(nonce, machine.created_at + lease_ttl)

@@ -7,9 +7,9 @@ which it was asked for, without a socket or a process.
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -67,6 +67,7 @@ class MemoryMachines:
     Machines of one app, in memory.
 
     `clock` drives what takes time, `wall` tells the time that leases end by, in seconds since the epoch.
+    `random` makes ids and nonces.
     With `rate_limited`, calls are refused as Fly refuses them: beyond one a second and three at once for
     each action on each machine (on the app, for creations and lists), five and ten for looks at a machine.
     """
@@ -79,6 +80,7 @@ class MemoryMachines:
         wall: Callable[[], float],
         bodies: Bodies | None = None,
         timing: Timing | None = None,
+        random: Random | None = None,
         *,
         rate_limited: bool = False,
     ) -> None:
@@ -86,6 +88,7 @@ class MemoryMachines:
         self._wall = wall
         self._bodies: Bodies = bodies or NoBodies()
         self._timing = timing or Timing()
+        self._random = random or SystemRandom()
         self._limits = RateLimits(clock) if rate_limited else NoLimits()
         self._entries: dict[str, _Entry] = {}
         self._under_way: set[Deferred[None]] = set()
@@ -101,18 +104,18 @@ class MemoryMachines:
             if entry.machine.name == name and not _is_gone(entry):
                 raise NameTakenError(f"machine {entry.machine.id} has the name {name}", entry.machine.id)
         machine = Machine(
-            id=secrets.token_hex(7),
+            id=self._hex(14),
             name=name,
             state=State.CREATED,
             region=region,
             image=config.image,
             metadata=dict(config.metadata),
-            instance_id=_ulid(),
+            instance_id=self._ulid(),
             created_at=self._wall(),
             url=self._bodies.place(),
         )
         entry = self._entries[machine.id] = _Entry(machine, config)
-        lease = Lease(_nonce(), self._wall() + lease_ttl)
+        lease = Lease(self._hex(12), self._wall() + lease_ttl)
         entry.lease = lease if lease_ttl > 0 else None
         self._begin(self._boot(entry))
         return machine, lease
@@ -178,7 +181,7 @@ class MemoryMachines:
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Take a free lease."""
         entry = self._guarded("lease", machine_id, None)
-        entry.lease = Lease(_nonce(), self._wall() + ttl, description=description)
+        entry.lease = Lease(self._hex(12), self._wall() + ttl, description=description)
         return entry.lease
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
@@ -246,6 +249,12 @@ class MemoryMachines:
                 f"expires at {datetime.fromtimestamp(lease.expires_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
             )
         return entry
+
+    def _hex(self, digits: int) -> str:
+        return f"{self._random.getrandbits(4 * digits):0{digits}x}"
+
+    def _ulid(self) -> str:
+        return "01" + "".join(self._random.choices("0123456789ABCDEFGHJKMNPQRSTVWXYZ", k=24))
 
     # What takes time.
 
@@ -323,15 +332,6 @@ class MemoryMachines:
 
 def _is_gone(entry: _Entry) -> bool:
     return entry.machine.state in (State.DESTROYING, State.DESTROYED)
-
-
-def _nonce() -> str:
-    return secrets.token_hex(6)
-
-
-def _ulid() -> str:
-    alphabet = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
-    return "01" + "".join(secrets.choice(alphabet) for _ in range(24))
 
 
 _check: type[MachinesAPI] = MemoryMachines

@@ -18,9 +18,9 @@ from twisted.web.http_headers import Headers
 from bfaas import tree
 from bfaas.auth import genkey
 from bfaas.deadline import Deadline, sleep
-from bfaas.life import owner
 from bfaas.machines.api import State
 from bfaas.machines.fly import FlyMachines
+from bfaas.member import owner
 from tests.e2e.coordinator import (
     PATIENCE,
     Answer,

@@ -1,0 +1,134 @@
+"""What a pool is told, and what it knows of each of its machines: values alone."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from random import Random
+
+    from twisted.internet.defer import Deferred
+
+    from bfaas.machines.api import Lease, Machine, MachineConfig
+
+
+@dataclass(frozen=True)
+class Limits:
+    """
+    Seconds that each step of a machine's life may take before the machine is given up.
+
+    `create` bounds one attempt to make it, since while nobody knows whether there is one, attempts go on;
+    and its first start, which waits for the image. `look` bounds what cleaning does about one machine.
+    """
+
+    create: float = 90.0
+    start: float = 20.0
+    ready: float = 15.0
+    stop: float = 20.0
+    destroy: float = 20.0
+    lease: float = 10.0
+    look: float = 20.0
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """
+    Which machines a pool makes, and how many.
+
+    `max_req_time` and `lease_ttl` are seconds. `config` is given the metadata that says whose it is.
+    """
+
+    name: str
+    size: int
+    region: str
+    config: MachineConfig
+    max_req_time: float
+    lease_ttl: int
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def pool_id(self) -> str:
+        """What a machine's metadata says of it, under the key `pool_id`."""
+        return f"{self.name}//{self.config.image}"
+
+    def labelled(self) -> MachineConfig:
+        """Make the config that machines are created with."""
+        return replace(self.config, metadata={**self.config.metadata, "pool_id": self.pool_id})
+
+    def owns(self, machine: Machine) -> bool:
+        """Tell whether a machine is this pool's: by its name, which cannot be changed."""
+        return owner(machine.name) == self.name
+
+    def recognizes(self, machine: Machine) -> bool:
+        """Tell whether its metadata is what we gave it: it is of this image, and nobody meddled with it."""
+        return machine.metadata.get("pool_id") == self.pool_id
+
+
+def lease_ttl(max_req_time: float) -> int:
+    """Choose how long leases last, in seconds: five minutes, and at least four requests of full length."""
+    return max(300, int(4 * max_req_time) + 1)
+
+
+def machine_name(pool: str, random: Random) -> str:
+    """Make a name that no machine has had."""
+    return f"worker-{pool}-{random.getrandbits(64):016x}"
+
+
+def owner(name: str) -> str | None:
+    """Tell the pool that a machine's name says, dashes and all; None if the name is no pool's."""
+    prefix, _, rest = name.partition("-")
+    pool, dash, unique = rest.rpartition("-")
+    return pool if prefix == "worker" and dash and pool and unique else None
+
+
+class Phase(enum.Enum):
+    """Where a member of the pool is in its life."""
+
+    CREATING = "creating"  # there may be a machine, or not yet
+    RECLAIMING = "reclaiming"  # an earlier instance left it; being wiped, whatever it was doing
+    IDLE = "idle"  # stopped, confirmed; costs nothing, starts when wanted
+    STARTING = "starting"  # on its way to a request
+    READY = "ready"  # started and answering, no request yet
+    BUSY = "busy"  # a request has it
+    STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
+    LEAVING = "leaving"  # being destroyed; has its place until that is done
+
+
+@dataclass(eq=False)
+class Member:
+    """
+    A place in the pool, and the machine that fills it.
+
+    `lease_end` is by the pool's clock, counted from before the lease was asked for. `lost` is when an
+    attempt to create it ended whose outcome is not known. `tainted` means that the machine must not be
+    used again. `woken` is what its life waits for while it is idle: True when a
+    request wants it, False when it is to end.
+    """
+
+    name: str
+    phase: Phase = Phase.CREATING
+    known_machine: Machine | None = None
+    lease: Lease | None = None
+    lease_end: float = 0.0
+    lost: float | None = None
+    tainted: bool = False
+    woken: Deferred[bool] | None = None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine, in a phase in which there is one."""
+        assert self.known_machine is not None, self.name  # noqa: S101 - phases after CREATING have one
+        return self.known_machine
+
+    @property
+    def nonce(self) -> str | None:
+        """What proves that the machine is leased to us."""
+        return self.lease.nonce if self.lease else None
+
+    def wake(self, *, wanted: bool) -> None:
+        """End its rest, if it rests."""
+        if self.woken is not None:
+            woken, self.woken = self.woken, None
+            woken.callback(wanted)

@@ -1,0 +1,142 @@
+"""A coordinator in a simulated world: the real pool, coordinator and proxy, on a clock of its own."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+
+from bfaas.auth import Signer, genkey
+from bfaas.coord import Coordinator, pool_settings
+from bfaas.pool import Pool
+from bfaas.proxy import Proxy
+from bfaas.settings import ApiSettings, CoordSettings, FlySettings
+from tests.sim.clock import NodeClock
+from tests.sim.network import Network
+from tests.sim.worker import Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bfaas.machines.api import Machine
+    from tests.sim.client import Client
+    from tests.sim.world import World
+
+_SIGNER = Signer(genkey().private)  # one pair for all: what a ticket says is what counts here
+
+
+class Node:
+    """A coordinator from its start to its end or its crash."""
+
+    def __init__(self, world: World, pool_name: str, number: int, *, size: int, image: str) -> None:
+        random = world.random
+        self._world = world
+        self._name = f"{pool_name}#{number}"
+        self.pool_name = pool_name
+        self.size = size
+        self.image = image
+        rate = random.uniform(0.96, 1.04) if world.has("drift") else 1.0
+        self._skew = random.uniform(-4, 4) if world.has("skew") else 0.0
+        self.clock = NodeClock(world.clock, rate, origin=random.uniform(0, 1e6))
+        self.settings = CoordSettings(
+            max_req_time=world.max_req_time,
+            fly=FlySettings(ApiSettings("workers", "http://api", "t"), image, "http://workers"),
+            replay=False,
+            signer=_SIGNER,
+            machine_id=pool_name,
+            region="ams",
+            pool_size=size,
+            worker_cpus=1,
+            worker_memory_mb=256,
+            max_wait=world.max_wait,
+            max_queue=world.max_queue,
+            max_body=1 << 20,
+            max_output=4096,
+        )
+        self.requests: dict[Client, None] = {}
+        self.connections: list[Callable[[], None]] = []
+        self.overlaps = False
+        self.closing = False
+        self.closed: Deferred[None] | None = None
+        proxy = Proxy(self.clock, "http://workers", self.settings.max_output, Workers(world, self))
+        self.pool = Pool(
+            Network(world, self),
+            proxy.wait_until_ready,
+            self.clock,
+            Random(random.getrandbits(64)),
+            pool_settings(self.settings),
+        )
+        tell_own = self.pool._sweep._tell_own
+
+        def told(machines: list[Machine]) -> None:
+            world.ledger.told(self, machines)
+            tell_own(machines)
+
+        self.pool._sweep._tell_own = told
+        self.coordinator = Coordinator(self.clock, self.settings, self.pool, proxy, self._wall)
+
+    def __str__(self) -> str:
+        return self._name
+
+    def _wall(self) -> float:
+        return self._world.wall() + self._skew
+
+    @property
+    def alive(self) -> bool:
+        """It runs, and takes requests."""
+        return not self.clock.dead and not self.closing
+
+    @property
+    def is_gone(self) -> bool:
+        """It has crashed, or ended in order."""
+        return self.clock.dead or (self.closed is not None and bool(self.closed.called))
+
+    def start(self) -> None:
+        """Begin."""
+        self.pool.start()
+
+    def take(self, client: Client) -> None:
+        """Take a request."""
+        self.requests[client] = None
+        client.send()
+
+    def begins(self, request: str, machine_id: str) -> None:
+        """Note that a request is sent to a machine."""
+        for client in self.requests:
+            if client.script.request == request:
+                client.machine_id = machine_id
+
+    def uses(self, machine_id: str) -> bool:
+        """Tell whether a request of its own is on a machine."""
+        return not self.clock.dead and any(client.machine_id == machine_id for client in self.requests)
+
+    def forget(self, client: Client) -> None:
+        """Let a request go that has ended."""
+        self.requests.pop(client, None)
+
+    def crash(self) -> None:
+        """Die, as by SIGKILL: nothing is said any more, and all connections break."""
+        self._world.note("crash", str(self))
+        self.clock.dead = True
+        self._world.ledger.died(self)
+        for client in list(self.requests):
+            client.cut()
+        connections, self.connections = self.connections, []
+        for close in connections:
+            close()
+
+    def close(self, *, destroy: bool = False) -> None:
+        """Begin to end in order, as the service does."""
+        self._world.note("close", str(self))
+        self.closing = True
+        self.closed = Deferred.fromCoroutine(self._close(destroy=destroy))
+        self.closed.addErrback(self._failed)
+
+    async def _close(self, *, destroy: bool) -> None:
+        closing = Deferred.fromCoroutine(self.pool.destroy() if destroy else self.pool.close())
+        await self.coordinator.drain()
+        await closing
+
+    def _failed(self, failure: Any) -> None:
+        self._world.ledger.broken(f"14: {self} fails to close: {failure.getTraceback()}")

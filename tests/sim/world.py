@@ -1,0 +1,415 @@
+"""
+A simulated world: coordinators, the machines of one app, workers and clients; and an episode of its life.
+
+An episode has phases: chaos, in which a choice of faults strikes; healing, after which nothing more goes
+wrong; then everything must work, and nobody may have left anything behind. All chance comes from the
+seed, so that an episode can be lived through again.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublisher
+from zope.interface import provider
+
+from bfaas.machines.api import State
+from bfaas.machines.memory import Timing
+from bfaas.member import owner
+from bfaas.pool import CLEANING_PERIOD
+from tests.sim.client import Client
+from tests.sim.clock import HeapClock, NodeClock
+from tests.sim.ledger import BrokenPromiseError, Ledger, SimMachines
+from tests.sim.nodes import Node
+from tests.sim.worker import TAMPERS, Script
+
+if TYPE_CHECKING:
+    from twisted.logger import LogEvent
+
+    from bfaas.machines.api import Machine
+
+CALL_FAULTS = {
+    # name: how likely it may be, for each call
+    "500": 0.2, "garbage": 0.1, "reset": 0.1, "429": 0.2, "lost-answer": 0.2, "zombie-call": 0.5,
+    "hangs": 0.1, "hangs-after": 0.1, "late-call": 0.1, "late-answer": 0.1, "no-capacity": 0.5,
+    "stale-list": 0.5, "hidden-when-new": 0.3,
+}  # fmt: skip
+MACHINE_FAULTS = {
+    "boot-fails": 0.1, "stuck-created": 0.1, "stuck-starting": 0.1, "stuck-stopping": 0.1,
+    "never-listens": 0.1, "listens-late": 0.2, "body-dies": 0.3, "probe-hangs": 0.2, "probe-fails": 0.2,
+}  # fmt: skip
+EVENTS = {
+    # name: how many seconds apart, about
+    "crash": 300.0, "restart": 400.0, "pause": 400.0, "outage": 400.0, "denied": 500.0, "vanish": 300.0,
+}  # fmt: skip
+TRAITS = ("drift", "skew", "overlap", "rate-limits", "resized", "new-image")
+HOW = (
+    "mute", "500", "302", "401", "lies-about-itself", "endless", "cuts", "stops-short", "dies", "garbage",
+    "two-exits", "floods", *TAMPERS,
+)  # fmt: skip
+
+SERVED_AGAIN = 1.2 * CLEANING_PERIOD + 45.0
+"""Seconds after the last fault within which a pool serves as many requests at once as its size."""
+
+CLEAN_AGAIN = 300.0 + 1.2 * CLEANING_PERIOD + 60.0
+"""Seconds after the last fault within which machines that are nobody's any more are gone."""
+
+CLOSED = 250.0
+"""Seconds that the end of a coordinator may take, whatever happens."""
+
+
+class World:
+    """One app on one clock, with what goes wrong in it."""
+
+    EPOCH = 1_700_000_000.0
+    LIST_LAG = 5.0
+
+    def __init__(self, seed: int, marks: Counter[str] | None = None, *, trace: bool = False) -> None:
+        self.seed = seed
+        self.random = random = Random(seed)
+        self.marks: Counter[str] = Counter() if marks is None else marks
+        self.endings: Counter[str] = Counter()
+        self.trace: list[str] | None = [] if trace else None
+        self.broken: list[str] = []
+        self.clock = HeapClock()
+        self.chaos = True
+        self.outage = False
+        self.denied = False
+        self._stuck: list[Deferred[None]] = []
+        self._choose_faults()
+        self.max_req_time = random.choice([2.0, 5.0, 20.0])
+        self.max_queue = random.choice([3, 100, 100])
+        self.worker_deadline = random.random() < 0.7
+        self.forgetful = random.random() < 0.3  # workers that do not know that they have had their run
+        self.duration = random.uniform(200.0, 1000.0)
+        timing = Timing(
+            boot=random.choice([0.1, 1.0, 3.0]),
+            stop=random.choice([0.0, 0.5]),
+            rest=random.choice([0.0, 1.0]),
+            memory=random.choice([0.0, 60.0]),
+        )
+        hurry = timing.boot < 2.0 and not self.has("rate-limits")
+        self.max_wait = random.choice([5.0, 30.0]) if hurry else 30.0
+        self.ledger = Ledger(self)
+        self.machines = SimMachines(
+            NodeClock(self.clock),
+            self.wall,
+            self.ledger,
+            timing,
+            Random(seed),
+            rate_limited=self.has("rate-limits"),
+        )
+        self.machines.world = self
+        self.nodes: list[Node] = []
+        self._incarnations = 0
+        self._requests = 0
+        self._lists: list[tuple[float, list[Machine]]] = []
+
+    def _choose_faults(self) -> None:
+        """Choose what goes wrong in this world: not everything, so that each fault is seen without others."""
+        random = self.random
+        share = random.choice([0.0, 0.1, 0.3, 0.6])
+        self.rates = {
+            name: random.random() ** 2 * most
+            for name, most in {**CALL_FAULTS, **MACHINE_FAULTS}.items()
+            if random.random() < share
+        }
+        self.events = {name: apart for name, apart in EVENTS.items() if random.random() < share}
+        self.traits = {name for name in TRAITS if random.random() < share / 2}
+        self.how = [name for name in HOW if random.random() < share]
+
+    # What the world's parts ask.
+
+    def wall(self) -> float:
+        """Tell the true time, in seconds since the epoch."""
+        return self.EPOCH + self.clock.now
+
+    def has(self, trait: str) -> bool:
+        """Tell whether this world is of a kind."""
+        if trait in self.traits:
+            self.marks[trait] += 1
+        return trait in self.traits
+
+    def fault(self, name: str) -> bool:
+        """Tell whether a fault strikes here and now."""
+        rate = self.rates.get(name)
+        if rate is None or not self.chaos or self.random.random() >= rate:
+            return False
+        self.marks[name] += 1
+        return True
+
+    def latency(self) -> float:
+        """Choose the seconds that something takes to get somewhere."""
+        return self.random.uniform(0.002, 0.05)
+
+    def stuck(self) -> Deferred[None]:
+        """Wait until the faults are over."""
+        stuck: Deferred[None] = Deferred()
+        self._stuck.append(stuck)
+        return stuck
+
+    def stale_list(self) -> list[Machine]:
+        """Tell the machines as they were a moment ago."""
+        then = self.clock.now - self.random.uniform(0, self.LIST_LAG)
+        past = [machines for moment, machines in self._lists if moment <= then]
+        return past[-1] if past else []
+
+    def may_lose_workers(self, client: Client) -> bool:
+        """Tell whether a worker can go away in the middle of this client's run."""
+        return client.script.how != "honest" or not {"body-dies", "vanish", "overlap", "pause"}.isdisjoint(
+            {*self.rates, *self.events, *self.traits}
+        )
+
+    def note(self, *what: object) -> None:
+        """Keep a line of history."""
+        if self.trace is not None:
+            self.trace.append(f"{self.clock.now:9.3f}  {' '.join(map(str, what))}")
+
+    # An episode.
+
+    def live(self) -> None:
+        """Live through all phases. Raises `BrokenPromiseError`."""
+        observer = self._observer()
+        globalLogPublisher.addObserver(observer)
+        try:
+            self._begin()
+            self._run(self.duration)
+            self._heal()
+            self._run(SERVED_AGAIN)
+            self._check_service()
+            self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
+            self._check_clean()
+            self._check_end()
+            if self.seed % 16 == 0:
+                gc.collect()  # tells of failures that nobody has looked at
+        finally:
+            globalLogPublisher.removeObserver(observer)
+        if self.broken:
+            raise BrokenPromiseError(self.broken[0])
+
+    def _run(self, seconds: float) -> None:
+        """Let time pass, in pieces that are short enough to stop soon after something broke."""
+        end = self.clock.now + seconds
+        while self.clock.now < end and not self.broken:
+            self.clock.run_until(min(end, self.clock.now + 20.0))
+        if self.broken:
+            raise BrokenPromiseError(self.broken[0])
+
+    def _begin(self) -> None:
+        if "stale-list" in self.rates:
+            self._keep_list()
+        for number in range(self.random.choice([1, 1, 2, 3])):
+            name = ("p", "p-1", "q")[number]
+            self._start_node(name, self.random.choice([1, 2, 3]))
+        for node in self.nodes:
+            self._later(self.random.uniform(0, 5), self._arrivals, node.pool_name)
+        for event, apart in self.events.items():
+            self._later(self.random.expovariate(1 / apart), self._strike, event)
+
+    def _later(self, seconds: float, call: Any, *arguments: Any) -> None:
+        """Have something happen, unless the chaos is over by then."""
+
+        def happen() -> None:
+            if self.chaos:
+                call(*arguments)
+
+        self.clock.call_later(seconds, happen)
+
+    def _keep_list(self) -> None:
+        self._lists = [*self._lists[-10:], (self.clock.now, self.machines.now())]
+        self._later(0.5, self._keep_list)
+
+    def _start_node(self, pool_name: str, size: int, image: str = "i1") -> Node:
+        self._incarnations += 1
+        node = Node(self, pool_name, self._incarnations, size=size, image=image)
+        others = [other for other in self.nodes if other.pool_name == pool_name and not other.is_gone]
+        for other in [*others, node] if others else []:
+            other.overlaps = True
+        self.nodes.append(node)
+        self.note("start", node, "size", size)
+        node.start()
+        return node
+
+    def latest(self, pool_name: str) -> Node:
+        """Tell the youngest coordinator of a pool."""
+        return [node for node in self.nodes if node.pool_name == pool_name][-1]
+
+    # Requests.
+
+    def _arrivals(self, pool_name: str) -> None:
+        """Let requests come, now and then many at once."""
+        random = self.random
+        for _ in range(random.choice([1, 1, 1, 2, 8])):
+            self._later(random.expovariate(2.0), self._request, pool_name)
+        self._later(random.expovariate(1 / random.choice([5.0, 60.0, 300.0])), self._arrivals, pool_name)
+
+    def _request(self, pool_name: str) -> None:
+        node, random = self.latest(pool_name), self.random
+        if not node.alive or node.clock.paused:
+            return
+        how = random.choice(self.how) if self.how and random.random() < 0.4 else "honest"
+        lines = random.choice([0, 1, 5, 12])
+        span = random.choice([0.1, 0.5, 1.0, 1.5]) * self.max_req_time
+        client = self._send(node, lines, span / (lines + 1), random.randrange(256), how)
+        if random.random() < 0.15:
+            self._later(random.expovariate(1 / self.max_req_time), client.leave)
+        if random.random() < 0.1:
+            self._later(random.uniform(0, 5), client.pause)
+            self._later(random.uniform(5, 60), client.resume)
+
+    def _send(self, node: Node, lines: int, pause: float, code: int, how: str = "honest") -> Client:
+        self._requests += 1
+        script = Script(f"r{self._requests}", lines, pause, code, how)
+        self.marks[how] += 1
+        self.note("request", script.request, "to", node, how)
+        client = Client(self, node, script, raw=self.random.random() < 0.2)
+        node.take(client)
+        return client
+
+    # What strikes.
+
+    def _strike(self, event: str) -> None:
+        self._later(self.random.expovariate(1 / EVENTS[event]), self._strike, event)
+        self.marks[event] += 1
+        random = self.random
+        alive = [node for node in self.nodes if node.alive]
+        if event == "outage":
+            self.outage = True
+            self._later(random.uniform(5, 120), self._end_outage)
+        elif event == "denied":
+            self.denied = True
+            self._later(random.uniform(5, 120), self._end_outage)
+        elif event == "vanish":
+            machines = self.machines.now()
+            if machines:
+                self.machines.vanish(random.choice(machines).id)
+        elif not alive:
+            pass
+        elif event == "crash":
+            self._replace(random.choice(alive), crash=True)
+        elif event == "restart":
+            self._replace(random.choice(alive), crash=False)
+        elif event == "pause":
+            node = random.choice(alive)
+            self.note("pause", node)
+            node.clock.pause()
+            self._later(random.choice([1.0, 20.0, 150.0, 500.0]) * random.random(), node.clock.resume)
+
+    def _end_outage(self) -> None:
+        self.outage = self.denied = False
+
+    def _replace(self, node: Node, *, crash: bool) -> None:
+        """End a coordinator; most times another of its pool follows, which may be of another kind."""
+        random = self.random
+        size = random.choice([1, 2, 3]) if self.has("resized") else node.size
+        image = random.choice(["i1", "i2"]) if self.has("new-image") else node.image
+        if self.has("overlap") and random.random() < 0.5:
+            self._start_node(node.pool_name, size, image)
+        elif crash and random.random() < 0.7:
+            self._later(
+                random.choice([0.0, 5.0, 100.0, 500.0]), self._start_again, node.pool_name, size, image
+            )
+        if crash:
+            node.crash()
+            return
+        node.close()
+        assert node.closed is not None
+        self.clock.call_later(CLOSED, self._check_closed, node)
+        node.closed.addCallback(
+            lambda _: self._later(random.uniform(0, 20), self._start_again, node.pool_name, size, image)
+        )
+
+    def _start_again(self, pool_name: str, size: int, image: str) -> None:
+        if not self.latest(pool_name).alive:
+            self._start_node(pool_name, size, image)
+
+    def _check_closed(self, node: Node) -> None:
+        if not node.clock.pauses and not node.is_gone:
+            self.ledger.broken(f"14: {node} is not closed after {CLOSED:g} s")
+
+    # After the chaos.
+
+    def _heal(self) -> None:
+        self.note("healed")
+        self.chaos = False
+        self._healed_at = self.clock.now
+        self._end_outage()
+        stuck, self._stuck = self._stuck, []
+        for deferred in stuck:
+            deferred.callback(None)
+        for node in self.nodes:
+            node.clock.resume()
+        if not any(node.alive for node in self.nodes):
+            self._start_node("p", 2)
+
+    def _settled_nodes(self) -> list[Node]:
+        """Tell the coordinators that now have to keep all promises."""
+        return [node for node in self.nodes if node.alive and not node.overlaps]
+
+    def _check_service(self) -> None:
+        """Every place of every pool serves."""
+        clients = [
+            self._send(node, 2, 0.1, 0)
+            for node in self._settled_nodes()
+            for _ in range(min(node.size, self.max_queue + 1))
+        ]
+        self._run(self.max_wait + self.max_req_time + 1)
+        for client in clients:
+            if client.ending != "exit 0 None":
+                self.ledger.broken(f"11: {client.script.request} on a healed world: {client.ending}")
+
+    def _check_clean(self) -> None:
+        """Nothing is there but what is a living pool's, and that is not too much."""
+        living = {node.pool_name: node for node in self.nodes if node.alive}
+        for machine in self.machines.now():
+            lease, record = self.machines.lease_of(machine.id), self.ledger.records[machine.id]
+            if lease is None or owner(machine.name) not in living:
+                self.ledger.broken(f"11: {machine.name} is still there: {machine.state}, {lease}")
+            if record.tampered and not living[owner(machine.name) or ""].overlaps:
+                self.ledger.broken(f"7: {machine.name} was tampered with, and is still there")
+        for node in self._settled_nodes():
+            of_node = [machine for machine in self.machines.now() if owner(machine.name) == node.pool_name]
+            if len(of_node) > node.size:
+                self.ledger.broken(f"5: {node} keeps {len(of_node)} machines, its size is {node.size}")
+
+    def _check_end(self) -> None:
+        """All end in order, and leave stopped machines or none, and nothing pending."""
+        destroying = {node: self.random.random() < 0.5 for node in self.nodes if node.alive}
+        for node, destroy in destroying.items():
+            node.close(destroy=destroy)
+        self._run(60.0)
+        for node, destroy in destroying.items():
+            if not node.is_gone:
+                self.ledger.broken(f"14: {node} does not end")
+            if node.clock.timers:
+                self.ledger.broken(f"14: {node} leaves {len(node.clock.timers)} timers")
+            left = [m for m in self.machines.now() if owner(m.name) == node.pool_name]
+            if destroy and left and not node.overlaps:
+                self.ledger.broken(f"15: {node} leaves {left[0].name}")
+            for machine in left:
+                if machine.state is not State.STOPPED and not node.overlaps:
+                    self.ledger.broken(f"14: {node} leaves {machine.name} {machine.state}")
+            if node.requests:
+                self.ledger.broken(f"4: {node} leaves requests without an ending")
+
+    # The log.
+
+    def _observer(self) -> ILogObserver:
+        @provider(ILogObserver)
+        def observe(event: LogEvent) -> None:
+            if event.get("log_level", LogLevel.info) <= LogLevel.debug:
+                return
+            text = formatEvent(event)
+            self.note("log:", text)
+            if "log_failure" in event:
+                self.ledger.broken(f"16: logged {event['log_failure'].getTraceback()}")
+            words = set(text.replace("'", " ").replace('"', " ").split())
+            if "SECRET" in text or not self.ledger.nonces.isdisjoint(words):
+                self.ledger.broken(f"16: the log says {text}")
+
+        observer: ILogObserver = observe
+        return observer
