@@ -116,21 +116,22 @@ class Life:
             member.known_machine, member.lease = await self._within(self._limits.create, create)
             member.lease_end = asked + settings.lease_ttl
         except NameTakenError as taken:
-            machine_id = taken.machine_id or await self._find(member)
+            found = await self._find(member) if taken.machine_id is None else None
+            machine_id = found.id if found else taken.machine_id
             if machine_id is None:
                 raise UnavailableError(f"{member.name} exists, but nobody says where") from taken
             await self._take_over(member, machine_id)
         except UnavailableError:
             raise
         except MachinesError:
-            machine_id = await self._find(member)
-            if machine_id is None:
+            found = await self._find(member)
+            if found is None:
                 raise
-            await self._take_over(member, machine_id)
+            await self._take_over(member, found.id)
 
-    async def _find(self, member: Member) -> str | None:
+    async def _find(self, member: Member) -> Machine | None:
         machines = await self._within(self._limits.lease, self._api.list())
-        return next((machine.id for machine in machines if machine.name == member.name), None)
+        return next((machine for machine in machines if machine.name == member.name), None)
 
     async def _take_over(self, member: Member, machine_id: str) -> None:
         """Go on with the machine that an earlier attempt made."""
@@ -190,10 +191,10 @@ class Life:
                 break
             await self._nap(max(settled - self._clock.seconds(), self.pause(failures)))
             try:
-                machine_id = await self._find(member)
-                unsettled = machine_id is not None
-                if machine_id is not None:
-                    await self._take_over(member, machine_id)
+                found = await self._find(member)
+                unsettled = found is not None
+                if found is not None:
+                    member.known_machine, member.lease = found, None
                     await self._destroy(member)
             except (MachinesError, DeadlineExceededError) as error:
                 self._log.warn("is there another {name}? {error}", name=member.name, error=error)

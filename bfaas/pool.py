@@ -77,7 +77,6 @@ class Pool:
         self._failures = 0
         self._retry: IDelayedCall | None = None
         self._closing = False
-        self._destroying = False
 
     def start(self) -> None:
         """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
@@ -126,7 +125,6 @@ class Pool:
 
     async def destroy(self) -> None:
         """Close, and destroy every machine of this pool, those included that it has lost sight of."""
-        self._destroying = True
         await self.close()
         try:
             await Deadline(self._clock, self._settings.limits.destroy).run(self._sweep.destroy_all_own())
@@ -153,10 +151,14 @@ class Pool:
         """Not before we know what is there already, and not in the pause after a failure."""
         return self._reclaimed and not (self._retry is not None and self._retry.active())
 
-    def _add(self, member: Member) -> None:
-        gone: Deferred[None] = Deferred()
-        self._members[member] = gone
+    def _add(self, *members: Member) -> None:
+        """Give each a place, and only then let them begin to live."""
+        places = {member: Deferred[None]() for member in members}
+        self._members |= places
+        for member, gone in places.items():
+            self._begin(member, gone)
 
+    def _begin(self, member: Member, gone: Deferred[None]) -> None:
         def leave(_: object) -> None:
             del self._members[member]
             gone.callback(None)
@@ -191,7 +193,7 @@ class Pool:
             self._log.warn("gives up {name}: {error}", name=member.name, error=error)
             self._failed()
         else:
-            if self._closing and not (self._destroying or member.tainted):
+            if self._closing and not member.tainted:
                 return
         await self._see_off(member)
 
@@ -265,15 +267,17 @@ class Pool:
         One that we did not know has a place from now on, since it is there; if it is not to be used, or
         one too many, until it is gone.
         """
-        self._reclaimed = True
         known = {member.name: member for member in self._members}
+        strangers: list[Member] = []
         for machine in sorted(machines, key=self._settings.recognizes, reverse=True):
             fit, member = self._settings.recognizes(machine), known.get(machine.name)
             if member is None:
-                too_many = len(self._members) >= self._settings.size
-                self._add(Member(machine.name, Phase.RECLAIMING, machine, tainted=too_many or not fit))
+                too_many = len(known) + len(strangers) >= self._settings.size
+                strangers.append(Member(machine.name, Phase.RECLAIMING, machine, tainted=too_many or not fit))
             elif not fit:
                 self._log.warn("somebody changed the metadata of {name}", name=machine.name)
                 member.tainted = True
                 member.wake(wanted=False)
+        self._add(*strangers)
+        self._reclaimed = True
         self._balance()

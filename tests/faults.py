@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 
+from bfaas.deadline import sleep
 from bfaas.machines.api import (
     Lease,
     Machine,
@@ -19,6 +20,8 @@ from bfaas.machines.api import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from twisted.internet.interfaces import IReactorTime
 
 
 class Fault:
@@ -51,6 +54,18 @@ class Hang(Fault):
 
     async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await Deferred()
+
+
+class Slow(Fault):
+    """It takes a while to get there."""
+
+    def __init__(self, clock: IReactorTime, seconds: float) -> None:
+        self.clock = clock
+        self.seconds = seconds
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await sleep(self.clock, self.seconds)
+        return await call()
 
 
 class FaultyMachines:

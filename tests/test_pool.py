@@ -22,7 +22,7 @@ from bfaas.machines.api import (
 from bfaas.machines.memory import MemoryMachines, Timing
 from bfaas.member import Phase, PoolSettings, lease_ttl, owner
 from bfaas.pool import Allocation, Pool, PoolClosedError
-from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse
+from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse, Slow
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -413,7 +413,8 @@ class EndTests(PoolCase):
         self.world.advance(30)
 
         self.successResultOf(destroying)
-        self.assertEqual(1, len(self.machines()))
+        self.assertEqual([], self.machines())
+        self.assertEqual(3, api.count("destroy"))
 
     def test_the_end_comes_in_the_middle_of_a_sweep(self) -> None:
         for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
@@ -564,7 +565,7 @@ class CleaningTests(PoolCase):
         other, api = self.world.pool("q", start=False)
         api.next("get", Refuse(UnavailableError("500")))
         other.start()
-        self.world.advance(3)
+        self.world.advance(20)
         self.assertEqual(1, len(self.machines()))
         self.world.advance(400)
 
@@ -583,6 +584,23 @@ class CleaningTests(PoolCase):
 
         self.assertEqual([stale.id], [machine.id for machine in self.machines()])
         self.assertEqual(12, len(fresh.nonce))
+        self.close(other)
+
+    def test_a_machine_whose_lease_changes_hands_is_left(self) -> None:
+        first = self.allocated()
+        crash(self.api)
+        again, api = self.world.pool(start=False)
+        api.next("acquire_lease", Slow(self.world.clock, 2.0))
+        again.start()
+        other, others = self.world.pool("q", start=False)
+        self.world.advance(0.1)
+        other.start()
+        self.world.advance(30)
+
+        self.assertEqual(2, others.count("get_lease"))
+        self.assertEqual(0, others.count("destroy"))
+        self.assertEqual([first.machine.id], [machine.id for machine in self.machines()])
+        self.close(again)
         self.close(other)
 
     def test_machines_that_are_no_pools_are_left_alone(self) -> None:

@@ -72,7 +72,7 @@ def read_machine(told: object) -> Machine:
     fields = _object(told)
     config = _object(fields.get("config")) or _object(fields.get("incomplete_config"))
     if not (_text(fields.get("id")) and _text(fields.get("name")) and _text(fields.get("state"))):
-        raise DocumentError(f"a machine without id, name or state: {told!r:.300}")
+        raise DocumentError("a machine without id, name or state")
     return Machine(
         id=fields["id"],
         name=fields["name"],

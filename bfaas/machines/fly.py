@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
@@ -245,13 +246,14 @@ class FlyMachines:
             raise
         except Exception as error:
             raise UnavailableError(f"{method} {path}: {error!r}", Call(method, path)) from error
-        call = Call(method, path, answer.status, _excerpt(answer.body), answer.request_id)
+        call = Call(method, path, answer.status, request_id=answer.request_id)
         if not 200 <= answer.status < 300:  # noqa: PLR2004 - success
-            raise _error(call, answer.body)
+            raise _error(replace(call, excerpt=_excerpt(answer.body)), answer.body)
         try:
             return read(json.loads(answer.body))
         except (ValueError, DocumentError) as error:
-            raise UnavailableError(f"{method} {path}: {error}: {call.excerpt}", call) from None
+            # Without what it says: an answer may hold a nonce.
+            raise UnavailableError(f"{method} {path}: {answer.status} {error}", call) from None
 
     async def _send(
         self, method: str, path: str, nonce: str | None, body: Mapping[str, Any] | None
@@ -306,7 +308,7 @@ def _error(call: Call, body: bytes) -> MachinesError:
         kind = NotFoundError
     elif status == 429:  # noqa: PLR2004 - too many requests
         kind = RateLimitedError
-    elif status == 408 or status >= 500:  # noqa: PLR2004 - the server's own errors
+    elif status < 400 or status == 408 or status >= 500:  # noqa: PLR2004 - not the API's, or its own error
         kind = UnavailableError
     else:
         kind = RefusedError

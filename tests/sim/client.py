@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 _LINE = re.compile(r"(\w+) (\d+) (\S+) (\d+)")
 _EVENT = re.compile(r"event: (stdout|stderr|exit)\ndata: (.*)")
 REFUSALS = (429, 502, 503, 504)
+IMPOSSIBLE = (
+    "mute", "status-500", "status-302", "status-401", "lies-about-itself", "stops-short", "cuts", "floods",
+    "endless",
+)  # fmt: skip
 
 
 class Client:
@@ -166,9 +170,11 @@ class Client:
         lines = text.splitlines()
         if self.script.how != "floods" and not self._are_mine(lines):
             self._world.ledger.broken(f"3: {self.script.request} got {lines[:3]}")
-        honest = exit_.reason is None and self.script.how not in ("two-exits", "garbage")
+        honest = exit_.reason is None and self.script.how not in ("two-exits", "babbles")
         if honest and (exit_.code != self.script.code or len(lines) < self.script.lines):
             self._world.ledger.broken(f"4: {self.script.request}: {len(lines)} lines, {exit_}")
+        if exit_.reason is None and self.script.how in IMPOSSIBLE:
+            self._world.ledger.broken(f"3: {self.script.request}: {self.script.how} ends with {exit_}")
         if exit_.reason == "worker-lost" and not self._world.may_lose_workers(self):
             self._world.ledger.broken(f"4: {self.script.request} lost a worker that was fine")
 
@@ -186,6 +192,6 @@ class Client:
         for number, line in enumerate(lines, 1):
             match = _LINE.fullmatch(line)
             if match is None or (match[3], int(match[4])) != (self.script.request, number):
-                return self._raw and self.script.how in ("garbage", "two-exits")
+                return self._raw and self.script.how in ("babbles", "two-exits")
             boots.add((match[1], match[2]))
         return not boots or (len(boots) == 1 and next(iter(boots))[0] == self.machine_id)

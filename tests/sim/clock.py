@@ -101,6 +101,7 @@ class NodeTimer:
     def _fire(self, call: Callable[[], Any]) -> None:
         clock, timer = self._clock, self._timer
         if clock.dead:
+            clock.grave.append(call)
             return
         if clock.paused:
             timer.done = False
@@ -132,6 +133,7 @@ class NodeClock:
     The time of one node: it starts anywhere, and runs at a rate of its own.
 
     A node that is paused, as by SIGSTOP, notices nothing until it goes on; one that is dead never does.
+    What waits for ever in a dead one is kept in its `grave`: were it to go, Python would run its clean-up.
     """
 
     def __init__(self, world: HeapClock, rate: float = 1.0, origin: float = 0.0) -> None:
@@ -142,6 +144,7 @@ class NodeClock:
         self.paused = False
         self.pauses = 0
         self.timers: dict[NodeTimer, None] = {}
+        self.grave: list[object] = []
         self._missed: list[Callable[[], Any]] = []
 
     def seconds(self) -> float:
@@ -158,8 +161,8 @@ class NodeClock:
     def deliver(self, call: Callable[..., Any], *arguments: Any) -> None:
         """Let something that comes from outside reach the node, if and when it can."""
         if self.dead:
-            return
-        if self.paused:
+            self.grave.append(call)
+        elif self.paused:
             self.when_resumed(lambda: self.deliver(call, *arguments))
         else:
             call(*arguments)

@@ -28,6 +28,35 @@ if TYPE_CHECKING:
 _GUARDED = ("start", "stop", "suspend", "destroy", "acquire_lease", "refresh_lease", "release_lease")
 
 
+class _Call:
+    """A call on its way. `strikes` are the faults that befall it, where they apply."""
+
+    def __init__(
+        self, world: World, method: str, arguments: tuple[Any, ...], strikes: frozenset[str]
+    ) -> None:
+        self.method = method
+        self.arguments = arguments
+        self.user: object = None  # the request that the machine serves, of the coordinator that asks
+        self.work: Deferred[Any] | None = None
+        self.answer: Deferred[Any] = Deferred(self._cancel)
+        self._world = world
+        self._strikes = strikes
+
+    def is_struck(self, fault: str) -> bool:
+        if fault not in self._strikes:
+            return False
+        self._world.marks[fault] += 1
+        return True
+
+    def tell(self, result: Any) -> None:
+        if not self.answer.called:
+            self.answer.callback(result)
+
+    def _cancel(self, _: object) -> None:
+        if self.method == "wait" and self.work is not None:
+            self.work.cancel()
+
+
 class Network:
     """The Machines API, as one coordinator sees it."""
 
@@ -38,75 +67,64 @@ class Network:
     def _call(self, method: str, *arguments: Any) -> Deferred[Any]:
         """Send a call; what becomes of it is chance. Cancelling it does not call it back."""
         world, node = self._world, self._node
-        waits: list[Deferred[Any]] = []
-        answer: Deferred[Any] = Deferred(lambda _: waits[0].cancel() if waits else None)
+        call = _Call(world, method, arguments, world.strikes())
+        call.user = node.user_of(arguments[0]) if arguments else None
         world.ledger.called(node, method)
         delay = world.latency()
-        error, answered = self._trouble(method)
-        if error is not None and not answered:  # told at once, and never done
-            world.note(str(node), method, _short(arguments), repr(error))
-            world.clock.call_later(2 * delay, self._tell, answer, Failure(error))
-            return answer
-        if world.fault("hangs"):
+        refusal = self._refusal(call)
+        if refusal is not None:
+            world.note(str(node), method, _short(arguments), repr(refusal))
+            world.clock.call_later(2 * delay, self._tell, call, Failure(refusal))
+            return call.answer
+        if call.is_struck("hangs"):
             world.note(str(node), method, _short(arguments), "hangs")
-            return answer
-        if world.fault("late-call"):
+            return call.answer
+        if call.is_struck("late-call"):
             delay += world.random.uniform(0.5, 25.0)
-        if error is not None and world.fault("zombie-call"):  # told as failed, done long after
-            world.clock.call_later(2 * delay, self._tell, answer, Failure(error))
+        if call.is_struck("zombie-call"):  # told as failed, done long after
+            world.clock.call_later(2 * delay, self._tell, call, Failure(UnavailableError("connection reset")))
             delay += world.random.uniform(0.1, 25.0)
-        world.clock.call_later(delay, self._arrive, answer, waits, method, arguments, error)
-        return answer
+        world.clock.call_later(delay, self._arrive, call)
+        return call.answer
 
-    def _trouble(self, method: str) -> tuple[MachinesError | None, bool]:
-        """Choose an error, if any, and whether it is one that comes although the call is done."""
+    def _refusal(self, call: _Call) -> MachinesError | None:
+        """Choose the error of a call that is not done."""
         world = self._world
         if world.outage:
-            return UnavailableError("503 outage"), False
-        if world.denied and method not in ("wait", "get"):
-            return RefusedError("401 token validation error"), False
+            return UnavailableError("503 outage")
+        if world.denied and call.method not in ("wait", "get"):
+            return RefusedError("401 token validation error")
         for fault, error in (
             ("500", UnavailableError("500")),
             ("garbage", UnavailableError("<html>")),
             ("reset", UnavailableError("connection reset")),
             ("429", RateLimitedError("429")),
         ):
-            if world.fault(fault):
-                return error, False
-        if method == "create" and world.fault("no-capacity"):
-            return CapacityError("insufficient resources"), False
-        if world.fault("lost-answer"):
-            return UnavailableError("the answer is lost"), True
-        return None, False
+            if call.is_struck(fault):
+                return error
+        if call.method == "create" and call.is_struck("no-capacity"):
+            return CapacityError("insufficient resources")
+        return None
 
-    def _arrive(
-        self,
-        answer: Deferred[Any],
-        waits: list[Deferred[Any]],
-        method: str,
-        arguments: tuple[Any, ...],
-        error: MachinesError | None,
-    ) -> None:
-        world = self._world
-        if answer.called and method == "wait":
+    def _arrive(self, call: _Call) -> None:
+        method, arguments = call.method, call.arguments
+        if call.answer.called and method == "wait":
             return  # nobody waits any more
-        if method in ("get", "wait") and self._is_hidden(arguments[0]):
-            self._answer(answer, Failure(NotFoundError("machine not found")), None)
+        if method in ("get", "wait") and self._is_new(arguments[0]) and call.is_struck("hidden-when-new"):
+            self._answer(call, Failure(NotFoundError("machine not found")))
             return
-        if method == "list" and world.fault("stale-list"):
-            self._answer(answer, world.stale_list(), error)
+        if method == "list" and call.is_struck("stale-list"):
+            self._answer(call, self._world.stale_list())
             return
-        work = Deferred.fromCoroutine(self._do(method, arguments))
-        if method == "wait":
-            waits.append(work)
-        work.addBoth(lambda result: self._answer(answer, result, error))
+        call.work = Deferred.fromCoroutine(self._do(call))
+        call.work.addBoth(lambda result: self._answer(call, result))
 
-    async def _do(self, method: str, arguments: tuple[Any, ...]) -> Any:
+    async def _do(self, call: _Call) -> Any:
         """Have the call done, and keep the books."""
-        world, node = self._world, self._node
+        world, node, method, arguments = self._world, self._node, call.method, call.arguments
         before = world.machines.find(arguments[0]) if method in _GUARDED else None
+        used = before is not None and call.user is not None and node.user_of(before.id) is call.user
         lease = world.machines.lease_of(arguments[0]) if before else None
-        used = node.uses(arguments[0]) if before else False
         try:
             result = await getattr(world.machines, method)(*arguments)
         except CancelledError:
@@ -126,34 +144,35 @@ class Network:
             world.ledger.created(node, result[0])
         return result
 
-    def _is_hidden(self, asked: Machine | str) -> bool:
-        """Tell a machine that is so new that the API does not find it at once."""
+    def _is_new(self, asked: Machine | str) -> bool:
+        """Tell a machine that is so new that the API may not find it yet."""
         machine = self._world.machines.find(asked.id if isinstance(asked, Machine) else asked)
-        return (
-            machine is not None
-            and machine.created_at > self._world.wall() - 0.5
-            and self._world.fault("hidden-when-new")
-        )
+        return machine is not None and machine.created_at > self._world.wall() - 0.5
 
-    def _answer(self, answer: Deferred[Any], result: Any, error: MachinesError | None) -> None:
+    def _answer(self, call: _Call, result: Any) -> None:
         world = self._world
         if isinstance(result, Failure) and result.check(CancelledError):
             return
         delay = world.latency()
-        if error is not None:
-            result = Failure(error)
-        elif world.fault("hangs-after"):
+        if call.is_struck("lost-answer"):
+            result = Failure(UnavailableError("the answer is lost"))
+        elif call.is_struck("hangs-after"):
             return
-        elif world.fault("late-answer"):
+        elif call.is_struck("late-answer"):
             delay += world.random.uniform(0.5, 25.0)
-        world.clock.call_later(delay, self._tell, answer, result)
+        world.clock.call_later(delay, self._tell, call, result)
 
-    def _tell(self, answer: Deferred[Any], result: Any) -> None:
-        def tell() -> None:
-            if not answer.called:
-                answer.callback(result)
+    def _tell(self, call: _Call, result: Any) -> None:
+        """Give the coordinator its answer; or let it come to grief just then."""
+        if not self._node.clock.dead:
+            if call.is_struck("crash-at-answer"):
+                self._world.replace(self._node, crash=True)
+            elif call.is_struck("pause-at-answer"):
+                self._world.pause(self._node)
+        self._node.clock.deliver(call.tell, result)
 
-        self._node.clock.deliver(tell)
+    def config_of(self, machine_id: str) -> MachineConfig:
+        return self._world.machines.config_of(machine_id)
 
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int

@@ -9,17 +9,19 @@ from twisted.internet.defer import Deferred
 
 from bfaas.auth import Signer, genkey
 from bfaas.coord import Coordinator, pool_settings
+from bfaas.machines.fly import FlyMachines
 from bfaas.pool import Pool
 from bfaas.proxy import Proxy
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
 from tests.sim.clock import NodeClock
+from tests.sim.http import ApiAgent
 from tests.sim.network import Network
 from tests.sim.worker import Workers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bfaas.machines.api import Machine
+    from bfaas.machines.api import Machine, MachinesAPI
     from tests.sim.client import Client
     from tests.sim.world import World
 
@@ -60,8 +62,13 @@ class Node:
         self.closing = False
         self.closed: Deferred[None] | None = None
         proxy = Proxy(self.clock, "http://workers", self.settings.max_output, Workers(world, self))
+        network = Network(world, self)
+        api: MachinesAPI = network
+        if world.has("over-http"):
+            agent = ApiAgent(world, self, network)
+            api = FlyMachines(self.clock, agent, Random(random.getrandbits(64)), "http://api", "workers", "t")
         self.pool = Pool(
-            Network(world, self),
+            api,
             proxy.wait_until_ready,
             self.clock,
             Random(random.getrandbits(64)),
@@ -107,9 +114,10 @@ class Node:
             if client.script.request == request:
                 client.machine_id = machine_id
 
-    def uses(self, machine_id: str) -> bool:
-        """Tell whether a request of its own is on a machine."""
-        return not self.clock.dead and any(client.machine_id == machine_id for client in self.requests)
+    def user_of(self, machine_id: object) -> Client | None:
+        """Tell the request of its own that is on a machine."""
+        on_it = [client for client in self.requests if client.machine_id == machine_id]
+        return on_it[0] if on_it and not self.clock.dead else None
 
     def forget(self, client: Client) -> None:
         """Let a request go that has ended."""

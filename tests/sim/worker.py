@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from tests.sim.nodes import Node
     from tests.sim.world import World
 
-TAMPERS = ("tamper", "tamper-all")
-
 
 @dataclass(frozen=True)
 class Script:
@@ -48,7 +46,7 @@ class Script:
         return cls(**told)
 
 
-class _Written:
+class Written:
     """Gathers what a body producer writes."""
 
     def __init__(self) -> None:
@@ -93,8 +91,9 @@ class Workers:
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: Any = None
     ) -> Deferred[Any]:
         world, headers = self._world, headers or Headers()
-        [machine_id] = headers.getRawHeaders(wire.FORCE_INSTANCE, [""])
-        written = _Written()
+        # Without a name in it the proxy chooses any.
+        [machine_id] = headers.getRawHeaders(wire.FORCE_INSTANCE, [next(iter(world.ledger.boots), "")])
+        written = Written()
         if bodyProducer is not None:
             bodyProducer.startProducing(written)
         boot = world.ledger.boots.get(machine_id)
@@ -125,6 +124,8 @@ class Workers:
         return probed
 
     def _tell(self, answer: Deferred[Any], result: Any) -> None:
+        if not self._node.clock.dead and self._world.fault("pause-at-answer"):
+            self._world.pause(self._node)
         self._node.clock.deliver(lambda: None if answer.called else answer.callback(result))
 
 
@@ -164,12 +165,12 @@ class Run:
         world.ledger.executes(boot, script.request)
         world.note("runs", boot.machine.name, boot.number, script.request, script.how)
         self._script = script
-        if script.how in TAMPERS:
+        if script.how == "tampers":
             self._tamper()
         if script.how == "mute":
             return
-        if script.how in ("500", "302", "401"):
-            self._answer(int(script.how))
+        if script.how.startswith("status-"):
+            self._answer(int(script.how.removeprefix("status-")))
             return
         self._answer(200)
         if world.worker_deadline:
@@ -224,7 +225,7 @@ class Run:
             self._end(None)
         elif how == "dies":
             self._world.ledger.die(self._boot)
-        elif how == "garbage":
+        elif how == "babbles":
             self._say(b"event: exit\ndata: {}\n\nfoo\n\n")
         elif how == "two-exits":
             self._say(self._writer.end(wire.Exit(0)) * 2)

@@ -25,7 +25,7 @@ from tests.sim.client import Client
 from tests.sim.clock import HeapClock, NodeClock
 from tests.sim.ledger import BrokenPromiseError, Ledger, SimMachines
 from tests.sim.nodes import Node
-from tests.sim.worker import TAMPERS, Script
+from tests.sim.worker import Script
 
 if TYPE_CHECKING:
     from twisted.logger import LogEvent
@@ -36,8 +36,9 @@ CALL_FAULTS = {
     # name: how likely it may be, for each call
     "500": 0.2, "garbage": 0.1, "reset": 0.1, "429": 0.2, "lost-answer": 0.2, "zombie-call": 0.5,
     "hangs": 0.1, "hangs-after": 0.1, "late-call": 0.1, "late-answer": 0.1, "no-capacity": 0.5,
-    "stale-list": 0.5, "hidden-when-new": 0.3,
+    "stale-list": 0.5, "hidden-when-new": 0.3, "crash-at-answer": 0.02, "pause-at-answer": 0.02,
 }  # fmt: skip
+HTTP_FAULTS = {"http-breaks": 0.1, "http-html": 0.1, "http-cut": 0.1, "http-nonsense": 0.1}
 MACHINE_FAULTS = {
     "boot-fails": 0.1, "stuck-created": 0.1, "stuck-starting": 0.1, "stuck-stopping": 0.1,
     "never-listens": 0.1, "listens-late": 0.2, "body-dies": 0.3, "probe-hangs": 0.2, "probe-fails": 0.2,
@@ -46,11 +47,17 @@ EVENTS = {
     # name: how many seconds apart, about
     "crash": 300.0, "restart": 400.0, "pause": 400.0, "outage": 400.0, "denied": 500.0, "vanish": 300.0,
 }  # fmt: skip
-TRAITS = ("drift", "skew", "overlap", "rate-limits", "resized", "new-image")
+TRAITS = {
+    # name: how likely it is, for each world
+    "drift": 0.2, "skew": 0.2, "overlap": 0.1, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
+    "over-http": 0.1,
+}  # fmt: skip
 HOW = (
-    "mute", "500", "302", "401", "lies-about-itself", "endless", "cuts", "stops-short", "dies", "garbage",
-    "two-exits", "floods", *TAMPERS,
+    "mute", "status-500", "status-302", "status-401", "lies-about-itself", "endless", "cuts", "stops-short",
+    "dies", "babbles", "two-exits", "floods", "tampers",
 )  # fmt: skip
+FAULTS = (*CALL_FAULTS, *HTTP_FAULTS, *MACHINE_FAULTS, *EVENTS, *TRAITS, *HOW)
+"""All that can go wrong, by name: each leaves a mark where it strikes."""
 
 SERVED_AGAIN = 1.2 * CLEANING_PERIOD + 45.0
 """Seconds after the last fault within which a pool serves as many requests at once as its size."""
@@ -109,17 +116,22 @@ class World:
         self._requests = 0
         self._lists: list[tuple[float, list[Machine]]] = []
 
+    def __str__(self) -> str:
+        chosen = (*self.rates, *self.events, *sorted(self.traits), *self.how)
+        return f"seed {self.seed}: {' '.join(chosen)}"
+
     def _choose_faults(self) -> None:
         """Choose what goes wrong in this world: not everything, so that each fault is seen without others."""
         random = self.random
-        share = random.choice([0.0, 0.1, 0.3, 0.6])
+        share = random.choice([0.0, 0.1, 0.3, 0.6, 0.9])
         self.rates = {
             name: random.random() ** 2 * most
-            for name, most in {**CALL_FAULTS, **MACHINE_FAULTS}.items()
+            for name, most in {**CALL_FAULTS, **HTTP_FAULTS, **MACHINE_FAULTS}.items()
             if random.random() < share
         }
+        self._call_rates = {name: self.rates[name] for name in CALL_FAULTS if name in self.rates}
         self.events = {name: apart for name, apart in EVENTS.items() if random.random() < share}
-        self.traits = {name for name in TRAITS if random.random() < share / 2}
+        self.traits = {name for name, chance in TRAITS.items() if random.random() < chance}
         self.how = [name for name in HOW if random.random() < share]
 
     # What the world's parts ask.
@@ -142,6 +154,12 @@ class World:
         self.marks[name] += 1
         return True
 
+    def strikes(self) -> frozenset[str]:
+        """Choose the faults that befall a call."""
+        if not self.chaos:
+            return frozenset()
+        return frozenset([name for name, rate in self._call_rates.items() if self.random.random() < rate])
+
     def latency(self) -> float:
         """Choose the seconds that something takes to get somewhere."""
         return self.random.uniform(0.002, 0.05)
@@ -160,7 +178,10 @@ class World:
 
     def may_lose_workers(self, client: Client) -> bool:
         """Tell whether a worker can go away in the middle of this client's run."""
-        return client.script.how != "honest" or not {"body-dies", "vanish", "overlap", "pause"}.isdisjoint(
+        losing = {"body-dies", "vanish", "overlap", "pause", "pause-at-answer"}
+        if "over-http" in self.traits:
+            losing |= {"zombie-call", "late-call"}  # a stop that was repeated may come once more, later
+        return client.script.how != "honest" or not losing.isdisjoint(
             {*self.rates, *self.events, *self.traits}
         )
 
@@ -173,6 +194,8 @@ class World:
 
     def live(self) -> None:
         """Live through all phases. Raises `BrokenPromiseError`."""
+        if self.seed % 16 == 0:
+            gc.collect()  # what earlier worlds have left is theirs
         observer = self._observer()
         globalLogPublisher.addObserver(observer)
         try:
@@ -181,6 +204,7 @@ class World:
             self._heal()
             self._run(SERVED_AGAIN)
             self._check_service()
+            self._check_succession()
             self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
             self._check_clean()
             self._check_end()
@@ -252,7 +276,7 @@ class World:
         if not node.alive or node.clock.paused:
             return
         how = random.choice(self.how) if self.how and random.random() < 0.4 else "honest"
-        lines = random.choice([0, 1, 5, 12])
+        lines = random.choice([0, 1, 5, 12]) if how == "honest" else random.choice([1, 5])
         span = random.choice([0.1, 0.5, 1.0, 1.5]) * self.max_req_time
         client = self._send(node, lines, span / (lines + 1), random.randrange(256), how)
         if random.random() < 0.15:
@@ -290,19 +314,25 @@ class World:
         elif not alive:
             pass
         elif event == "crash":
-            self._replace(random.choice(alive), crash=True)
+            self.replace(random.choice(alive), crash=True)
         elif event == "restart":
-            self._replace(random.choice(alive), crash=False)
+            self.replace(random.choice(alive), crash=False)
         elif event == "pause":
-            node = random.choice(alive)
-            self.note("pause", node)
-            node.clock.pause()
-            self._later(random.choice([1.0, 20.0, 150.0, 500.0]) * random.random(), node.clock.resume)
+            self.pause(random.choice(alive))
 
     def _end_outage(self) -> None:
         self.outage = self.denied = False
 
-    def _replace(self, node: Node, *, crash: bool) -> None:
+    def pause(self, node: Node) -> None:
+        """Let a coordinator stand still for a while, as by SIGSTOP."""
+        if not node.clock.paused:
+            self.note("pause", node)
+            node.clock.pause()
+            self._later(
+                self.random.choice([1.0, 20.0, 150.0, 500.0]) * self.random.random(), node.clock.resume
+            )
+
+    def replace(self, node: Node, *, crash: bool) -> None:
         """End a coordinator; most times another of its pool follows, which may be of another kind."""
         random = self.random
         size = random.choice([1, 2, 3]) if self.has("resized") else node.size
@@ -362,6 +392,32 @@ class World:
             if client.ending != "exit 0 None":
                 self.ledger.broken(f"11: {client.script.request} on a healed world: {client.ending}")
 
+    def _check_succession(self) -> None:
+        """Every coordinator's next instance takes over what is left, within its own size and image."""
+        old = self._settled_nodes()
+        for node in old:
+            node.close()
+        self._run(30.0)
+        left = {node: self._machines_of(node) for node in old}
+        new = {}
+        for node in old:
+            size = self.random.choice([1, 2, 3]) if self.has("resized") else node.size
+            image = self.random.choice(["i1", "i2"]) if self.has("new-image") else node.image
+            new[node] = self._start_node(node.pool_name, size, image)
+        self._check_service()
+        for node, machines in left.items():
+            follower = new[node]
+            now = self._machines_of(follower)
+            kept = {machine.id for machine in machines} & {machine.id for machine in now}
+            fit = min(len(machines), follower.size) if follower.image == node.image else 0
+            if len(now) > follower.size:
+                self.ledger.broken(f"5: {follower} keeps {len(now)} machines, its size is {follower.size}")
+            if len(kept) < fit and not node.overlaps:
+                self.ledger.broken(f"17: {follower} reclaims {len(kept)} of {len(machines)} machines")
+
+    def _machines_of(self, node: Node) -> list[Machine]:
+        return [machine for machine in self.machines.now() if owner(machine.name) == node.pool_name]
+
     def _check_clean(self) -> None:
         """Nothing is there but what is a living pool's, and that is not too much."""
         living = {node.pool_name: node for node in self.nodes if node.alive}
@@ -372,9 +428,8 @@ class World:
             if record.tampered and not living[owner(machine.name) or ""].overlaps:
                 self.ledger.broken(f"7: {machine.name} was tampered with, and is still there")
         for node in self._settled_nodes():
-            of_node = [machine for machine in self.machines.now() if owner(machine.name) == node.pool_name]
-            if len(of_node) > node.size:
-                self.ledger.broken(f"5: {node} keeps {len(of_node)} machines, its size is {node.size}")
+            if (count := len(self._machines_of(node))) > node.size:
+                self.ledger.broken(f"5: {node} keeps {count} machines, its size is {node.size}")
 
     def _check_end(self) -> None:
         """All end in order, and leave stopped machines or none, and nothing pending."""
@@ -387,7 +442,7 @@ class World:
                 self.ledger.broken(f"14: {node} does not end")
             if node.clock.timers:
                 self.ledger.broken(f"14: {node} leaves {len(node.clock.timers)} timers")
-            left = [m for m in self.machines.now() if owner(m.name) == node.pool_name]
+            left = self._machines_of(node)
             if destroy and left and not node.overlaps:
                 self.ledger.broken(f"15: {node} leaves {left[0].name}")
             for machine in left:

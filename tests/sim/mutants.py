@@ -1,0 +1,358 @@
+"""
+Ways to break the product, each of which an episode must notice.
+
+`python -m tests.sim.mutants` applies them one by one, and tells how many seeds each one took.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import ModuleType
+
+ROOT = Path(__file__).parents[2]
+SEEDS = 400
+"""Seeds within which a mutant must be noticed."""
+
+
+class Mutant(NamedTuple):
+    """A change of one place of a module's source, and the defect that it is."""
+
+    module: str
+    old: str
+    new: str
+    defect: str
+
+
+MUTANTS = [
+    # The pool.
+    Mutant("pool", "            del self._members[member]\n", "", "a failure keeps its place for ever"),
+    Mutant(
+        "pool",
+        "        member.phase = Phase.STOPPING\n        await self._life.stop(member)\n",
+        "        member.phase = Phase.STOPPING\n",
+        "a machine is used again without a stop",
+    ),
+    Mutant(
+        "pool",
+        "                await self._life.adopt(member)\n                await self._life.stop(member)\n",
+        "                await self._life.adopt(member)\n",
+        "a reclaimed machine is used as it is",
+    ),
+    Mutant(
+        "pool", "if self._line and not member.tainted and", "if self._line and", "a tampered machine serves"
+    ),
+    Mutant("pool", "                member.tainted = True\n", "", "tampering is not remembered"),
+    Mutant("pool", "tainted=too_many or not fit", "tainted=too_many", "a machine of another image is used"),
+    Mutant("pool", "tainted=too_many or not fit", "tainted=not fit", "a pool that shrank keeps too many"),
+    Mutant("pool", "return self._reclaimed and not", "return not", "machines are made before it looked"),
+    Mutant(
+        "pool",
+        "len(self._members) < self._settings.size and",
+        "len(self._members) <= self._settings.size and",
+        "one machine too many",
+    ),
+    Mutant(
+        "pool",
+        "Deferred(self._line.remove)",
+        "Deferred(lambda _: None)",
+        "a machine is handed to one who left",
+    ),
+    Mutant(
+        "pool",
+        "            await self._life.destroy(member)\n",
+        "            pass\n",
+        "a place is given up before its machine is gone",
+    ),
+    Mutant("pool", "- 2 * self._settings.max_req_time\n", "+ 1e6\n", "an idle machine outlives its lease"),
+    Mutant(
+        "pool",
+        "pause = self._life.pause(self._failures)",
+        "pause = 0.0",
+        "failing creations follow without a pause",
+    ),
+    Mutant(
+        "pool",
+        "            gone.callback(None)\n            self._balance()\n",
+        "            gone.callback(None)\n",
+        "a place that came free serves nobody",
+    ),
+    Mutant(
+        "pool",
+        "            member.wake(wanted=False)\n        await DeferredList",
+        "            pass\n        await DeferredList",
+        "close waits for idle machines",
+    ),
+    Mutant("pool", "        self._destroying = True\n", "", "destroy leaves machines"),
+    Mutant(
+        "pool", "            self._cleaning.cancel()\n", "            pass\n", "cleaning goes on after close"
+    ),
+    Mutant(
+        "pool",
+        "                failures += 1\n",
+        "                return\n",
+        "cleaning ends at its first failure",
+    ),
+    Mutant(
+        "pool",
+        " and self._is_leased(member, self._settings.max_req_time)",
+        "",
+        "a lease that ran out in a pause is used",
+    ),
+    Mutant(
+        "pool",
+        "            self._line.popleft().errback(PoolClosedError())\n",
+        "            self._line.popleft()\n",
+        "close forgets who waits",
+    ),
+    # The steps of a machine's life.
+    Mutant(
+        "life",
+        "                member.lost = self._clock.seconds()\n",
+        "                raise\n",
+        "a lost creation gives up its place",
+    ),
+    Mutant(
+        "life",
+        "if member.known_machine is not None or member.lost is None or asked > member.lost + SETTLED:",
+        "if True:",
+        "a refusal makes a lost creation forgotten",
+    ),
+    Mutant(
+        "life",
+        "        unsettled = self._clock.seconds() < settled\n",
+        "        unsettled = False\n",
+        "a creation that is done late is forgotten",
+    ),
+    Mutant(
+        "life",
+        "        member.lease = await self._within(self._limits.lease, acquire)\n",
+        "        member.lease = old\n",
+        "a reclaimed machine is leased to nobody",
+    ),
+    Mutant(
+        "life",
+        "        member.lease_end = asked + ttl\n",
+        "        member.lease_end = asked + ttl + 1000\n",
+        "a lease is taken for longer than it is",
+    ),
+    Mutant("life", "        await self._renew(member)\n", "", "a lease is not extended"),
+    Mutant(
+        "life",
+        "< starting + 2 * self._settings.max_req_time:\n                raise",
+        "< 0:\n                raise",
+        "a lease that covers nothing is used",
+    ),
+    Mutant(
+        "life",
+        "        await self._within(self._limits.ready, self._probe(member.machine))\n",
+        "",
+        "a worker is used before it listens",
+    ),
+    Mutant(
+        "life",
+        "            except NotFoundError:\n                break\n            except (MachinesError",
+        "            except (MachinesError",
+        "what is gone is destroyed for ever",
+    ),
+    Mutant(
+        "life",
+        "        return Deadline(self._clock, seconds).run(work)",
+        "        return work",
+        "a call without an answer is waited for",
+    ),
+    Mutant(
+        "life",
+        "                    nonce = await self._other_nonce(member, nonce)\n",
+        "                    pass\n",
+        "a lease that nobody knows protects a machine for ever",
+    ),
+    Mutant(
+        "life",
+        "        await self._within(self._limits.lease, self._api.release_lease(machine_id, old.nonce))\n",
+        "",
+        "a machine is reclaimed without its lease",
+    ),
+    Mutant(
+        "life",
+        "            raise UnavailableError(str(error)) from error  # too new to be found, or gone again",
+        "            raise",
+        "a machine that is too new to be found is forgotten",
+    ),
+    # Whose is what.
+    Mutant(
+        "member",
+        "return owner(machine.name) == self.name",
+        'return machine.metadata.get("pool_id", "").startswith(f"{self.name}//")',
+        "metadata says whose a machine is",
+    ),
+    Mutant(
+        "member",
+        'pool, dash, unique = rest.rpartition("-")',
+        'pool, dash, unique = rest.partition("-")',
+        "the name p-1 is taken for p",
+    ),
+    Mutant(
+        "member",
+        'return machine.metadata.get("pool_id") == self.pool_id',
+        "return True",
+        "metadata is not looked at",
+    ),
+    Mutant(
+        "sweep",
+        "self._within(self._destroy_unleased(machine))",
+        "self._within(destroy_own(self._api, machine))",
+        "another's machine is destroyed under its lease",
+    ),
+    Mutant(
+        "sweep",
+        "            await self._api.destroy(machine.id, None)\n",
+        "            pass\n",
+        "what is nobody's is left",
+    ),
+    # One request.
+    Mutant(
+        "coord",
+        "            finally:\n                allocation.release()\n",
+        "            except ZeroDivisionError:\n                pass\n            else:\n                allocation.release()\n",
+        "a failing request keeps its machine",
+    ),
+    Mutant("coord", "outcome = await deadline.run(relay)", "outcome = await relay", "a run has no deadline"),
+    Mutant(
+        "coord",
+        "return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate())",
+        "return await self._pool.allocate()",
+        "a wait has no end",
+    ),
+    Mutant(
+        "coord",
+        "            answer.end(wire.Exit.because(wire.Reason.TIMEOUT, self._since(started)))\n",
+        "            answer.finish()\n",
+        "a timeout is not told",
+    ),
+    Mutant(
+        "coord",
+        "            if not answer.begun:\n",
+        "            if True:\n",
+        "an error page in the middle of a stream",
+    ),
+    Mutant("answer", "        if data and not self.closed:", "        if data:", "output after the end"),
+    Mutant(
+        "proxy",
+        "    if names is not None and names != [machine.id]:",
+        "    if False:",
+        "another machine's answer is taken",
+    ),
+    Mutant(
+        "proxy", "    if response.code != 200:  # noqa: PLR2004 - OK", "    if False:", "any status is taken"
+    ),
+    Mutant(
+        "proxy",
+        "reader.exit or wire.Exit.because(wire.Reason.WORKER_LOST)",
+        "reader.exit or wire.Exit(0)",
+        "a success is invented",
+    ),
+    Mutant(
+        "proxy",
+        '            raise WorkerError(f"no answer: {error!r}") from error\n',
+        '            response = await self._request("POST", machine, wire.RUN_PATH + query, request, script)\n',
+        "a request is sent again",
+    ),
+    Mutant(
+        "proxy",
+        "        headers.setRawHeaders(wire.FORCE_INSTANCE, [machine.id])\n",
+        "",
+        "any machine may get a request",
+    ),
+    Mutant(
+        "proxy", "                raise OutputLimitError\n", "                pass\n", "output has no limit"
+    ),
+    Mutant(
+        "exchange",
+        "            self.transport.stopProducing()\n",
+        "            pass\n",
+        "a cancelled answer is read on",
+    ),
+    Mutant("deadline", "            task.cancel()\n", "            pass\n", "a deadline does nothing"),
+    Mutant(
+        "deadline",
+        "Deferred(lambda _: timer.cancel())",
+        "Deferred(lambda _: None)",
+        "a cancelled sleep leaves its timer",
+    ),
+]
+
+
+class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module of the product with a mutation in it."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+        self._name = f"bfaas.{mutant.module}"
+        self._path = ROOT / "bfaas" / f"{mutant.module}.py"
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:  # noqa: ARG002
+        if fullname != self._name:
+            return None
+        return importlib.util.spec_from_file_location(fullname, self._path, loader=self)
+
+    def create_module(self, spec: Any) -> None:
+        """Let Python make it."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        source = self._path.read_text()
+        assert source.count(self._mutant.old) == 1, self._mutant
+        mutated = source.replace(self._mutant.old, self._mutant.new)
+        exec(compile(mutated, str(self._path), "exec"), module.__dict__)
+
+
+class Catch(NamedTuple):
+    """What noticed a mutant: the seeds that it took, and the promise that was broken; or nothing."""
+
+    mutant: Mutant
+    seeds: int
+    promise: str | None
+    seconds: float
+
+
+def hunt(mutant: Mutant) -> Catch:
+    """Run episodes with a mutant until one notices it. Changes this process for good."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("bfaas", "tests")]:
+        if name not in ("tests", "tests.sim", __name__):
+            del sys.modules[name]
+    sys.meta_path.insert(0, _Importer(mutant))
+    from tests.sim.world import World  # noqa: PLC0415 - anew, with the mutant in it
+
+    began = time.monotonic()
+    for seed in range(SEEDS):
+        try:
+            World(seed).live()
+        except Exception as error:  # noqa: BLE001 - a broken promise or a broken program: it is noticed
+            return Catch(mutant, seed + 1, f"{error}".partition("\n")[0][:90], time.monotonic() - began)
+    return Catch(mutant, SEEDS, None, time.monotonic() - began)
+
+
+def hunt_all(mutants: list[Mutant], processes: int = 2) -> Iterator[Catch]:
+    """Hunt each mutant in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, maxtasksperchild=1) as pool:
+        yield from pool.imap(hunt, mutants, chunksize=1)
+
+
+if __name__ == "__main__":
+    escaped = 0
+    for catch in hunt_all(MUTANTS):
+        escaped += catch.promise is None
+        print(
+            f"{catch.seeds:5} seeds {catch.seconds:6.1f} s  {catch.mutant.module:8} {catch.mutant.defect}: {catch.promise}"
+        )  # noqa: T201
+    print(f"{len(MUTANTS) - escaped} of {len(MUTANTS)} noticed")  # noqa: T201
+    sys.exit(escaped > 0)
