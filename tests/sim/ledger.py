@@ -91,7 +91,7 @@ class Ledger:
             await world.stuck()
             raise OSError("the host gives up")
         self._count += 1
-        delay = 1e9 if world.fault("never-listens") else world.random.uniform(0.05, 0.8)
+        delay = 1e9 if world.fault("never-listens") else world.random.choice([0.0, 0.02, 0.5])
         if world.fault("listens-late"):
             delay = world.random.uniform(5, 25)
         boot = Boot(self._count, machine, config, exited, world.clock.now + delay)

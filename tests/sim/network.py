@@ -43,7 +43,7 @@ class _Call:
         self._strikes = strikes
 
     def is_struck(self, fault: str) -> bool:
-        if fault not in self._strikes:
+        if fault not in self._strikes or not self._world.chaos:
             return False
         self._world.marks[fault] += 1
         return True

@@ -14,7 +14,8 @@ import os
 import sys
 import time
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from twisted.logger import globalLogBeginner
 
@@ -23,45 +24,55 @@ from tests.sim.world import FAULTS, World
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BATCH = 25
+_BATCH = 32
 
 
-class Batch(NamedTuple):
+@dataclass
+class Lived:
     """What became of some episodes."""
 
-    seeds: int
-    hours: float
-    calls: int
-    marks: Counter[str]
-    endings: Counter[str]
-    failures: list[str]
+    seeds: int = 0
+    hours: float = 0.0
+    calls: int = 0
+    marks: Counter[str] = field(default_factory=Counter)
+    endings: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, other: Lived) -> None:
+        """Count some more."""
+        self.seeds += other.seeds
+        self.hours += other.hours
+        self.calls += other.calls
+        self.marks += other.marks
+        self.endings += other.endings
+        self.failures += other.failures
 
 
 def quiet() -> None:
     """Let nobody but the worlds hear the log, and collect garbage between episodes only."""
     globalLogBeginner.beginLoggingTo([], discardBuffer=True, redirectStandardIO=False)
+    gc.collect()
+    gc.freeze()
     gc.disable()
 
 
-def live(seeds: range) -> Batch:
+def live(seeds: range) -> Lived:
     """Live through some episodes."""
     gc.collect()
-    hours, calls, failures = 0.0, 0, []
-    marks: Counter[str] = Counter()
-    endings: Counter[str] = Counter()
+    lived = Lived(len(seeds))
     for seed in seeds:
-        world = World(seed, marks)
+        world = World(seed, lived.marks)
         try:
             world.live()
         except Exception as error:  # noqa: BLE001 - a broken promise or a broken program, both are told
-            failures.append(f"seed {seed}: {error!r}")
-        hours += world.clock.now / 3600
-        calls += world.ledger.calls
-        endings += world.endings
-    return Batch(len(seeds), hours, calls, marks, endings, failures)
+            lived.failures.append(f"seed {seed}: {error!r}")
+        lived.hours += world.clock.now / 3600
+        lived.calls += world.ledger.calls
+        lived.endings += world.endings
+    return lived
 
 
-def live_all(first: int, count: int) -> Iterator[Batch]:
+def live_all(first: int, count: int) -> Iterator[Lived]:
     """Live through many, in batches."""
     seeds = range(first, first + count)
     batches = [seeds[begin : begin + _BATCH] for begin in range(0, count, _BATCH)]
@@ -81,7 +92,7 @@ def replay(seed: int) -> int:
     except Exception as error:  # noqa: BLE001 - what it is is told
         world.trace.append(f"{error!r}")
         status = 1
-    print("\n".join([*world.trace, f"{world}"]))  # noqa: T201
+    print("\n".join([*world.trace, f"{world}"]))
     return status
 
 
@@ -94,19 +105,20 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         return replay(arguments.seed)
-    began = time.monotonic()
-    all_of_it = Batch(0, 0.0, 0, Counter(), Counter(), [])
+    began, lived = time.monotonic(), Lived()
     for batch in live_all(arguments.first, arguments.count):
-        all_of_it = Batch(*[one + more for one, more in zip(all_of_it, batch, strict=True)])
+        lived.add(batch)
         for failure in batch.failures:
-            print(failure, flush=True)  # noqa: T201
-    seeds, hours, calls, marks, endings, failures = all_of_it
-    unmarked = sorted(set(FAULTS) - set(marks))
-    print(f"{seeds} seeds, {hours:,.0f} hours, {calls:,} calls, {time.monotonic() - began:.0f} s")  # noqa: T201
-    print("endings:", ", ".join(f"{name} {count}" for name, count in endings.most_common()))  # noqa: T201
-    print("faults:", ", ".join(f"{name} {marks[name]}" for name in FAULTS))  # noqa: T201
-    print(f"{len(failures)} broken, {len(unmarked)} faults never struck: {' '.join(unmarked)}")  # noqa: T201
-    return 1 if failures or unmarked else 0
+            print(failure, flush=True)
+    unmarked = sorted(set(FAULTS) - set(lived.marks))
+    took = time.monotonic() - began
+    endings = ", ".join(f"{name} {count}" for name, count in lived.endings.most_common())
+    strikes = ", ".join(f"{name} {lived.marks[name]}" for name in FAULTS)
+    print(f"{lived.seeds} seeds, {lived.hours:,.0f} hours, {lived.calls:,} calls, {took:.0f} s")
+    print(f"endings: {endings}")
+    print(f"faults: {strikes}")
+    print(f"{len(lived.failures)} broken; never struck: {' '.join(unmarked) or 'none'}")
+    return 1 if lived.failures or unmarked else 0
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ class World:
 
     def live(self) -> None:
         """Live through all phases. Raises `BrokenPromiseError`."""
-        if self.seed % 16 == 0:
+        if self.seed % 64 == 0:
             gc.collect()  # what earlier worlds have left is theirs
         observer = self._observer()
         globalLogPublisher.addObserver(observer)
@@ -208,7 +208,7 @@ class World:
             self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
             self._check_clean()
             self._check_end()
-            if self.seed % 16 == 0:
+            if self.seed % 64 == 0:
                 gc.collect()  # tells of failures that nobody has looked at
         finally:
             globalLogPublisher.removeObserver(observer)
