@@ -1,0 +1,54 @@
+"""Real crashes: coordinators, workers and the Machines API are killed and stopped under load, in rounds."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING
+
+import pytest_twisted
+
+from tests.e2e.chaos import SIZES, Chaos, Fault, start_chaos
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+# `make chaos` asks for a hundred.
+ROUNDS = int(os.environ.get("BFAAS_ROUNDS", "4"))
+SEED = int(os.environ.get("BFAAS_SEED", "1"))
+
+with_twisted = pytest_twisted.ensureDeferred
+
+
+@pytest_twisted.async_yield_fixture
+async def chaos(tmp_path: Path) -> AsyncIterator[Chaos]:
+    chaos = await start_chaos(random.Random(SEED), tmp_path)
+    try:
+        yield chaos
+    finally:
+        await chaos.close()
+
+
+def deal(chance: random.Random) -> Iterator[Fault]:
+    """Deal faults like cards, so that each kind strikes once before any strikes again."""
+    while True:
+        yield from chance.sample(list(Fault), k=len(Fault))
+
+
+@with_twisted
+async def test_whatever_crashes_the_promises_hold(chaos: Chaos) -> None:
+    faults = deal(random.Random(SEED))
+    try:
+        for pool, size in SIZES.items():
+            await chaos.start_coordinator(pool, size)
+        for _ in range(ROUNDS):
+            await chaos.round([next(faults), next(faults)])
+        late = await chaos.abandon()
+    except AssertionError as error:
+        error.add_note("\n".join(chaos.history[-10:]))
+        raise
+
+    assert set(chaos.faults) == set(Fault)
+    print(f"\n{ROUNDS} rounds, seed {SEED}", chaos.summary(), sep="\n")  # noqa: T201 - for `make chaos`
+    print(f"the last machine was gone {late:.1f} s after its lease's end")  # noqa: T201 - the same
