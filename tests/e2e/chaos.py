@@ -26,7 +26,7 @@ from bfaas import tree
 from bfaas.deadline import sleep
 from bfaas.life import owner
 from bfaas.machines.api import MachinesError, NotFoundError, State
-from tests.e2e.coordinator import PATIENCE, Answer, Running, free_port, reactor, start_program, stop
+from tests.e2e.coordinator import PATIENCE, Answer, Running, command, free_port, reactor, start_program, stop
 from tests.e2e.fly import Fly, start_fly, start_stand_in
 
 if TYPE_CHECKING:
@@ -318,17 +318,17 @@ class Chaos:
 
     def _strangers(self) -> dict[int, str]:
         """Find all processes that come of this, wherever they are, but for the programs that we started."""
-        ours = {running.pid for running in self._programs if not running.program.ended.called}
-        found: dict[int, str] = {}
-        for entry in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (entry / "environ").read_bytes()
-                line = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if f"FLY_REGION={self._mark}\0".encode() in environment and int(entry.name) not in ours:
-                found[int(entry.name)] = line.replace(b"\0", b" ").decode(errors="replace")
-        return found
+        running = [running for running in self._programs if not running.program.ended.called]
+        found = {process.pid for program in running for process in program.processes()}
+        found |= {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_marked(entry)}
+        found -= {program.pid for program in running}
+        return {pid: command(pid).replace(b"\0", b" ").decode(errors="replace") for pid in found}
+
+    def _is_marked(self, process: Path) -> bool:
+        try:
+            return f"FLY_REGION={self._mark}\0".encode() in (process / "environ").read_bytes()
+        except OSError:
+            return False
 
     def summary(self) -> str:
         """Tell what happened, in lines."""
