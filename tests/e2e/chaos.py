@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import enum
 import os
-import re
 import signal
 import time
 from collections import Counter, defaultdict
@@ -18,9 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, DeferredLock, FirstError, gatherResults
-from twisted.internet.error import ConnectError, ConnectionClosed
-from twisted.protocols import portforward
-from twisted.web.client import ResponseFailed
 
 from bfaas import tree
 from bfaas.deadline import sleep
@@ -28,6 +24,7 @@ from bfaas.life import owner
 from bfaas.machines.api import MachinesError, NotFoundError, State
 from tests.e2e.coordinator import PATIENCE, Answer, Running, command, free_port, reactor, start_program, stop
 from tests.e2e.fly import Fly, start_fly, start_stand_in
+from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
 
 if TYPE_CHECKING:
     import random
@@ -37,23 +34,15 @@ SIZES = {"a": 2, "a-1": 2}
 CLIENTS = 3  # of each pool
 
 MAX_REQ_TIME = 1.5
-LEASE = 7
+LEASE = 10
 CLEANING_PERIOD = 2.0
 
-RECOVERY = 20.0
-"""Seconds within which all is well again after a round, on a busy machine."""
+RECOVERY = 45.0
+"""Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""
 
 SLACK = 10.0
 """Seconds that anything else may take longer than it should on such a machine."""
 
-NAP = 200_000 + os.getpid()
-
-# Tells which request it is of, and if it is not the first in this machine since it was wiped.
-SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
-WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2", "sleep 0.8", f"sleep {NAP}")
-
-_NUMBER = re.compile(rb"# request (\d+);")
-_CUT = (ConnectError, ConnectionClosed, ResponseFailed)
 _COORDINATOR = str(Path(__file__).with_name("short_leases.py"))
 
 
@@ -68,43 +57,6 @@ class Fault(enum.Enum):
     FREEZE_WORKER = "a worker stopped for good in a run"
     KILL_API = "the API killed, and its machines with it"
     PAUSE_API = "the API stopped for a while"
-
-
-class Ending(enum.Enum):
-    """The ways in which a request may end."""
-
-    WHOLE = "an answer with its script's exit"
-    TIMEOUT = "an answer that ends with a timeout"
-    LOST = "an answer that ends with a lost worker"
-    REFUSED = "an error of one line"
-    CUT = "a connection that died with its coordinator"
-
-
-class _Seen(portforward.ProxyServer):
-    factory: Witness
-
-    def connectionMade(self) -> None:
-        super().connectionMade()
-        self.read = b""
-        self.noted: set[int] = set()
-
-    def dataReceived(self, data: bytes) -> None:
-        self.read += data
-        new = {int(number) for number in _NUMBER.findall(self.read)} - self.noted
-        self.factory.sent.update(new)
-        self.noted |= new
-        super().dataReceived(data)
-
-
-class Witness(portforward.ProxyFactory):
-    """Stands between the coordinators and the workers: counts how often each script is sent."""
-
-    noisy = False
-    protocol = _Seen
-
-    def __init__(self, port: int) -> None:
-        super().__init__("127.0.0.1", port)
-        self.sent: Counter[int] = Counter()
 
 
 class Chaos:
@@ -200,13 +152,14 @@ class Chaos:
             await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             await self.start_coordinator(pool, SIZES[pool])
         else:
-            least, most = (LEASE, LEASE + 3.0) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
+            least, most = (LEASE, LEASE + 2.0) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
             await self._pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
 
     async def _strike_api(self, fault: Fault) -> None:
         self._note(fault.value)
         if fault is Fault.KILL_API:
             await self.kill(self.fly.machines)
+            self._thaw_orphans()
             await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             await self.start_api()
         else:
@@ -219,6 +172,12 @@ class Chaos:
             await self._pause(pid, self._chance.uniform(0.1, 1.0))
         else:
             os.kill(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
+
+    def _thaw_orphans(self) -> None:
+        """Let workers that outlive the API go on: without a sandbox they have to notice its end."""
+        if b"NO SANDBOX" in self.fly.machines.program.said:
+            for pid in self._strangers():
+                os.kill(pid, signal.SIGCONT)
 
     async def _pause(self, pid: int, seconds: float) -> None:
         paused = tree.with_root(pid)[:1]
@@ -260,8 +219,8 @@ class Chaos:
 
     async def _send_scripts(self, pool: str) -> None:
         while self._loaded:
-            ending = await self.ask(pool, self._chance.choice(WORK), self._chance.randrange(5))
-            if ending in (Ending.CUT, Ending.REFUSED):
+            ended = await self.ask(pool, self._chance.choice(WORK), self._chance.randrange(5))
+            if ended in (Ending.CUT, Ending.REFUSED):
                 await sleep(reactor, self._chance.uniform(0.1, 0.4))
 
     async def ask(self, pool: str, work: str, code: int = 0) -> Ending:
@@ -271,17 +230,17 @@ class Chaos:
         try:
             exchange = await running.begin(script, take=pieces.append)
             await exchange.end()
-        except _CUT as error:
+        except CUT as error:
             if running not in self._killed:
                 raise AssertionError(f"request {number} was cut: {error!r}") from error
-            ending = Ending.CUT
+            ended = Ending.CUT
         else:
             answer = Answer(exchange.status, exchange.headers, b"".join(pieces))
-            ending = _ending(answer, code, endless=str(NAP) in work)
+            ended = ending(answer, work, code)
         assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
         assert self._witness.sent[number] <= 1, f"request {number} was sent to workers twice"
-        self.endings[ending] += 1
-        return ending
+        self.endings[ended] += 1
+        return ended
 
     # What must hold.
 
@@ -305,8 +264,8 @@ class Chaos:
     async def _recover(self, pool: str) -> None:
         """Wait until it answers as if nothing had been."""
         deadline = reactor.seconds() + RECOVERY
-        while (ending := await self.ask(pool, "true")) is not Ending.WHOLE:
-            assert reactor.seconds() < deadline, f"{pool} does not recover: {ending.value}"
+        while (ended := await self.ask(pool, "true")) is not Ending.WHOLE:
+            assert reactor.seconds() < deadline, f"{pool} does not recover: {ended.value}"
             await sleep(reactor, 0.1)
 
     async def _settle(self) -> None:
@@ -317,7 +276,11 @@ class Chaos:
             await sleep(reactor, 0.1)
 
     def _strangers(self) -> dict[int, str]:
-        """Find all processes that come of this, wherever they are, but for the programs that we started."""
+        """
+        Find all processes that come of this but for the programs that we started.
+
+        Orphans are found by their environment; what is below a program is found even if that is closed to us.
+        """
         running = [running for running in self._programs if not running.program.ended.called]
         found = {process.pid for program in running for process in program.processes()}
         found |= {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_marked(entry)}
@@ -329,6 +292,14 @@ class Chaos:
             return f"FLY_REGION={self._mark}\0".encode() in (process / "environ").read_bytes()
         except OSError:
             return False
+
+    def story(self) -> str:
+        """Tell what was done lately, and what the programs have said to it."""
+        said = [
+            b"\n".join(running.program.said.splitlines()[-40:]).decode(errors="replace")
+            for running in [*self.coordinators.values(), self.fly.machines]
+        ]
+        return "\n\n".join(["\n".join(self.history[-10:]), *said])
 
     def summary(self) -> str:
         """Tell what happened, in lines."""
@@ -389,21 +360,6 @@ class Chaos:
             return (await self.fly.api.get_lease(machine_id)).expires_at
         except NotFoundError:
             return 0.0
-
-
-def _ending(answer: Answer, code: int, *, endless: bool) -> Ending:
-    if answer.status != 200:
-        assert answer.status in (502, 503, 504), answer
-        assert re.fullmatch(rb"[^\n]+\n", answer.body), answer
-        return Ending.REFUSED
-    told = answer.exit
-    if "reason" not in told:
-        assert not endless, answer
-        assert told["code"] == code, answer
-        assert answer.output("stdout").endswith("done\n"), answer
-        return Ending.WHOLE
-    ended = {("timeout", 124): Ending.TIMEOUT, ("worker-lost", 125): Ending.LOST}
-    return ended[told["reason"], told["code"]]
 
 
 async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:

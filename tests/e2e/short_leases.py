@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bfaas import coord, pool
-from bfaas.life import Limits
 from bfaas.process import run_role
 
 if TYPE_CHECKING:
@@ -25,10 +24,12 @@ _with_long_leases = coord.pool_settings
 def _pool_settings(settings: CoordSettings) -> PoolSettings:
     lease = int(os.environ["LEASE"])
     spare = lease - 2 * settings.max_req_time
-    limits = Limits(
-        create=spare, start=spare / 2, ready=spare / 2, stop=spare, destroy=spare, lease=spare / 2
+    half = spare / 2
+    chosen = _with_long_leases(settings)
+    limits = replace(
+        chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=half
     )
-    return replace(_with_long_leases(settings), lease_ttl=lease, limits=limits)
+    return replace(chosen, lease_ttl=lease, limits=limits)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,4 @@
+# ruff: noqa: T201 - `make chaos` shows how far it is, and what came of it
 """Real crashes: coordinators, workers and the Machines API are killed and stopped under load, in rounds."""
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ async def test_whatever_crashes_the_promises_hold(chaos: Chaos) -> None:
     try:
         for pool, size in SIZES.items():
             await chaos.start_coordinator(pool, size)
-        for _ in range(ROUNDS):
-            await chaos.round([next(faults), next(faults)])
+        for number in range(ROUNDS):
+            kinds = [next(faults), next(faults)]
+            print(f"\n{number + 1}:", " and ".join(kind.value for kind in kinds), end="", flush=True)
+            await chaos.round(kinds)
         late = await chaos.abandon()
     except AssertionError as error:
-        error.add_note("\n".join(chaos.history[-10:]))
+        error.add_note(chaos.story())
         raise
 
     assert set(chaos.faults) == set(Fault)
-    print(f"\n{ROUNDS} rounds, seed {SEED}", chaos.summary(), sep="\n")  # noqa: T201 - for `make chaos`
-    print(f"the last machine was gone {late:.1f} s after its lease's end")  # noqa: T201 - the same
+    print(f"\n{ROUNDS} rounds, seed {SEED}", chaos.summary(), sep="\n")
+    print(f"the last machine was gone {late:.1f} s after its lease's end")
