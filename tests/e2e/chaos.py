@@ -35,7 +35,7 @@ CLIENTS = 3  # of each pool
 
 MAX_REQ_TIME = 1.5
 LEASE = 10
-CLEANING_PERIOD = 2.0
+CLEANING_PERIOD = 4.0
 
 RECOVERY = 45.0
 """Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""

@@ -27,7 +27,7 @@ def _pool_settings(settings: CoordSettings) -> PoolSettings:
     half = spare / 2
     chosen = _with_long_leases(settings)
     limits = replace(
-        chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=half
+        chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=1.5
     )
     return replace(chosen, lease_ttl=lease, limits=limits)
 
