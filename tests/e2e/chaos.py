@@ -7,28 +7,41 @@ to workers, in the API's list, and in /proc.
 
 from __future__ import annotations
 
-import enum
 import os
 import signal
 import time
 from collections import Counter, defaultdict
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from twisted.internet.defer import Deferred, DeferredLock, FirstError, gatherResults
+from twisted.internet.defer import Deferred, DeferredLock
 
 from bfaas import tree
 from bfaas.deadline import sleep
 from bfaas.life import owner
 from bfaas.machines.api import MachinesError, NotFoundError, State
-from tests.e2e.coordinator import PATIENCE, Answer, Running, command, free_port, reactor, start_program, stop
+from tests.e2e.coordinator import (
+    PATIENCE,
+    Answer,
+    Running,
+    command,
+    free_port,
+    marked,
+    pause,
+    reactor,
+    send,
+    start_program,
+    stop,
+    together,
+)
+from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_fly, start_stand_in
 from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
 
 if TYPE_CHECKING:
     import random
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Iterable
 
 SIZES = {"a": 2, "a-1": 2}
 CLIENTS = 3  # of each pool
@@ -44,19 +57,6 @@ SLACK = 10.0
 """Seconds that anything else may take longer than it should on such a machine."""
 
 _COORDINATOR = str(Path(__file__).with_name("short_leases.py"))
-
-
-class Fault(enum.Enum):
-    """What is done to a process, at a random moment."""
-
-    KILL_COORDINATOR = "a coordinator killed"
-    PAUSE_COORDINATOR = "a coordinator stopped for a while"
-    OUTLAST_LEASE = "a coordinator stopped for longer than its leases"
-    KILL_WORKER = "a worker killed in a run"
-    PAUSE_WORKER = "a worker stopped for a while in a run"
-    FREEZE_WORKER = "a worker stopped for good in a run"
-    KILL_API = "the API killed, and its machines with it"
-    PAUSE_API = "the API stopped for a while"
 
 
 class Chaos:
@@ -108,12 +108,6 @@ class Chaos:
         self.coordinators[pool] = running
         self._programs.append(running)
 
-    async def start_api(self) -> None:
-        """Start the API again, without any machines."""
-        port, proxy_port = self.fly.machines.port, self.fly.proxy_port
-        self.fly.machines = await start_stand_in(port, proxy_port, **_of_stand_in(self._mark, self._state))
-        self._programs.append(self.fly.machines)
-
     async def kill(self, running: Running) -> None:
         """Kill a program, and wait until it is dead."""
         self._killed.append(running)
@@ -126,7 +120,7 @@ class Chaos:
             if not running.program.ended.called:
                 await self.kill(running)
         for pid in self._strangers():
-            os.kill(pid, signal.SIGKILL)
+            send(pid, signal.SIGKILL)
         await self._listener.stopListening()
 
     # Faults.
@@ -135,8 +129,8 @@ class Chaos:
         """Let a fault strike; returns when the cause, not yet the damage, is repaired."""
         await sleep(reactor, self._chance.uniform(0.1, 1.5))
         pool = self._chance.choice(sorted(SIZES))
-        coordinator = fault in (Fault.KILL_COORDINATOR, Fault.PAUSE_COORDINATOR, Fault.OUTLAST_LEASE)
-        if fault in (Fault.KILL_WORKER, Fault.PAUSE_WORKER, Fault.FREEZE_WORKER):
+        coordinator = fault in COORDINATOR_FAULTS
+        if fault in WORKER_FAULTS:
             await self._strike_worker(fault)
         else:
             # To each program one thing after the other.
@@ -152,8 +146,8 @@ class Chaos:
             await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             await self.start_coordinator(pool, SIZES[pool])
         else:
-            least, most = (LEASE, LEASE + 2.0) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
-            await self._pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
+            least, most = (LEASE, LEASE + CLEANING_PERIOD) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
+            await pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
 
     async def _strike_api(self, fault: Fault) -> None:
         self._note(fault.value)
@@ -161,30 +155,28 @@ class Chaos:
             await self.kill(self.fly.machines)
             self._thaw_orphans()
             await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
-            await self.start_api()
+            # It comes back without any machines.
+            port, proxy_port = self.fly.machines.port, self.fly.proxy_port
+            self.fly.machines = await start_stand_in(
+                port, proxy_port, **_of_stand_in(self._mark, self._state)
+            )
+            self._programs.append(self.fly.machines)
         else:
-            await self._pause(self.fly.machines.pid, self._chance.uniform(0.5, 3.5))
+            await pause(self.fly.machines.pid, self._chance.uniform(0.5, 3.5))
 
     async def _strike_worker(self, fault: Fault) -> None:
         pid = await self._busy_worker()
         self._note(f"{fault.value}: {pid}")
         if fault is Fault.PAUSE_WORKER:
-            await self._pause(pid, self._chance.uniform(0.1, 1.0))
+            await pause(pid, self._chance.uniform(0.1, 1.0))
         else:
-            os.kill(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
+            send(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
 
     def _thaw_orphans(self) -> None:
         """Let workers that outlive the API go on: without a sandbox they have to notice its end."""
         if b"NO SANDBOX" in self.fly.machines.program.said:
             for pid in self._strangers():
-                os.kill(pid, signal.SIGCONT)
-
-    async def _pause(self, pid: int, seconds: float) -> None:
-        paused = tree.with_root(pid)[:1]
-        os.kill(pid, signal.SIGSTOP)
-        await sleep(reactor, seconds)
-        if tree.alive(paused):
-            os.kill(pid, signal.SIGCONT)
+                send(pid, signal.SIGCONT)
 
     async def _busy_worker(self) -> int:
         """Wait for a worker whose script runs."""
@@ -283,15 +275,9 @@ class Chaos:
         """
         running = [running for running in self._programs if not running.program.ended.called]
         found = {process.pid for program in running for process in program.processes()}
-        found |= {int(entry.name) for entry in Path("/proc").glob("[0-9]*") if self._is_marked(entry)}
+        found |= marked(f"FLY_REGION={self._mark}")
         found -= {program.pid for program in running}
         return {pid: command(pid).replace(b"\0", b" ").decode(errors="replace") for pid in found}
-
-    def _is_marked(self, process: Path) -> bool:
-        try:
-            return f"FLY_REGION={self._mark}\0".encode() in (process / "environ").read_bytes()
-        except OSError:
-            return False
 
     def story(self) -> str:
         """Tell what was done lately, and what the programs have said to it."""
@@ -360,14 +346,6 @@ class Chaos:
             return (await self.fly.api.get_lease(machine_id)).expires_at
         except NotFoundError:
             return 0.0
-
-
-async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:
-    """Do all at once, and wait until all is done, or one of them has failed."""
-    try:
-        await gatherResults([Deferred.fromCoroutine(work) for work in works], consumeErrors=True)
-    except FirstError as error:
-        error.subFailure.raiseException()
 
 
 def _of_stand_in(mark: str, state: Path) -> dict[str, str]:

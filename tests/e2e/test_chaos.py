@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import pytest_twisted
 
-from tests.e2e.chaos import SIZES, Chaos, Fault, start_chaos
+from tests.e2e.chaos import SIZES, Chaos, start_chaos
+from tests.e2e.faults import Fault, deal
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
 # `make chaos` asks for a hundred.
@@ -29,12 +30,6 @@ async def chaos(tmp_path: Path) -> AsyncIterator[Chaos]:
         yield chaos
     finally:
         await chaos.close()
-
-
-def deal(chance: random.Random) -> Iterator[Fault]:
-    """Deal faults like cards, so that each kind strikes once before any strikes again."""
-    while True:
-        yield from chance.sample(list(Fault), k=len(Fault))
 
 
 @with_twisted
