@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test soak lint format clean
+.PHONY: run fly test soak chaos lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -40,6 +40,10 @@ test: $(VENV)/installed-test
 # The long form of the end-to-end tests.
 soak: $(VENV)/installed-test
 	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
+
+# A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
+chaos: $(VENV)/installed-test
+	BFAAS_ROUNDS=$${BFAAS_ROUNDS:-100} $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

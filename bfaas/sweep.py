@@ -39,7 +39,7 @@ class Sweep:
     """
 
     _PAUSE = 1.0
-    _SECOND_LOOK = 15.0  # more than the step of a reclaim in which there is no lease may take
+    _SECOND_LOOK = 1.5  # times the step of a reclaim in which there is no lease
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Sweep:
             and await self._try(self._is_unleased(machine), machine)
         ]
         if unleased:
-            await sleep(self._clock, self._SECOND_LOOK)
+            await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
         for machine in unleased:
             await self._try(self._destroy_unleased(machine), machine)
 

@@ -7,13 +7,14 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treq.client import HTTPClient
 from twisted.internet import reactor as installed_reactor
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.protocol import ProcessProtocol
 
 from bfaas import tree
@@ -21,7 +22,7 @@ from bfaas.deadline import Deadline, sleep
 from bfaas.exchange import Body, BytesProducer, single_use_agent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Iterable
 
     from twisted.python.failure import Failure
 
@@ -181,6 +182,42 @@ def command(pid: int) -> bytes:
         return b""
 
 
+def send(pid: int, number: signal.Signals) -> None:
+    """Signal a process, if it is still there."""
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+async def pause(pid: int, seconds: float) -> None:
+    """Stop a process for a while."""
+    paused = tree.with_root(pid)[:1]
+    send(pid, signal.SIGSTOP)
+    await sleep(reactor, seconds)
+    if tree.alive(paused):
+        send(pid, signal.SIGCONT)
+
+
+def marked(mark: str) -> set[int]:
+    """Find the processes, of this whole host, that have a setting in their environment, as NAME=VALUE."""
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark.encode() in environment:
+            found.add(int(entry.name))
+    return found
+
+
+async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:
+    """Do all at once, and wait until all is done, or one of them has failed."""
+    try:
+        await gatherResults([Deferred.fromCoroutine(work) for work in works], consumeErrors=True)
+    except FirstError as error:
+        error.subFailure.raiseException()
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -200,8 +237,13 @@ def start(arguments: list[str], settings: dict[str, str]) -> tuple[Program, int]
 
 async def start_listening(role: str, port: int, options: list[str], settings: dict[str, str]) -> Running:
     """Start one of our roles with twistd, and wait until it takes requests."""
+    return await start_program([*TWISTD, role, *options], port, settings)
+
+
+async def start_program(arguments: list[str], port: int, settings: dict[str, str]) -> Running:
+    """Start a program of ours that is told where to listen, and wait until it takes requests."""
     endpoint = f"tcp:{port}:interface=127.0.0.1"
-    program, pid = start([*TWISTD, role, "--listen", endpoint, *options], settings)
+    program, pid = start([*arguments, "--listen", endpoint], settings)
     for _ in range(int(PATIENCE / 0.05)):
         assert program.status is None, program.said.decode()
         with socket.socket() as probe:

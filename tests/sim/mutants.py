@@ -230,7 +230,7 @@ MUTANTS = [
     ),
     Mutant(
         "sweep",
-        "            await sleep(self._clock, self._SECOND_LOOK)\n",
+        "            await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)\n",
         "            pass\n",
         "a machine is destroyed while its lease changes hands",
     ),

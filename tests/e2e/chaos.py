@@ -1,0 +1,358 @@
+"""
+Fly on one host with two coordinators, under load, and real signals to any of its processes.
+
+What must hold meanwhile is looked at from outside: in what clients are answered, in what coordinators send
+to workers, in the API's list, and in /proc.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter, defaultdict
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import Deferred, DeferredLock
+
+from bfaas import tree
+from bfaas.deadline import sleep
+from bfaas.machines.api import MachinesError, NotFoundError, State
+from bfaas.member import owner
+from tests.e2e.coordinator import (
+    PATIENCE,
+    Answer,
+    Running,
+    command,
+    free_port,
+    marked,
+    pause,
+    reactor,
+    send,
+    start_program,
+    stop,
+    together,
+)
+from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
+from tests.e2e.fly import Fly, start_fly, start_stand_in
+from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterable
+
+SIZES = {"a": 2, "a-1": 2}
+CLIENTS = 3  # of each pool
+
+MAX_REQ_TIME = 1.5
+LEASE = 10
+CLEANING_PERIOD = 4.0
+
+RECOVERY = 45.0
+"""Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""
+
+SLACK = 10.0
+"""Seconds that anything else may take longer than it should on such a machine."""
+
+_COORDINATOR = str(Path(__file__).with_name("short_leases.py"))
+
+
+class Chaos:
+    """
+    The programs, what was done to them, and what came of it.
+
+    `chance` chooses what clients send, and when faults strike whom. `mark` is in the environment of every
+    process that comes of this, scripts too: as the region.
+    """
+
+    def __init__(self, fly: Fly, chance: random.Random, mark: str, state: Path) -> None:
+        self.fly = fly
+        self.coordinators: dict[str, Running] = {}
+        self.faults: Counter[Fault] = Counter()
+        self.endings: Counter[Ending] = Counter()
+        self.most: Counter[str] = Counter()
+        self.slowest = 0.0
+        self.history: list[str] = []
+        self._witness = Witness(fly.proxy_port)
+        self._listener = reactor.listenTCP(0, self._witness, interface="127.0.0.1")
+        self._chance = chance
+        self._mark = mark
+        self._state = state
+        self._settings: dict[str, dict[str, str]] = {}
+        self._programs = [fly.machines]
+        self._killed: list[Running] = []
+        self._locks: defaultdict[str, DeferredLock] = defaultdict(DeferredLock)
+        self._numbers = count()
+        self._loaded = False
+        self._began = reactor.seconds()
+
+    # Programs.
+
+    async def start_coordinator(self, pool: str, size: int) -> None:
+        """Start a coordinator; one that was killed comes back under its name, at its port."""
+        if pool not in self._settings:
+            self._settings[pool] = self.fly.settings(
+                pool,
+                size,
+                WORKER_URL=f"http://127.0.0.1:{self._listener.getHost().port}",
+                FLY_REGION=self._mark,
+                MAXREQTIME=f"{MAX_REQ_TIME}s",
+                MAXWAIT="4s",
+                LEASE=str(LEASE),
+                CLEANING_PERIOD=str(CLEANING_PERIOD),
+            )
+        port = self.coordinators[pool].port if pool in self.coordinators else free_port()
+        running = await start_program([_COORDINATOR], port, self._settings[pool])
+        self.coordinators[pool] = running
+        self._programs.append(running)
+
+    async def kill(self, running: Running) -> None:
+        """Kill a program, and wait until it is dead."""
+        self._killed.append(running)
+        running.kill(signal.SIGKILL)
+        await running.program.ended
+
+    async def close(self) -> None:
+        """Kill what is left, if there was trouble, and all that came of it."""
+        for running in self._programs:
+            if not running.program.ended.called:
+                await self.kill(running)
+        for pid in self._strangers():
+            send(pid, signal.SIGKILL)
+        await self._listener.stopListening()
+
+    # Faults.
+
+    async def strike(self, fault: Fault) -> None:
+        """Let a fault strike; returns when the cause, not yet the damage, is repaired."""
+        await sleep(reactor, self._chance.uniform(0.1, 1.5))
+        pool = self._chance.choice(sorted(SIZES))
+        coordinator = fault in COORDINATOR_FAULTS
+        if fault in WORKER_FAULTS:
+            await self._strike_worker(fault)
+        else:
+            # To each program one thing after the other.
+            strike = self._strike_coordinator(fault, pool) if coordinator else self._strike_api(fault)
+            lock = self._locks[pool if coordinator else "the API"]
+            await lock.run(Deferred.fromCoroutine, strike)
+        self.faults[fault] += 1
+
+    async def _strike_coordinator(self, fault: Fault, pool: str) -> None:
+        self._note(f"{fault.value}: {pool}")
+        if fault is Fault.KILL_COORDINATOR:
+            await self.kill(self.coordinators[pool])
+            await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            await self.start_coordinator(pool, SIZES[pool])
+        else:
+            least, most = (LEASE, LEASE + CLEANING_PERIOD) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
+            await pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
+
+    async def _strike_api(self, fault: Fault) -> None:
+        self._note(fault.value)
+        if fault is Fault.KILL_API:
+            await self.kill(self.fly.machines)
+            self._thaw_orphans()
+            await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            # It comes back without any machines.
+            port, proxy_port = self.fly.machines.port, self.fly.proxy_port
+            self.fly.machines = await start_stand_in(
+                port, proxy_port, **_of_stand_in(self._mark, self._state)
+            )
+            self._programs.append(self.fly.machines)
+        else:
+            await pause(self.fly.machines.pid, self._chance.uniform(0.5, 3.5))
+
+    async def _strike_worker(self, fault: Fault) -> None:
+        pid = await self._busy_worker()
+        self._note(f"{fault.value}: {pid}")
+        if fault is Fault.PAUSE_WORKER:
+            await pause(pid, self._chance.uniform(0.1, 1.0))
+        else:
+            send(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
+
+    def _thaw_orphans(self) -> None:
+        """Let workers that outlive the API go on: without a sandbox they have to notice its end."""
+        if b"NO SANDBOX" in self.fly.machines.program.said:
+            for pid in self._strangers():
+                send(pid, signal.SIGCONT)
+
+    async def _busy_worker(self) -> int:
+        """Wait for a worker whose script runs."""
+        for _ in range(int(PATIENCE / 0.1)):
+            if busy := [worker for worker in self.fly.machines.workers() if tree.children(worker)]:
+                return self._chance.choice(busy)
+            await sleep(reactor, 0.1)
+        raise AssertionError("no script runs")
+
+    def _note(self, what: str) -> None:
+        self.history.append(f"{reactor.seconds() - self._began:.2f} s: {what}")
+
+    # Load.
+
+    async def round(self, faults: Iterable[Fault]) -> None:
+        """Let faults strike under load; then all must be well again soon."""
+        load = self._begin_load()
+        try:
+            await together(self.strike(fault) for fault in faults)
+        finally:
+            self._loaded = False
+            await load
+        began = reactor.seconds()
+        await together(self._recover(pool) for pool in SIZES)
+        await self._settle()
+        self.slowest = max(self.slowest, reactor.seconds() - began)
+
+    def _begin_load(self) -> Deferred[None]:
+        self._loaded = True
+        clients = [self._send_scripts(pool) for pool in SIZES for _ in range(CLIENTS)]
+        return Deferred.fromCoroutine(together([*clients, self._watch()]))
+
+    async def _send_scripts(self, pool: str) -> None:
+        while self._loaded:
+            ended = await self.ask(pool, self._chance.choice(WORK), self._chance.randrange(5))
+            if ended in (Ending.CUT, Ending.REFUSED):
+                await sleep(reactor, self._chance.uniform(0.1, 0.4))
+
+    async def ask(self, pool: str, work: str, code: int = 0) -> Ending:
+        """Send a script; tell how that ended, which must be in one of the ways that are allowed."""
+        running, number = self.coordinators[pool], next(self._numbers)
+        script, pieces = SCRIPT.format(number=number, work=work, code=code), list[bytes]()
+        try:
+            exchange = await running.begin(script, take=pieces.append)
+            await exchange.end()
+        except CUT as error:
+            if running not in self._killed:
+                raise AssertionError(f"request {number} was cut: {error!r}") from error
+            ended = Ending.CUT
+        else:
+            answer = Answer(exchange.status, exchange.headers, b"".join(pieces))
+            ended = ending(answer, work, code)
+        assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
+        assert self._witness.sent[number] <= 1, f"request {number} was sent to workers twice"
+        self.endings[ended] += 1
+        return ended
+
+    # What must hold.
+
+    async def _watch(self) -> None:
+        while self._loaded:
+            await self._look()
+            await sleep(reactor, 0.1)
+
+    async def _look(self) -> set[State]:
+        """Look at the API's list: no pool is ever larger than its size."""
+        try:
+            machines = await self.fly.api.list()
+        except MachinesError:
+            return {State.UNKNOWN}
+        sizes = Counter(owner(machine.name) or "" for machine in machines)
+        for pool, size in sizes.items():
+            assert size <= SIZES.get(pool, 0), f"{pool} has {size} machines"
+        self.most |= sizes
+        return {machine.state for machine in machines}
+
+    async def _recover(self, pool: str) -> None:
+        """Wait until it answers as if nothing had been."""
+        deadline = reactor.seconds() + RECOVERY
+        while (ended := await self.ask(pool, "true")) is not Ending.WHOLE:
+            assert reactor.seconds() < deadline, f"{pool} does not recover: {ended.value}"
+            await sleep(reactor, 0.1)
+
+    async def _settle(self) -> None:
+        """Wait until every machine is stopped, and no process is left but those that we started."""
+        deadline = reactor.seconds() + RECOVERY
+        while (left := self._strangers()) or await self._look() - {State.STOPPED}:
+            assert reactor.seconds() < deadline, f"still there: {left or 'machines'}"
+            await sleep(reactor, 0.1)
+
+    def _strangers(self) -> dict[int, str]:
+        """
+        Find all processes that come of this but for the programs that we started.
+
+        Orphans are found by their environment; what is below a program is found even if that is closed to us.
+        """
+        running = [running for running in self._programs if not running.program.ended.called]
+        found = {process.pid for program in running for process in program.processes()}
+        found |= marked(f"FLY_REGION={self._mark}")
+        found -= {program.pid for program in running}
+        return {pid: command(pid).replace(b"\0", b" ").decode(errors="replace") for pid in found}
+
+    def story(self) -> str:
+        """Tell what was done lately, and what the programs have said to it."""
+        said = [
+            b"\n".join(running.program.said.splitlines()[-40:]).decode(errors="replace")
+            for running in [*self.coordinators.values(), self.fly.machines]
+        ]
+        return "\n\n".join(["\n".join(self.history[-10:]), *said])
+
+    def summary(self) -> str:
+        """Tell what happened, in lines."""
+        counted = [*self.faults.items(), *self.endings.items()]
+        return "\n".join(
+            [
+                *(f"{number:6} {kind.value}" for kind, number in counted),
+                f"all was well again after at most {self.slowest:.1f} s; most machines: {dict(self.most)}",
+            ]
+        )
+
+    # The end.
+
+    async def abandon(self) -> float:
+        """
+        Kill all coordinators for good, under load. Another pool's destroys their machines, and not early.
+
+        Tells how long after its lease the last machine was gone, in seconds.
+        """
+        load = self._begin_load()
+        await self._busy_worker()
+        for pool in SIZES:
+            await self.kill(self.coordinators[pool])
+        self._loaded = False
+        await load
+        assert await self.fly.api.list()
+        await self.start_coordinator("heir", 1)
+        late = await self._outlive()
+        await self._settle()
+        for running in (self.coordinators["heir"], self.fly.machines):
+            assert await stop(running) == 0, running.program.said.decode()
+        assert not self._strangers()
+        for running in self._programs:
+            assert b"Traceback" not in running.program.said, running.program.said.decode()
+        return late
+
+    async def _outlive(self) -> float:
+        """Wait until all machines are gone, each in its time; tell how late the last one was."""
+        ends: dict[str, float] = {}
+        late = 0.0
+        while True:
+            here = {machine.id for machine in await self.fly.api.list()}
+            now = time.time()
+            for machine in ends.keys() - here:
+                end = ends.pop(machine)
+                assert now >= end, f"{machine} was destroyed {end - now:.1f} s before its lease's end"
+                late = max(late, now - end)
+            if not here:
+                return late
+            for machine in here - ends.keys():
+                ends[machine] = await self._lease_end(machine)
+            last = max(ends.values())
+            assert now < last + 1.2 * CLEANING_PERIOD + SLACK, f"{here} are there, {now - last:.1f} s late"
+            await sleep(reactor, 0.1)
+
+    async def _lease_end(self, machine_id: str) -> float:
+        try:
+            return (await self.fly.api.get_lease(machine_id)).expires_at
+        except NotFoundError:
+            return 0.0
+
+
+def _of_stand_in(mark: str, state: Path) -> dict[str, str]:
+    return {"FLY_REGION": mark, "TMPDIR": str(state)}
+
+
+async def start_chaos(chance: random.Random, state: Path) -> Chaos:
+    """Start the API; machines' homes are in the directory `state`."""
+    mark = f"chaos-{os.getpid()}-{chance.randrange(1 << 30)}"
+    return Chaos(await start_fly(**_of_stand_in(mark, state)), chance, mark, state)
