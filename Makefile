@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test soak lint format clean
+.PHONY: run fly test soak overshoot lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -40,6 +40,10 @@ test: $(VENV)/installed-test
 # The long form of the end-to-end tests.
 soak: $(VENV)/installed-test
 	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
+
+# How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
+overshoot: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.overshoot
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -200,8 +200,13 @@ def start(arguments: list[str], settings: dict[str, str]) -> tuple[Program, int]
 
 async def start_listening(role: str, port: int, options: list[str], settings: dict[str, str]) -> Running:
     """Start one of our roles with twistd, and wait until it takes requests."""
+    return await start_program([*TWISTD, role, *options], port, settings)
+
+
+async def start_program(arguments: list[str], port: int, settings: dict[str, str]) -> Running:
+    """Start a program of ours that is told where to listen, and wait until it takes requests."""
     endpoint = f"tcp:{port}:interface=127.0.0.1"
-    program, pid = start([*TWISTD, role, "--listen", endpoint, *options], settings)
+    program, pid = start([*arguments, "--listen", endpoint], settings)
     for _ in range(int(PATIENCE / 0.05)):
         assert program.status is None, program.said.decode()
         with socket.socket() as probe:

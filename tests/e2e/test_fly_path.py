@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
@@ -16,26 +15,20 @@ from twisted.internet.task import LoopingCall
 from twisted.web.http_headers import Headers
 
 from bfaas import tree
-from bfaas.auth import genkey
 from bfaas.deadline import Deadline, sleep
-from bfaas.life import owner
 from bfaas.machines.api import State
-from bfaas.machines.fly import FlyMachines
 from tests.e2e.coordinator import (
     PATIENCE,
     Answer,
-    free_port,
     reactor,
     start,
     start_coordinator,
-    start_listening,
     stop,
 )
+from tests.e2e.fly import Fly, start_fly
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-
-    from tests.e2e.coordinator import Running
 
 RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
 
@@ -46,45 +39,14 @@ SCRIPT = "test -e used && echo DIRTY; touch used; {work}; echo done; exit {code}
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2")
 
 
-@dataclass
-class Fly:
-    """The stand-in, and what it takes to use it."""
-
-    machines: Running
-    proxy_port: int
-    api: FlyMachines
-
-    def settings(self, pool: str, size: int = 2, **more: str) -> dict[str, str]:
-        return {
-            "WORKER_APP": "workers",
-            "WORKER_IMAGE": "basher:1",
-            "FLY_TOKEN": "secret",
-            "FLY_REGION": "ams",
-            "FLY_MACHINE_ID": pool,
-            "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.machines.port}",
-            "WORKER_URL": f"http://127.0.0.1:{self.proxy_port}",
-            "PRIVATE": genkey().private,
-            "POOLSIZE": str(size),
-            **more,
-        }
-
-    async def of_pool(self, pool: str) -> dict[str, State]:
-        return {machine.id: machine.state for machine in await self.api.list() if owner(machine.name) == pool}
-
-
 @pytest_twisted.async_yield_fixture
 async def fly() -> AsyncIterator[Fly]:
     """Run the stand-in; at its end it leaves no process."""
-    proxy_port = free_port()
-    proxy = f"tcp:{proxy_port}:interface=127.0.0.1"
-    settings = {"FLY_TOKEN": "secret"}
-    machines = await start_listening("bfaas-machines", free_port(), ["--proxy", proxy], settings)
-    url = f"http://127.0.0.1:{machines.port}"
-    api = FlyMachines(reactor, machines.agent, random.Random(1), url, "workers", "secret")
-    yield Fly(machines, proxy_port, api)
-    processes = machines.processes()
-    assert await stop(machines) == 0, machines.program.said.decode()
-    assert b"Traceback" not in machines.program.said
+    fly = await start_fly()
+    yield fly
+    processes = fly.machines.processes()
+    assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
+    assert b"Traceback" not in fly.machines.program.said
     assert not tree.alive(processes)
 
 

@@ -1,0 +1,59 @@
+"""Fly on one host: the stand-in for its Machines API as a program, and what it takes to use it."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bfaas.auth import genkey
+from bfaas.life import owner
+from bfaas.machines.fly import FlyMachines
+from tests.e2e.coordinator import Running, free_port, reactor, start_listening
+
+if TYPE_CHECKING:
+    from bfaas.machines.api import State
+
+
+@dataclass
+class Fly:
+    """The stand-in, and a client of its own."""
+
+    machines: Running
+    proxy_port: int
+    api: FlyMachines
+
+    def settings(self, pool: str, size: int = 2, **more: str) -> dict[str, str]:
+        """Tell a coordinator what it has to know."""
+        return {
+            "WORKER_APP": "workers",
+            "WORKER_IMAGE": "basher:1",
+            "FLY_TOKEN": "secret",
+            "FLY_REGION": "ams",
+            "FLY_MACHINE_ID": pool,
+            "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.machines.port}",
+            "WORKER_URL": f"http://127.0.0.1:{self.proxy_port}",
+            "PRIVATE": genkey().private,
+            "POOLSIZE": str(size),
+            **more,
+        }
+
+    async def of_pool(self, pool: str) -> dict[str, State]:
+        """Tell a pool's machines."""
+        return {machine.id: machine.state for machine in await self.api.list() if owner(machine.name) == pool}
+
+
+async def start_stand_in(port: int, proxy_port: int, **settings: str) -> Running:
+    """Start the stand-in alone."""
+    proxy = f"tcp:{proxy_port}:interface=127.0.0.1"
+    needed = {"FLY_TOKEN": "secret", **settings}
+    return await start_listening("bfaas-machines", port, ["--proxy", proxy], needed)
+
+
+async def start_fly(**settings: str) -> Fly:
+    """Start the stand-in."""
+    proxy_port = free_port()
+    machines = await start_stand_in(free_port(), proxy_port, **settings)
+    url = f"http://127.0.0.1:{machines.port}"
+    api = FlyMachines(reactor, machines.agent, random.Random(1), url, "workers", "secret")
+    return Fly(machines, proxy_port, api)
