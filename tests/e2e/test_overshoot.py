@@ -17,12 +17,11 @@ with_twisted = pytest_twisted.ensureDeferred
 
 @with_twisted
 async def test_clients_see_their_endings_soon_after_the_deadline() -> None:
-    measured = await measure(reactor, 24, clients=12, machines=4)
+    measured = await measure(reactor, 24, clients=12, machines=4, max_req_time=2.0)
 
     told = measured.table()
-    assert measured.others == {}, told
-    assert {name: len(samples) for name, samples in measured.samples.items()} == dict.fromkeys(
-        ("overshoot", "decided", "delivered", "body", "baseline"), 24
-    )
+    counts = {len(measured.samples[name]) for name in ("overshoot", "decided", "delivered", "baseline")}
+    assert counts == {24 - measured.others["504"]}, told
+    assert min(counts) >= 12, told
     assert min(measured.samples["overshoot"]) > -1, told  # ms, to which the log tells the time
     assert measured.percentile("overshoot", 50) < 500 + 10 * measured.percentile("baseline", 50), told
