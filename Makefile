@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test soak chaos lint format clean
+.PHONY: run fly test soak chaos overshoot lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -44,6 +44,10 @@ soak: $(VENV)/installed-test
 # A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
 chaos: $(VENV)/installed-test
 	BFAAS_ROUNDS=$${BFAAS_ROUNDS:-100} $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+# How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
+overshoot: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks.overshoot
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

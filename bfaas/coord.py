@@ -6,6 +6,7 @@ The coordinator: takes scripts from anyone, runs each on a worker of its own, wi
 
 from __future__ import annotations
 
+import gc
 import time
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -217,6 +218,9 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     prepare(reactor)
+    # What is there by then stays: looking through all of it for garbage, again and again, takes long enough
+    # to make deadlines late.
+    reactor.callWhenRunning(gc.freeze)
     random, fly = SystemRandom(), settings.fly
     machines: MachinesAPI
     if fly is None:

@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -137,7 +136,11 @@ def _all() -> list[Process]:
 
 def _look(pid: int) -> Process | None:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
+        try:
+            stat = os.read(file, 4096)
+        finally:
+            os.close(file)
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name before it is in brackets, and may contain brackets and spaces.

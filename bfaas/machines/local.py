@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, DeferredList, DeferredLock
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from bfaas import tree
+from bfaas.deadline import sleep
 from bfaas.machines.memory import MemoryMachines
 
 if TYPE_CHECKING:
@@ -43,6 +45,13 @@ WORKER = (sys.executable, "-m", "bfaas.basher")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
 _PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - in the sandbox, each its own
 _HOME = "/home/worker"
+
+# Started through this, a command leaves processors to others, though not all of them: a worker has to boot
+# in time. By itself `nice` means nothing where they are shared out by session first (autogroup in sched(7),
+# which root may change without pauses).
+_BEHIND = (
+    "sh", "-c", '{ echo 5 > /proc/self/autogroup; } 2> /dev/null; unset PWD; exec nice -n 5 "$@"', "sh",
+)  # fmt: skip
 
 
 def sandbox_for(home: str) -> tuple[str, ...]:
@@ -132,6 +141,8 @@ class LocalBodies:
         self._command = command
         self._state: Path | None = None
         self._bodies: dict[str, _Body] = {}
+        self._killing = DeferredLock()
+        self._wiping: set[Deferred[None]] = set()
 
     def place(self) -> str:
         """Choose a port that is free."""
@@ -148,7 +159,7 @@ class LocalBodies:
             "HOME": str(home),
             "FLY_MACHINE_ID": machine.id,
             "FLY_REGION": machine.region,
-            "SANDBOX": shlex.join(sandbox_for(str(home))) if self._sandboxed else "",
+            "SANDBOX": shlex.join([*_BEHIND, *(sandbox_for(str(home)) if self._sandboxed else ())]),
             **config.env,
         }
         if "PYTHONPATH" in os.environ:
@@ -170,13 +181,17 @@ class LocalBodies:
         if body is None:
             return
         body.killed = True
-        pid = body.transport.pid
-        if pid is not None:
-            tree.kill_tree(pid)
+        async with self._killing:
+            # A look through /proc takes its time. What is written, such as the ending of the run, goes out
+            # first; and many that end at once do so one by one.
+            await sleep(self._reactor, 0)
+            pid = body.transport.pid
+            if pid is not None:
+                tree.kill_tree(pid)
         await _when(body.ended)
         if self._bodies.get(machine_id) is body:  # and not another kill was first, or this one cancelled
             del self._bodies[machine_id]
-            _wipe(body.home)
+            await self._wipe_aside(body.home)
 
     async def freeze(self, machine_id: str) -> None:
         """Stop the processes, where they are."""
@@ -190,11 +205,25 @@ class LocalBodies:
         if pid is not None:
             tree.continue_tree(pid)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Remove what is left on disk."""
+        await DeferredList(list(self._wiping))
         if self._state is not None:
             _wipe(self._state)
             self._state = None
+
+    def _wipe_aside(self, directory: Path) -> Deferred[None]:
+        """Wipe in a thread, for a script may have left a million files; who waits may stop to."""
+        wiped = deferToThreadPool(self._reactor, self._reactor.getThreadPool(), _wipe, directory)
+        waiting: Deferred[None] = Deferred()
+
+        def tell(result: None) -> None:
+            self._wiping.discard(wiped)
+            waiting.callback(result)
+
+        self._wiping.add(wiped)
+        wiped.addBoth(tell)
+        return waiting
 
     def _directory(self) -> Path:
         if self._state is None:
@@ -220,7 +249,7 @@ class LocalMachines(MemoryMachines):
     async def shutdown(self) -> None:
         """End all workers, and leave nothing of them."""
         await super().shutdown()
-        self._processes.close()
+        await self._processes.close()
 
 
 def _leaders(*, sandboxed: bool) -> list[str]:
@@ -229,10 +258,11 @@ def _leaders(*, sandboxed: bool) -> list[str]:
 
     A session of its own keeps a terminal's Ctrl-C from it. In a sandbox, where a script dies with its
     worker, the worker dies with us at once, even if it is stopped. Elsewhere it is better that it notices
-    the end of its input, and kills its script first.
+    the end of its input, and kills its script first. Busy workers do not keep the coordinator from its
+    deadlines.
     """
     setpriv = shutil.which("setpriv") if sandboxed else None
-    return ["setsid", *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
+    return ["setsid", *_BEHIND, *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
 
 
 def _free_port() -> int:

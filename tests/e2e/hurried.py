@@ -1,0 +1,45 @@
+"""
+A coordinator like any other, but for its time: whatever of LEASE and CLEANING_PERIOD (seconds) is set, and
+with UNTIMED its workers are not told of `MAXREQTIME`.
+
+Run as a program; no user has a reason to choose these, so they are no settings. What bounds the steps of a
+machine's life shrinks with its lease, which has to cover a start and two requests.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from bfaas import coord, pool
+from bfaas.process import run_role
+
+if TYPE_CHECKING:
+    from bfaas.member import PoolSettings
+    from bfaas.settings import CoordSettings
+
+_usual_settings = coord.pool_settings
+
+
+def _pool_settings(settings: CoordSettings) -> PoolSettings:
+    chosen = _usual_settings(settings)
+    if "UNTIMED" in os.environ:
+        environment = dict(chosen.config.env)
+        del environment["MAXREQTIME"]
+        chosen = replace(chosen, config=replace(chosen.config, env=environment))
+    if "LEASE" in os.environ:
+        lease = int(os.environ["LEASE"])
+        spare = lease - 2 * settings.max_req_time
+        half = spare / 2
+        limits = replace(
+            chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=1.5
+        )
+        chosen = replace(chosen, lease_ttl=lease, limits=limits)
+    return chosen
+
+
+if __name__ == "__main__":
+    pool.CLEANING_PERIOD = float(os.environ.get("CLEANING_PERIOD", pool.CLEANING_PERIOD))
+    coord.pool_settings = _pool_settings
+    run_role(coord.Options(), coord.makeService)

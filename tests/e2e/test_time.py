@@ -1,0 +1,228 @@
+"""
+Three layers of time, each with the other two out of the way: coordinator, worker, lease.
+
+What a run leaves is looked for by a number that its processes sleep for, whose children they have become.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import signal
+import time
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import pytest_twisted
+from treq.client import HTTPClient
+from twisted.internet.defer import Deferred
+from twisted.web.http_headers import Headers
+
+from bfaas import tree
+from bfaas.auth import Signer, genkey
+from bfaas.deadline import Deadline, sleep
+from bfaas.exchange import Body
+from bfaas.machines.api import State
+from tests.e2e.coordinator import (
+    PATIENCE,
+    Answer,
+    Running,
+    command,
+    free_port,
+    reactor,
+    start_coordinator,
+    start_listening,
+    start_program,
+    stop,
+)
+from tests.e2e.fly import Fly, start_fly
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+with_twisted = pytest_twisted.ensureDeferred
+
+HURRIED = ["-m", "tests.e2e.hurried"]
+LIMIT = 2.0
+"""`MAXREQTIME`, in seconds."""
+SLACK = 10.0
+"""Seconds by which something may be late on a machine that has other things to do."""
+
+_numbers = count(random.randrange(10_000_000, 20_000_000))
+
+
+class Script:
+    """A script that outlives any deadline, does not listen to signals, and can be found in /proc."""
+
+    def __init__(self, begin: str = "echo begun") -> None:
+        nap = f"sleep {next(_numbers)}"
+        self._nap = nap.replace(" ", "\0").encode()
+        self.text = f"trap '' HUP INT TERM; {begin}; setsid {nap} & {nap} & while :; do {nap}; done"
+
+    def left(self) -> list[int]:
+        """Find its processes, whatever has become of their parents."""
+        pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in pids if command(pid).startswith(self._nap)]
+
+
+async def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:
+    """Wait for something to come true."""
+    end = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < end, "it does not come true"
+        await sleep(reactor, 0.05)
+
+
+def is_told(pid: int, name: str) -> bool:
+    """Tell whether a variable is in a process's environment."""
+    return name.encode() in [entry.partition(b"=")[0] for entry in environment(pid)]
+
+
+def environment(pid: int) -> list[bytes]:
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+
+
+@asynccontextmanager
+async def fly_on_one_host() -> AsyncIterator[Fly]:
+    """Run the stand-in; at its end it leaves no process."""
+    fly = await start_fly()
+    try:
+        yield fly
+    finally:
+        processes = fly.machines.processes()
+        assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
+        assert not tree.alive(processes)
+
+
+@asynccontextmanager
+async def given_up(coordinator: Running) -> AsyncIterator[Running]:
+    """Have a coordinator that nobody stops in order; at the end it is killed."""
+    try:
+        yield coordinator
+    finally:
+        if coordinator.program.status is None and not coordinator.program.ended.called:
+            coordinator.kill(signal.SIGKILL)
+        await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
+
+
+# The coordinator's deadline.
+
+
+@with_twisted
+async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
+    settings = {"WORKER_APP": "mock", "MAXREQTIME": f"{LIMIT}s", "UNTIMED": "1"}
+    coordinator = await start_program(HURRIED, free_port(), settings)
+    script = Script()
+    running = Deferred.fromCoroutine(coordinator.run(script.text))
+    await until(lambda: len(script.left()) >= 3)
+    [worker] = coordinator.workers()
+    assert not is_told(worker, "MAXREQTIME")
+
+    answer: Answer = await running
+
+    assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
+    assert 1000 * LIMIT <= answer.exit["wall_ms"] < 1000 * (LIMIT + SLACK)
+    assert answer.output("stdout") == "begun\n"
+    await coordinator.settle()
+    assert script.left() == []
+    assert await stop(coordinator) == 0
+
+
+# The worker's deadline.
+
+
+@with_twisted
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> None:
+    async with fly_on_one_host() as fly:
+        settings = fly.settings("p", 1, MAXREQTIME=f"{LIMIT}s")
+        async with given_up(await start_coordinator(**settings)) as coordinator:
+            script = Script()
+            exchange = await coordinator.begin(script.text)
+            begun = time.monotonic()
+            await until(lambda: len(script.left()) >= 3)
+            coordinator.kill(number)
+
+            if number is signal.SIGSTOP:  # its connections are open; nobody tells the worker that it is gone
+                while time.monotonic() < begun + LIMIT - 1:
+                    assert script.left()
+                    await sleep(reactor, 0.05)
+            await until(lambda: not script.left(), begun + LIMIT + SLACK - time.monotonic())
+
+            # And so the machine is stopped, which nobody asked the API for.
+            end = time.monotonic() + LIMIT + SLACK
+            while list((await fly.of_pool("p")).values()) != [State.STOPPED]:
+                assert time.monotonic() < end
+                await sleep(reactor, 0.05)
+            assert fly.machines.processes() == []
+            exchange.leave()
+
+
+@with_twisted
+@pytest.mark.parametrize("reads", [True, False])
+async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) -> None:
+    keys, script = genkey(), Script("echo begun" if reads else "yes & echo begun")
+    settings = {"PUBLIC": keys.public, "FLY_MACHINE_ID": "m", "MAXREQTIME": f"{LIMIT}s", "HOME": "/tmp"}
+    worker = await start_listening("bfaas-basher", free_port(), [], settings)
+    pieces: list[bytes] = []
+    body = Body(pieces.append)
+    headers = Headers({"Authorization": [Signer(keys.private).sign("m", time.time())]})
+    url, client = f"http://127.0.0.1:{worker.port}/run", HTTPClient(worker.agent)
+    response: Any = await client.post(
+        url, data=script.text.encode(), headers=headers, unbuffered=True, reactor=reactor
+    )
+    begun = time.monotonic()
+    response.deliverBody(body)
+    if not reads:
+        body.transport.pauseProducing()
+    await until(lambda: len(script.left()) >= 3)
+
+    await until(lambda: not script.left(), begun + LIMIT + SLACK - time.monotonic())
+
+    if reads:
+        await Deadline(reactor, PATIENCE).run(body.done)
+        answer = Answer(response.code, {}, b"".join(pieces))
+        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
+        assert answer.output("stdout") == "begun\n"
+    # What its client does not take, it holds for it as long again, not longer.
+    assert await Deadline(reactor, LIMIT + SLACK).run(worker.program.ended) == 0
+    if not reads:
+        assert len(b"".join(pieces)) < 1 << 20
+        body.done.addErrback(lambda _: None)
+        body.close()
+
+
+# The lease.
+
+
+@with_twisted
+async def test_the_lease_alone_ends_a_machine() -> None:
+    lease, more = 8, {"MAXREQTIME": "1h", "CLEANING_PERIOD": "0.3"}
+    async with fly_on_one_host() as fly:
+        other = await start_program(HURRIED, free_port(), fly.settings("q", 1, **more))
+        lost = await start_program(
+            HURRIED, free_port(), fly.settings("p", 1, LEASE=str(lease), UNTIMED="1", **more)
+        )
+        async with given_up(lost):
+            script = Script()
+            exchange = await lost.begin(script.text)
+            lost.kill(signal.SIGSTOP)  # with its connections open, so that its worker waits with it
+            await until(lambda: len(script.left()) >= 3)
+            [machine_id] = await fly.of_pool("p")
+            lease_end = (await fly.api.get_lease(machine_id)).expires_at
+
+            seen = 0
+            while machine_id in await fly.of_pool("p"):
+                assert time.time() < lease_end + SLACK
+                seen += time.time() < lease_end
+                await sleep(reactor, 0.1)
+
+            assert time.time() >= lease_end
+            assert seen >= 10, "the other pool had no time to be wrong"
+            await until(lambda: not script.left(), SLACK)
+            assert re.search(rb"destroyed worker-p-\w+, whose lease had run out", other.program.said)
+            exchange.leave()
+        assert await stop(other) == 0
