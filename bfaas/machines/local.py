@@ -46,13 +46,6 @@ _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
 _PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - in the sandbox, each its own
 _HOME = "/home/worker"
 
-# Started through this, a command leaves processors to others, though not all of them: a worker has to boot
-# in time. By itself `nice` means nothing where they are shared out by session first (autogroup in sched(7),
-# which root may change without pauses).
-_BEHIND = (
-    "sh", "-c", '{ echo 5 > /proc/self/autogroup; } 2> /dev/null; unset PWD; exec nice -n 5 "$@"', "sh",
-)  # fmt: skip
-
 
 def sandbox_for(home: str) -> tuple[str, ...]:
     """
@@ -159,7 +152,7 @@ class LocalBodies:
             "HOME": str(home),
             "FLY_MACHINE_ID": machine.id,
             "FLY_REGION": machine.region,
-            "SANDBOX": shlex.join([*_BEHIND, *(sandbox_for(str(home)) if self._sandboxed else ())]),
+            "SANDBOX": shlex.join(sandbox_for(str(home))) if self._sandboxed else "",
             **config.env,
         }
         if "PYTHONPATH" in os.environ:
@@ -258,11 +251,10 @@ def _leaders(*, sandboxed: bool) -> list[str]:
 
     A session of its own keeps a terminal's Ctrl-C from it. In a sandbox, where a script dies with its
     worker, the worker dies with us at once, even if it is stopped. Elsewhere it is better that it notices
-    the end of its input, and kills its script first. Busy workers do not keep the coordinator from its
-    deadlines.
+    the end of its input, and kills its script first.
     """
     setpriv = shutil.which("setpriv") if sandboxed else None
-    return ["setsid", *_BEHIND, *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
+    return ["setsid", *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
 
 
 def _free_port() -> int:
