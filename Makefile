@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test soak chaos overshoot lint format clean
+.PHONY: run fly test soak simulate chaos overshoot lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -34,12 +34,19 @@ fly: $(VENV)/installed
 # not share a session (its reactor looks dirty to them).
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -p no:twisted --ignore=tests/e2e tests
-	$(BIN)/trial tests
+	BFAAS_BRIEF=1 $(BIN)/trial tests
 	$(BIN)/python -m pytest tests/e2e
 
 # The long form of the end-to-end tests.
 soak: $(VENV)/installed-test
 	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
+
+# The simulation's long form: many episodes, the small world in every way, every line, every mutant.
+simulate: $(VENV)/installed-test
+	$(BIN)/python -m tests.sim.run $${SEEDS:-10000}
+	$(BIN)/python -m tests.sim.small 6
+	$(BIN)/python -m tests.sim.lines
+	$(BIN)/python -m tests.sim.mutants
 
 # A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
 chaos: $(VENV)/installed-test

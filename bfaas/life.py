@@ -103,7 +103,6 @@ class Life:
                 member.lost = self._clock.seconds()
                 self._log.warn("is {name} created? {error}", name=member.name, error=error)
             except MachinesError:
-                # This attempt is refused; but one before it, whose answer was lost, may have been done.
                 if member.known_machine is not None or member.lost is None or asked > member.lost + SETTLED:
                     raise
             await self._nap(self.pause(failures))
@@ -124,13 +123,18 @@ class Life:
         except UnavailableError:
             raise
         except MachinesError:
-            found = await self._find(member)
+            # This attempt is refused; but one before it, whose answer was lost, may have been done.
+            found = await self._find(member) if member.lost is not None else None
             if found is None:
                 raise
             await self._take_over(member, found.id)
 
     async def _find(self, member: Member) -> Machine | None:
-        machines = await self._within(self._limits.lease, self._api.list())
+        """Look for it in the list. Raises `UnavailableError` where there is no telling."""
+        try:
+            machines = await self._within(self._limits.lease, self._api.list())
+        except (MachinesError, DeadlineExceededError) as error:
+            raise UnavailableError(f"cannot look for {member.name}: {error}") from error
         return next((machine for machine in machines if machine.name == member.name), None)
 
     async def _take_over(self, member: Member, machine_id: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tests.sim.nodes import Node
     from tests.sim.world import World
 
-CALLS_A_MINUTE = 90
+CALLS_A_MINUTE = 150
 """Calls that one coordinator makes in a minute at the most, for each place in its pool."""
 
 
@@ -161,8 +161,8 @@ class Ledger:
     def created(self, node: Node, machine: Machine) -> None:
         """Check that there is room for a machine that was just made."""
         record = self.records[machine.id] = Record(machine, node, leased_by=node)
-        record.nobody_knew = node.clock.dead
-        if node.clock.dead or node.overlaps:
+        record.nobody_knew = not node.alive  # who is about to end does not wait for what is done late
+        if not node.alive or node.overlaps:
             return
         live = [
             other
@@ -197,7 +197,8 @@ class Ledger:
             self.broken(f"7: {node} uses {machine.name} though it knows that it was tampered with")
         lease = world.machines.lease_of(machine.id)
         left = lease.expires_at - world.wall() if lease else 0.0
-        if (record.leased_by is not node or left < node.settings.max_req_time) and not overlaps:
+        covered = record.leased_by is node and left >= node.settings.max_req_time
+        if not covered and not overlaps and world.machines.find(machine.id) is not None:
             self.broken(f"8: {node} uses {machine.name}, leased by {record.leased_by} for {left:.1f} s more")
 
     def executes(self, boot: Boot, request: str) -> None:

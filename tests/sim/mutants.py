@@ -367,7 +367,7 @@ def hunt(mutant: Mutant) -> Catch:
 
 def hunt_all(mutants: list[Mutant], processes: int = 2) -> Iterator[Catch]:
     """Hunt each mutant in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("fork")
     with context.Pool(processes, maxtasksperchild=1) as pool:
         yield from pool.imap(hunt, mutants, chunksize=1)
 

@@ -14,6 +14,7 @@ from bfaas.machines.api import (
     MachineConfig,
     MachinesAPI,
     MachinesError,
+    NameTakenError,
     NotFoundError,
     RateLimitedError,
     RefusedError,
@@ -131,6 +132,8 @@ class Network:
             raise
         except MachinesError as error:
             world.note(str(node), method, _short(arguments), repr(error))
+            if isinstance(error, NameTakenError) and call.is_struck("nameless"):
+                raise NameTakenError("unique machine name violation", None) from error
             raise
         world.note(str(node), method, _short(arguments))
         if before is not None:

@@ -145,6 +145,7 @@ class Node:
         closing = Deferred.fromCoroutine(self.pool.destroy() if destroy else self.pool.close())
         await self.coordinator.drain()
         await closing
+        self._world.ledger.died(self)
 
     def _failed(self, failure: Any) -> None:
         self._world.ledger.broken(f"14: {self} fails to close: {failure.getTraceback()}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BATCH = 32
+_MANY = 300  # episodes in which every fault strikes at least once
 
 
 @dataclass
@@ -118,7 +119,7 @@ def main() -> int:
     print(f"endings: {endings}")
     print(f"faults: {strikes}")
     print(f"{len(lived.failures)} broken; never struck: {' '.join(unmarked) or 'none'}")
-    return 1 if lived.failures or unmarked else 0
+    return 1 if lived.failures or (unmarked and lived.seeds >= _MANY) else 0
 
 
 if __name__ == "__main__":

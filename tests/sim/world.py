@@ -36,7 +36,8 @@ CALL_FAULTS = {
     # name: how likely it may be, for each call
     "500": 0.2, "garbage": 0.1, "reset": 0.1, "429": 0.2, "lost-answer": 0.2, "zombie-call": 0.5,
     "hangs": 0.1, "hangs-after": 0.1, "late-call": 0.1, "late-answer": 0.1, "no-capacity": 0.5,
-    "stale-list": 0.5, "hidden-when-new": 0.3, "crash-at-answer": 0.02, "pause-at-answer": 0.02,
+    "stale-list": 0.5, "hidden-when-new": 0.3, "nameless": 0.5, "crash-at-answer": 0.02,
+    "pause-at-answer": 0.02,
 }  # fmt: skip
 HTTP_FAULTS = {"http-breaks": 0.1, "http-html": 0.1, "http-cut": 0.1, "http-nonsense": 0.1}
 MACHINE_FAULTS = {
@@ -49,7 +50,7 @@ EVENTS = {
 }  # fmt: skip
 TRAITS = {
     # name: how likely it is, for each world
-    "drift": 0.2, "skew": 0.2, "overlap": 0.1, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
+    "drift": 0.2, "skew": 0.2, "overlap": 0.2, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
     "over-http": 0.1,
 }  # fmt: skip
 HOW = (
@@ -346,7 +347,7 @@ class World:
         if crash:
             node.crash()
             return
-        node.close()
+        node.close(destroy=random.random() < 0.3)
         assert node.closed is not None
         self.clock.call_later(CLOSED, self._check_closed, node)
         node.closed.addCallback(
