@@ -262,8 +262,8 @@ class WorkerErrorTests(ProxyTestCase):
             ("another content type", b"HTTP/1.1 200 OK\r\n\r\n"),
             ("another machine", head.replace(b"m1", b"m2")),
             ("another machine", began(Format.EVENTS, "Worker: m2")),
-            ("EncodedAnswerError", began(Format.EVENTS, "Content-Encoding: gzip")),
-            ("EncodedAnswerError", began(Format.EVENTS, "Content-Encoding: identity")),
+            ("BadAnswerError", began(Format.EVENTS, "Content-Encoding: gzip")),
+            ("BadAnswerError", began(Format.EVENTS, "Content-Encoding: identity")),
             ("no answer", head.replace(b"chunked", b"gzip")),
             ("no answer", head.replace(b"HTTP/1.1", b"SSH-2.0")),
         ]

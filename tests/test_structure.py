@@ -22,6 +22,8 @@ ROOMS = [
     "bfaas.machines.rates",
     "bfaas.machines.memory",
     "bfaas.machines.local",
+    "bfaas.fence",
+    "bfaas.agent",
     "bfaas.exchange",
     "bfaas.machines.documents",
     "bfaas.machines.fly",
