@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import what stands before it.
 ROOMS = [
     "bfaas.wire",
+    "bfaas.reader",
     "bfaas.auth",
     "bfaas.settings",
     "bfaas.deadline",
