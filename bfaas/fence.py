@@ -116,8 +116,7 @@ class AnswerParser:
             if size == 0:
                 break
             yield from self._pass_on(size)
-            if (yield from self._line(0)):
-                raise BadAnswerError("a chunk is longer than its size")
+            yield from self._line(0)
         yield from self._fields()
 
     def _pass_on(self, size: int) -> Reading:
@@ -153,10 +152,10 @@ class AnswerParser:
         while (end := self._data.find(b"\r\n", self._at)) < 0:
             # The last byte may be the CR.
             if len(self._data) - self._at > limit + 1:
-                raise BadAnswerError("a line that does not end")
+                raise BadAnswerError("a line that is too long")
             yield
         if end - self._at > limit:
-            raise BadAnswerError("a line that does not end")
+            raise BadAnswerError("a line that is too long")
         line = self._data[self._at : end]
         self._at = end + 2
         return line
