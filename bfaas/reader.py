@@ -48,7 +48,9 @@ class RunReader(Protocol):
         ...
 
 
-_EVENT = re.compile(rb"event: ?(stdout|stderr|exit)\ndata: ?([^\r\n]*)")
+_NAMES = {
+    b"event:%b%b" % (space, name): name for space in (b"", b" ") for name in (b"stdout", b"stderr", b"exit")
+}
 
 
 class EventReader:
@@ -95,12 +97,13 @@ class EventReader:
             if self._room_for_comments < 0:
                 raise WireError("comments without end")
             return b""
-        match = _EVENT.fullmatch(block)
-        if match is None:
+        field, _, line = block.partition(b"\n")
+        name = _NAMES.get(field)
+        if name is None or not line.startswith(b"data:") or b"\n" in line or b"\r" in line:
             raise WireError("something that is no event")
         if self.exit is not None:
             raise WireError("an event after the exit")
-        name, data = match.groups()
+        data = line[5:].removeprefix(b" ")
         if name == b"exit":
             self.exit = Exit.from_json(data)
             return b""
