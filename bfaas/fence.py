@@ -82,6 +82,8 @@ class AnswerParser:
             self.complete = True
         except BadAnswerError as error:
             self.error = error
+        if self.complete or self.error:
+            self._data = b""
         body, self._body = self._body, []
         return b"".join(body)
 

@@ -68,6 +68,7 @@ class EventReaderTests(SynchronousTestCase):
             event("stdout", "x"),
             event("stdout", '"x'),
             event("stdout", '"a\rb"'),
+            event("stdout", '"a"\r'),
             event("stdout", '"a\0b"'),
             event("stdout", '"x" "y"'),
             event("stdout", "1"),
@@ -109,7 +110,7 @@ class EventReaderTests(SynchronousTestCase):
     def test_an_event_without_end_is_refused_before_it_fills_the_memory(self) -> None:
         start = b'event: stdout\ndata: "'
         longest = start + b"x" * (MAX_EVENT - len(start) - 1) + b'"\n\n'
-        for size in (len(longest), 65536, 1000):
+        for size in (len(longest), len(longest) - 1, 65536, 1000):
             self.assertEqual((longest, None, None), read(longest, [size]))
             passed_on, _, error = read(longest + b'event: stdout\ndata: "x' + longest, [size])
             self.assertEqual((longest, "an event that does not end"), (passed_on, error))
