@@ -37,20 +37,19 @@ class _Exchange(Protocol):
 
     transport: Any
 
-    def __init__(self, method: bytes, head: bytes, body: IBodyProducer | None) -> None:
-        self._head = head
-        self._body = body
+    def __init__(self, method: bytes) -> None:
         self._parser = AnswerParser(method)
         self._receiver: IProtocol | None = None
         self._kept = b""
         self._outcome: Failure | None = None
-        self.answer: Deferred[IResponse] = Deferred(lambda _: self._end(CancelledError()))
+        self._answer: Deferred[IResponse] = Deferred(lambda _: self._end(CancelledError()))
 
-    def connectionMade(self) -> None:
-        """Send the request."""
-        self.transport.write(self._head)
-        if self._body is not None:
-            self._body.startProducing(self.transport)
+    def ask(self, head: bytes, body: IBodyProducer | None) -> Deferred[IResponse]:
+        """Send the request, and wait for the head of its answer."""
+        self.transport.write(head)
+        if body is not None:
+            body.startProducing(self.transport)
+        return self._answer
 
     def dataReceived(self, data: bytes) -> None:
         """Read on; what comes of a body before it is asked for is kept, and no more is read."""
@@ -68,8 +67,8 @@ class _Exchange(Protocol):
             self._end(ResponseDone())
         elif parser.error is not None:
             self._end(parser.error)
-        if parser.head is not None and not self.answer.called:
-            self.answer.callback(_Answer(parser.head, self))
+        if parser.head is not None and not self._answer.called:
+            self._answer.callback(_Answer(parser.head, self))
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """Whatever it was that ended the connection, the answer is not whole."""
@@ -108,7 +107,7 @@ class _Exchange(Protocol):
         if self._receiver is not None:
             self._receiver.connectionLost(self._outcome)
         elif self._parser.head is None:
-            self.answer.errback(self._outcome)
+            self._answer.errback(self._outcome)
 
 
 @implementer(IResponse)
@@ -157,9 +156,12 @@ class FencedAgent:
         """Send a request, whose body is of a known length. Raises `ValueError` if it cannot be written."""
         there = URI.fromBytes(uri)
         head = _request_head(method, there, headers or Headers(), bodyProducer)
-        factory = Factory.forProtocol(lambda: _Exchange(method, head, bodyProducer))
-        connecting = self._endpoints.endpointForURI(there).connect(factory)
-        answer: Deferred[IResponse] = connecting.addCallback(lambda exchange: exchange.answer)
+        connecting = self._endpoints.endpointForURI(there).connect(
+            Factory.forProtocol(lambda: _Exchange(method))
+        )
+        answer: Deferred[IResponse] = connecting.addCallback(
+            lambda exchange: exchange.ask(head, bodyProducer)
+        )
         return answer
 
 
