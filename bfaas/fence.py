@@ -81,7 +81,7 @@ class AnswerParser:
         except StopIteration:
             self.complete = True
         except BadAnswerError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold the piece
         if self.complete or self.error:
             self._data = b""
         body, self._body = self._body, []

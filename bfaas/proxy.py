@@ -39,6 +39,9 @@ class Proxy:
     A machine that has no address of its own is reached at `worker_url`, through the proxy of its app,
     which the header `fly-force-instance-id` tells where to go
     (https://fly.io/docs/networking/dynamic-request-routing/).
+
+    What a worker can make this hold is one piece as it was read (64 KiB), an unfinished line (`MAX_HEAD`)
+    and an unfinished event (`MAX_EVENT`; nine times that for the moment in which it is decoded).
     """
 
     _log = Logger()

@@ -86,7 +86,7 @@ class EventReader:
             # A last line end may be the first half of the event's.
             _check_size(len(self._rest) - self._rest.endswith(b"\n"))
         except WireError as error:
-            self.error = error
+            self.error = error.with_traceback(None)  # whose frames hold the piece
             self._rest.clear()
         return b"".join(passed_on)
 
