@@ -367,10 +367,12 @@ class ReadyTests(ProxyTestCase):
                 [End.CLOSE],
                 [End.RESET],
                 [b"nonsense\r\n\r\n"],
+                [b"HTTP/1.1 103 Early Hints\r\n\r\n"] * 6,
+                [b"HTTP/1.1 200 OK\r\n", *[b"X: y\r\n"] * 65],
                 [last],
             )
             await self.until_ready(self.wait(url))
-            self.assertEqual(6, len(liar.peers))
+            self.assertEqual(8, len(liar.peers))
             for peer in liar.peers:
                 await peer.hear_out()
         await self.until_clean()
