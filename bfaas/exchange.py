@@ -15,16 +15,17 @@ from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, ResponseDone
-from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IAgentEndpointFactory, IBodyProducer
+from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
 from zope.interface import implementer
+
+from bfaas.agent import FencedAgent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twisted.internet.interfaces import IConsumer
     from twisted.web.client import URI
-    from twisted.web.iweb import IResponse
+    from twisted.web.iweb import IAgent, IResponse
 
 CONNECT_TIMEOUT = 5.0
 """Seconds that connecting to one address may take."""
@@ -32,10 +33,6 @@ CONNECT_TIMEOUT = 5.0
 
 class BodyTooLargeError(Exception):
     """An answer's body is larger than we take."""
-
-
-class EncodedAnswerError(Exception):
-    """An answer's body is compressed, or the like."""
 
 
 @implementer(IBodyProducer)
@@ -94,42 +91,9 @@ class _Endpoints:
         return _Quietly(endpoint)
 
 
-@implementer(IAgent)
-class _IdentityAgent:
-    """
-    Asks for bodies as they are, and refuses encoded ones.
-
-    treq asks for gzip and inflates without a limit; beneath it, this is where that ends.
-    """
-
-    def __init__(self, agent: IAgent) -> None:
-        self._agent = agent
-
-    def request(
-        self,
-        method: bytes,
-        uri: bytes,
-        headers: Headers | None = None,
-        bodyProducer: IBodyProducer | None = None,
-    ) -> Deferred[IResponse]:
-        """Send the request; `EncodedAnswerError` is how an encoded answer ends."""
-        headers = Headers() if headers is None else headers.copy()
-        headers.setRawHeaders("Accept-Encoding", ["identity"])
-
-        def check(response: IResponse) -> IResponse:
-            if response.headers.hasHeader("content-encoding"):
-                discard(response)
-                raise EncodedAnswerError("the answer is encoded, which was not asked for")
-            return response
-
-        return self._agent.request(method, uri, headers, bodyProducer).addCallback(check)
-
-
 def single_use_agent(reactor: Any) -> IAgent:
-    """Make an agent that connects for every request anew, never repeats one, and takes no encoded answer."""
-    pool = HTTPConnectionPool(reactor, persistent=False)
-    pool.retryAutomatically = False
-    return _IdentityAgent(Agent.usingEndpointFactory(reactor, _Endpoints(reactor), pool=pool))
+    """Make an agent for servers that we do not trust: a connection for each request, strictly read."""
+    return FencedAgent(_Endpoints(reactor))
 
 
 def lasting_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:

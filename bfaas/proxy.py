@@ -15,22 +15,21 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from bfaas import wire
+from bfaas.agent import CutShortError
 from bfaas.deadline import Deadline, sleep
 from bfaas.exchange import Body, BytesProducer, discard, head, single_use_agent
+from bfaas.reader import OutputLimitError, run_reader
 
 if TYPE_CHECKING:
     from twisted.web.iweb import IAgent, IResponse
 
     from bfaas.answer import Answer
     from bfaas.machines.api import Machine
+    from bfaas.reader import RunReader
 
 
 class WorkerError(Exception):
     """The worker did not begin to answer as a worker does; nothing was sent to the client."""
-
-
-class OutputLimitError(Exception):
-    """The worker sends more than a worker that keeps to its limit can."""
 
 
 class Proxy:
@@ -40,6 +39,9 @@ class Proxy:
     A machine that has no address of its own is reached at `worker_url`, through the proxy of its app,
     which the header `fly-force-instance-id` tells where to go
     (https://fly.io/docs/networking/dynamic-request-routing/).
+
+    What a worker can make this hold is one piece as it was read (64 KiB), an unfinished line (`MAX_HEAD`)
+    and an unfinished event (`MAX_EVENT`; nine times that for the moment in which it is decoded).
     """
 
     _log = Logger()
@@ -51,8 +53,7 @@ class Proxy:
     ) -> None:
         self._reactor = reactor
         self._worker_url = worker_url
-        # An event of one control character, frame and all, is 30 bytes.
-        self._max_received = 32 * max_output + (1 << 20)
+        self._max_output = max_output
         self._agent = agent or single_use_agent(reactor)
 
     async def wait_until_ready(self, machine: Machine) -> None:
@@ -106,36 +107,37 @@ class Proxy:
         except WorkerError:
             discard(response)
             raise
-        return await self._stream(response, wire.run_reader(format_), answer, headers)
+        return await self._stream(response, run_reader(format_, self._max_output), answer, headers)
 
     async def _stream(
-        self, response: IResponse, reader: wire.RunReader, answer: Answer, headers: dict[str, str]
+        self, response: IResponse, reader: RunReader, answer: Answer, headers: dict[str, str]
     ) -> wire.Exit:
-        received = 0
-
         def pass_on(data: bytes) -> None:
-            nonlocal received
-            received += len(data)
-            if received > self._max_received:
-                raise OutputLimitError
             answer.write(reader.feed(data))
+            if reader.error is not None:
+                raise reader.error
 
         body = Body(pass_on, on_start=lambda producer: answer.begin(producer, headers))
         response.deliverBody(body)
+        exit_: wire.Exit | None = None
+        reason = wire.Reason.WORKER_LOST
         try:
             await body.done
+            exit_ = reader.exit
         except CancelledError:
             raise
         except OutputLimitError:
-            exit_ = wire.Exit.because(wire.Reason.OUTPUT_LIMIT)
+            reason = wire.Reason.OUTPUT_LIMIT
         except Exception as error:  # noqa: BLE001 - however it broke off, it is lost
-            self._log.warn("lost a worker: {error!r}", error=error)
-            exit_ = wire.Exit.because(wire.Reason.WORKER_LOST)
-        else:
-            if reader.exit is not None and reader.exit_passed_on:
-                answer.finish()
-                return reader.exit
-            exit_ = reader.exit or wire.Exit.because(wire.Reason.WORKER_LOST)
+            # But an exit event is an end by itself. (A raw run's last line may be the script's.)
+            if isinstance(error, CutShortError) and not reader.exit_passed_on:
+                exit_ = reader.exit
+            if exit_ is None:
+                self._log.warn("lost a worker: {error!r}", error=error)
+        if exit_ is not None and reader.exit_passed_on:
+            answer.finish()
+            return exit_
+        exit_ = exit_ or wire.Exit.because(reason)
         answer.end(exit_)
         return exit_
 

@@ -1,5 +1,5 @@
 r"""
-What coordinator and worker agree on: paths, headers, and how a run is written and read back.
+What coordinator and worker agree on: paths, headers, and how a run is written.
 
 The formats are those of the Go original (superfly/bfaas), so that its clients and its workers fit.
 
@@ -35,8 +35,8 @@ KEEPALIVE = 15.0
 
 COMMENT = b": \n\n"
 
-MAX_EVENT = 1 << 20
-"""Bytes of one event that a reader takes. A worker reads pipes in pieces far smaller than this."""
+MAX_EXIT = 4096
+"""Bytes of an exit event's data that a reader takes."""
 
 
 class Stream(enum.StrEnum):
@@ -111,8 +111,8 @@ class Exit:
     @classmethod
     def from_json(cls, data: bytes) -> Exit:
         """Read the `exit` event's data; unknown fields are ignored. Raises `WireError`."""
-        told = _read_json(data)
-        if not isinstance(told, dict) or not _is_code(told.get("code")):
+        told = read_json(data) if len(data) <= MAX_EXIT else None
+        if not isinstance(told, dict) or not is_code(told.get("code")):
             raise WireError("an exit event without a code")
         counts = {key: told[key] for key in ("wall_ms", "cpu_ms", "max_rss_kb") if _is_count(told.get(key))}
         dropped = told.get("dropped_bytes")
@@ -126,7 +126,7 @@ class Exit:
         )
 
 
-def _read_json(data: bytes) -> Any:
+def read_json(data: bytes) -> Any:
     """Read JSON. In bytes, `json` would take other encodings than UTF-8 for it, and lone surrogates."""
     try:
         return json.loads(data.decode())
@@ -134,7 +134,7 @@ def _read_json(data: bytes) -> Any:
         raise WireError("data that is not JSON") from error
 
 
-def _is_code(value: object) -> bool:
+def is_code(value: object) -> bool:
     """Tell an exit code, 0 to 255; or -1, which is how the original tells a death by a signal."""
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= 255  # noqa: PLR2004
 
@@ -197,109 +197,6 @@ class RawWriter:
         return f"\nexit: {exit_.code}{reason}\n".encode()
 
 
-class RunReader(Protocol):
-    """
-    Reads one run, piece by piece, and passes its output on in the same format.
-
-    After the last piece, `exit` is how the run ended, or None where the worker did not say.
-    """
-
-    def feed(self, data: bytes) -> bytes:
-        """Take a piece, give what is to be passed on. Raises `WireError`."""
-        ...
-
-    @property
-    def exit(self) -> Exit | None:
-        """How the run ended, as far as it was read."""
-        ...
-
-    @property
-    def exit_passed_on(self) -> bool:
-        """Whether what was passed on includes the exit."""
-        ...
-
-
-_EVENT = re.compile(rb"event: ?(stdout|stderr|exit)\ndata: ?([^\r\n]*)")
-
-
-class EventReader:
-    """
-    Reads events, lets only well-formed output through, and keeps the exit for its owner to tell.
-
-    Comments are dropped.
-    """
-
-    exit_passed_on = False
-
-    def __init__(self) -> None:
-        self.exit: Exit | None = None
-        self._rest = bytearray()
-
-    def feed(self, data: bytes) -> bytes:
-        """Take a piece, give the output events that are complete. Raises `WireError`."""
-        seen = max(0, len(self._rest) - 1)
-        self._rest += data
-        if self._rest.find(b"\n\n", seen) < 0:
-            if len(self._rest) > MAX_EVENT:
-                raise WireError("an event that does not end")
-            return b""
-        *blocks, rest = bytes(self._rest).split(b"\n\n")
-        self._rest = bytearray(rest)
-        return b"".join([self._read(block) for block in blocks])
-
-    def _read(self, block: bytes) -> bytes:
-        if block.startswith(b":") and b"\n" not in block:
-            return b""
-        match = _EVENT.fullmatch(block)
-        if match is None:
-            raise WireError("something that is no event")
-        if self.exit is not None:
-            raise WireError("an event after the exit")
-        name, data = match.groups()
-        if name == b"exit":
-            self.exit = Exit.from_json(data)
-            return b""
-        if not isinstance(_read_json(data), str):
-            raise WireError("an output event that is not a string")
-        return b"event: %b\ndata: %b\n\n" % (name, data)
-
-
-_RAW_EXIT = re.compile(rb"\nexit: (-?[0-9]{1,3})(?: ([a-z-]{1,32}))?\n\Z")
-_RAW_EXIT_LENGTH = 64
-
-
-class RawReader:
-    """
-    Reads a raw run. Everything is passed on at once; the last bytes tell whether it was whole.
-
-    A script can print what looks like an exit line. The one that counts is the answer's last.
-    """
-
-    exit_passed_on = True
-
-    def __init__(self) -> None:
-        self._tail = b""
-
-    def feed(self, data: bytes) -> bytes:
-        """Take a piece, give it back."""
-        self._tail = (self._tail + data[-_RAW_EXIT_LENGTH:])[-_RAW_EXIT_LENGTH:]
-        return data
-
-    @property
-    def exit(self) -> Exit | None:
-        """What the last line says, if it is an exit line."""
-        match = _RAW_EXIT.search(self._tail)
-        if match is None or not _is_code(int(match[1])):
-            return None
-        reason = match[2].decode() if match[2] else None
-        return Exit(int(match[1]) & 0xFF, reason=reason)
-
-
 def run_writer(format_: Format) -> RunWriter:
     """Make the writer of a format."""
     return EventWriter() if format_ is Format.EVENTS else RawWriter()
-
-
-def run_reader(format_: Format) -> RunReader:
-    """Make the reader of a format."""
-    return EventReader() if format_ is Format.EVENTS else RawReader()

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 # Each may import what stands before it.
 ROOMS = [
     "bfaas.wire",
+    "bfaas.reader",
     "bfaas.auth",
     "bfaas.settings",
     "bfaas.deadline",
@@ -22,6 +23,8 @@ ROOMS = [
     "bfaas.machines.rates",
     "bfaas.machines.memory",
     "bfaas.machines.local",
+    "bfaas.fence",
+    "bfaas.agent",
     "bfaas.exchange",
     "bfaas.machines.documents",
     "bfaas.machines.fly",

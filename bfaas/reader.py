@@ -1,0 +1,175 @@
+"""
+How a run is read back from a worker that may say anything.
+
+What is well-formed goes on to the client; the rest is refused, and costs no more than its bound.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+from bfaas.wire import Exit, Format, WireError, is_code, read_json
+
+MAX_EVENT = 512 * 1024
+"""Bytes of one event that a reader takes: a full pipe (64 KiB) of what JSON writes in six bytes each."""
+
+MAX_COMMENTS = 64 * 1024
+"""Bytes of comments that a reader takes: one every 15 s for two days."""
+
+
+class OutputLimitError(WireError):
+    """A run that was read has more output than one that keeps to its limit."""
+
+
+class RunReader(Protocol):
+    """
+    Reads one run, piece by piece, and passes its output on in the same format.
+
+    What is well-formed is passed on up to the first byte that is not, however the run was cut; then there is
+    an `error`, and what comes after it is thrown away. After the last piece, `exit` is how the run ended, or
+    None where the worker did not say.
+    """
+
+    error: WireError | None
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give what is to be passed on."""
+        ...
+
+    @property
+    def exit(self) -> Exit | None:
+        """How the run ended, as far as it was read."""
+        ...
+
+    @property
+    def exit_passed_on(self) -> bool:
+        """Whether what was passed on includes the exit."""
+        ...
+
+
+_NAMES = {
+    b"event:%b%b" % (space, name): name for space in (b"", b" ") for name in (b"stdout", b"stderr", b"exit")
+}
+
+
+class EventReader:
+    """
+    Reads events, lets only well-formed output through, and keeps the exit for its owner to tell.
+
+    Comments are dropped. What counts towards `max_output` is the bytes that a script must at least have
+    written for the text that came.
+    """
+
+    exit_passed_on = False
+
+    def __init__(self, max_output: int) -> None:
+        self.exit: Exit | None = None
+        self.error: WireError | None = None
+        self._rest = bytearray()
+        self._room = max_output
+        self._room_for_comments = MAX_COMMENTS
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give the output events that are complete."""
+        if self.error is not None:
+            return b""
+        seen = max(0, len(self._rest) - 1)
+        self._rest += data
+        passed_on: list[bytes] = []
+        try:
+            if self._rest.find(b"\n\n", seen) >= 0:
+                *blocks, rest = bytes(self._rest).split(b"\n\n")
+                self._rest = bytearray(rest)
+                for block in blocks:
+                    passed_on.append(self._read(block))  # noqa: PERF401 - what is before an error counts
+            # A last line end may be the first half of the event's.
+            _check_size(len(self._rest) - self._rest.endswith(b"\n"))
+        except WireError as error:
+            self.error = error.with_traceback(None)  # whose frames hold the piece
+            self._rest.clear()
+        return b"".join(passed_on)
+
+    def _read(self, block: bytes) -> bytes:
+        _check_size(len(block))
+        if block.startswith(b":") and b"\n" not in block:
+            self._room_for_comments -= len(block) + 2
+            if self._room_for_comments < 0:
+                raise WireError("comments without end")
+            return b""
+        field, _, line = block.partition(b"\n")
+        name = _NAMES.get(field)
+        if name is None or not line.startswith(b"data:") or b"\n" in line or b"\r" in line:
+            raise WireError("something that is no event")
+        if self.exit is not None:
+            raise WireError("an event after the exit")
+        data = line[5:].removeprefix(b" ")
+        if name == b"exit":
+            self.exit = Exit.from_json(data)
+            return b""
+        self._room -= _least_output(data)
+        if self._room < 0:
+            raise OutputLimitError("more output than the limit")
+        return b"event: %b\ndata: %b\n\n" % (name, data)
+
+
+def _check_size(size: int) -> None:
+    if size > MAX_EVENT:
+        raise WireError("an event that does not end")
+
+
+def _least_output(data: bytes) -> int:
+    """
+    Tell how many bytes a script must at least have written for an output event with this data.
+
+    U+FFFD may stand for one byte that was not UTF-8. Raises `WireError` for data that is no string.
+    """
+    if not data.startswith(b'"'):
+        raise WireError("an output event that is not a string")
+    text: str = read_json(data)
+    try:
+        return max(1, len(text.encode()) - 2 * text.count("\ufffd"))
+    except UnicodeEncodeError:
+        raise WireError("half a character") from None
+
+
+_RAW_EXIT = re.compile(rb"\nexit: (-?[0-9]{1,3})(?: ([a-z-]{1,32}))?\n\Z")
+_RAW_EXIT_LENGTH = 64
+
+
+class RawReader:
+    """
+    Reads a raw run. Everything is passed on at once; the last bytes tell whether it was whole.
+
+    A script can print what looks like an exit line. The one that counts is the answer's last.
+    """
+
+    exit_passed_on = True
+
+    def __init__(self, max_output: int) -> None:
+        self.error: WireError | None = None
+        self._tail = b""
+        self._room = max_output + _RAW_EXIT_LENGTH
+
+    def feed(self, data: bytes) -> bytes:
+        """Take a piece, give it back, up to the limit."""
+        kept = data[: self._room]
+        self._room -= len(kept)
+        if len(kept) < len(data):
+            self.error = OutputLimitError("more output than the limit")
+        self._tail = (self._tail + kept[-_RAW_EXIT_LENGTH:])[-_RAW_EXIT_LENGTH:]
+        return kept
+
+    @property
+    def exit(self) -> Exit | None:
+        """What the last line says, if it is an exit line."""
+        match = _RAW_EXIT.search(self._tail)
+        if match is None or not is_code(int(match[1])):
+            return None
+        reason = match[2].decode() if match[2] else None
+        return Exit(int(match[1]) & 0xFF, reason=reason)
+
+
+def run_reader(format_: Format, max_output: int) -> RunReader:
+    """Make the reader of a format, for a worker that delivers so many bytes of output at the most."""
+    return EventReader(max_output) if format_ is Format.EVENTS else RawReader(max_output)

@@ -1,0 +1,154 @@
+"""
+What hostile cases are run against, from either side: a coordinator as a program, and what each case costs it.
+
+The coordinator believes that it is on Fly. Its machines are only told of, by this process, and this process
+is the worker on each of them, too: what that answers to a script, the test says.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+
+from bfaas.auth import genkey
+from bfaas.deadline import Deadline
+from bfaas.machines.memory import MemoryMachines
+from bfaas.machines.routes import MachinesServer
+from bfaas.site import BoundedSite
+from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
+from tests.liar import LAST_CHUNK, End, Liar, Peer, chunk, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterable
+
+    from tests.e2e.coordinator import Running
+
+    Script = Iterable[bytes | Deferred[None] | End]
+    Says = Callable[[], Script]
+
+MAX_MEMORY = 8192
+"""KiB that a case may cost the coordinator, at its worst moment."""
+
+MAX_LINES = 10
+"""Lines that a case may cost its log."""
+
+TOKEN = "token"
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+EXIT = b'event: exit\ndata: {"code": 0}\n\n'
+HONEST: Script = (HEAD + chunk(b'event: stdout\ndata: "honest\\n"\n\n' + EXIT) + LAST_CHUNK, End.CLOSE)
+
+
+class Worker(Liar):
+    """The worker of every machine: it is ready, and answers to a script what `says` has for it."""
+
+    _READY: Script = (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n", End.CLOSE)
+
+    def __init__(self) -> None:
+        super().__init__(())
+        self.says: dict[bytes, Says] = {}
+
+    async def _lie(self, peer: Peer, script: Script) -> None:
+        await until(lambda: peer.request() or peer.end)
+        lines, body = peer.request() or ([""], b"")
+        if lines[0].startswith("POST"):
+            script = self.says[body]() if body in self.says else HONEST
+        else:
+            script = self._READY
+        await super()._lie(peer, takewhile(lambda _: peer.end is None, script))
+
+
+class Spent:
+    """What a coordinator has spent since this was made: memory at the worst moment, lines of its log."""
+
+    def __init__(self, coordinator: Running) -> None:
+        self._coordinator = coordinator
+        # From here on, the peak in VmHWM is the peak since now (proc(5)).
+        Path(f"/proc/{coordinator.pid}/clear_refs").write_text("5")
+        self._memory = self._read("VmRSS")
+        self._lines = self._count()
+
+    @property
+    def memory(self) -> int:
+        """Resident memory beyond what there was, in KiB."""
+        return self._read("VmHWM") - self._memory
+
+    @property
+    def lines(self) -> int:
+        return self._count() - self._lines
+
+    def _read(self, name: str) -> int:
+        status = Path(f"/proc/{self._coordinator.pid}/status").read_text()
+        [line] = [line for line in status.splitlines() if line.startswith(f"{name}:")]
+        return int(line.split()[1])
+
+    def _count(self) -> int:
+        return self._coordinator.program.said.count(b"\n")
+
+
+@dataclass
+class Stage:
+    """A coordinator that takes requests, and the worker that answers them."""
+
+    coordinator: Running
+    worker: Worker
+    _callers: list[Peer] = field(default_factory=list)
+
+    async def call(self, said: bytes) -> Peer:
+        """Connect to the coordinator, and say something."""
+        endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.coordinator.port)
+        peer: Peer = await connectProtocol(endpoint, Peer())
+        self._callers.append(peer)
+        await peer.say(said)
+        return peer
+
+    async def ask(self, said: bytes) -> tuple[bytes, float]:
+        """Say something; hear all that comes until the coordinator ends it, and after how many seconds."""
+        began = time.monotonic()
+        peer = await self.call(said)
+        heard = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.hear_out()))
+        return heard, time.monotonic() - began
+
+    async def hang_up(self) -> None:
+        """End every connection that is left."""
+        for peer in [*self._callers, *self.worker.peers]:
+            if peer.end is None:
+                peer.transport.abortConnection()
+            await peer.hear_out()
+
+
+@asynccontextmanager
+async def stage(**settings: str) -> AsyncIterator[Stage]:
+    """Set the stage, and clear it."""
+    machines = MemoryMachines(reactor, time.time)
+    api = BoundedSite(reactor, MachinesServer(machines, "workers", TOKEN).app.resource(), 1 << 20)
+    worker = Worker()
+    ports = [reactor.listenTCP(0, factory, interface="127.0.0.1") for factory in (api, worker)]
+    api_url, worker_url = (f"http://127.0.0.1:{port.getHost().port}" for port in ports)
+    fly = {
+        "WORKER_APP": "workers",
+        "WORKER_IMAGE": "basher:1",
+        "WORKER_URL": worker_url,
+        "FLY_TOKEN": TOKEN,
+        "FLY_REGION": "ams",
+        "FLY_MACHINE_ID": "p",
+        "FLY_FLAPS_BASE_URL": api_url,
+        "PRIVATE": genkey().private,
+    }
+    coordinator = await start_coordinator(**{**fly, **settings})
+    try:
+        there = Stage(coordinator, worker)
+        yield there
+        await there.hang_up()
+        assert await stop(coordinator) == 0, coordinator.program.said.decode()
+    finally:
+        for port in ports:
+            await port.stopListening()
+        await api.drain(1.0)

@@ -1,0 +1,308 @@
+"""
+A worker that lies: what it says, and the one ending that this has.
+
+Each case also shows what it costs the coordinator, and that the next request is served.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import zlib
+from dataclasses import dataclass
+from itertools import chain, count, repeat
+from typing import TYPE_CHECKING, Any
+
+import pytest_twisted
+
+from bfaas.deadline import sleep
+from tests.e2e.coordinator import reactor
+from tests.e2e.hostile import HEAD, MAX_LINES, MAX_MEMORY, Spent, stage
+from tests.liar import LAST_CHUNK, End, chunk, parse_answer, post
+
+if TYPE_CHECKING:
+    import pytest
+
+    from tests.e2e.hostile import Says, Script, Stage
+
+MAX_REQ_TIME = 2.5
+SLACK = 10.0
+MAX_OUTPUT = 64 * 1024
+
+
+class Ending(enum.Enum):
+    """How an answer may end."""
+
+    BAD = "502 the worker failed"
+    LATE = "504 the worker did not answer in time"
+    LOST = "125 worker-lost"
+    LIMIT = "125 output-limit"
+    TIMEOUT = "124 timeout"
+    FINE = "3"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a worker says to a script, and how its client's answer ends; the output, where that is certain."""
+
+    name: str
+    says: Says
+    ending: Ending
+    output: str | None = None
+    raw: bool = False
+
+
+def once(*script: bytes | End) -> Says:
+    """Say this, and stay."""
+    return lambda: script
+
+
+def endless(start: bytes, more: bytes) -> Says:
+    """Say something, then something else without end."""
+    big = more * max(1, 60_000 // len(more))
+    return lambda: chain([start], repeat(big))
+
+
+def slowly(start: bytes, more: bytes) -> Says:
+    """Say something a byte at a time, without end."""
+
+    def script() -> Script:
+        yield start
+        for at in count():
+            yield more[at % len(more) :][:1]
+            yield sleep(reactor, 0.02)
+
+    return script
+
+
+def instead(old: bytes, new: bytes) -> Says:
+    """Say all that an honest worker says, but for one thing."""
+    assert old in HEAD
+    return once(HEAD.replace(old, new) + chunk(OUT + DONE) + LAST_CHUNK, End.CLOSE)
+
+
+def added(*fields: bytes) -> Says:
+    """Say all that an honest worker says, with more in the head."""
+    return instead(b"\r\n\r\n", b"\r\n".join([b"", *fields, b"", b""]))
+
+
+def events(*said: bytes) -> Says:
+    """Say this in a body that is whole."""
+    return once(HEAD, *map(chunk, said), LAST_CHUNK, End.CLOSE)
+
+
+def body(said: bytes) -> Says:
+    """Say this for a chunked body."""
+    return once(HEAD + said, End.CLOSE)
+
+
+def with_length(length: bytes, said: bytes) -> Says:
+    head = HEAD.replace(b"Transfer-Encoding: chunked", b"Content-Length: " + length)
+    return once(head + said, End.CLOSE)
+
+
+def told(data: bytes) -> bytes:
+    return b"event: exit\ndata: " + data + b"\n\n"
+
+
+STRING = b'event: stdout\ndata: "'
+OUT = b'event: stdout\ndata: "out"\n\n'
+DONE = told(b'{"code": 3}')
+RAW = HEAD.replace(b"text/event-stream", b"application/octet-stream")
+ENDLESS = HEAD.replace(b"Transfer-Encoding: chunked\r\n", b"")
+ENDLESS_RAW = RAW.replace(b"Transfer-Encoding: chunked\r\n", b"")
+STATUS = b"HTTP/1.1 200 OK\r\n"
+INTERIM = b"HTTP/1.1 103 Early Hints\r\nfly-replay: app=evil\r\nConnection: fly-replay\r\n\r\n"
+BOMB = zlib.compress(b"\0" * (16 << 20), 9, 31)
+TINY = chunk(b"x") * 50_000
+LIES = {
+    "wall_ms": 10**30, "cpu_ms": -1, "max_rss_kb": "9", "truncated": "yes", "dropped_bytes": 1e300,
+    "signal": "\x1b[31m", "reason": "a\nb", "fly-replay": "app=evil",
+}  # fmt: skip
+
+HEADS = [
+    ("hangs up at once", once(End.CLOSE)),
+    ("resets at once", once(End.RESET)),
+    ("breaks off in its head", once(HEAD[:60], End.CLOSE)),
+    ("speaks another protocol", once(b"SSH-2.0-OpenSSH_9.9\r\n")),
+    ("speaks HTTP/1.0", instead(b"HTTP/1.1", b"HTTP/1.0")),
+    ("has no version", instead(b"HTTP/1.1 ", b"")),
+    ("negative status", instead(b"200", b"-200")),
+    ("status of eight digits", instead(b"200", b"99999999")),
+    ("status with underscores", instead(b"200", b"2_0_0")),
+    ("status with a sign", instead(b"200", b"+200")),
+    ("status zero", instead(b"200", b"000")),
+    ("status 299", instead(b"200", b"299")),
+    ("no content", instead(b"200", b"204")),
+    ("switches protocols", instead(b"200 OK", b"101 Switching Protocols\r\nUpgrade: websocket")),
+    ("redirects inside", instead(b"200 OK", b"302 Found\r\nLocation: http://169.254.169.254/")),
+    ("redirects the POST", instead(b"200 OK", b"307 Go\r\nLocation: http://[fdaa::3]/v1/apps")),
+    ("an error page of its own", instead(b"200 OK", b"503 Busy\r\nfly-replay: app=evil")),
+    ("interim answers without end", endless(b"", INTERIM)),
+    ("six interim answers", once(INTERIM * 6 + HEAD)),
+    ("headers without end", lambda: (STATUS, *(b"x-%d: y\r\n" % number for number in range(3000)))),
+    ("sixty-five headers", added(*[b"x: y"] * 65)),
+    ("a header line without end", endless(STATUS + b"x: ", b"y" * 1000)),
+    ("a status line without end", endless(b"HTTP/1.1 200 ", b"y" * 1000)),
+    ("bare line feeds", once(HEAD.replace(b"\r\n", b"\n"), End.CLOSE)),
+    ("a folded header", added(b"X: a\r\n fly-replay: app=evil")),
+    ("a space before the colon", added(b"fly-replay : app=evil")),
+    ("a NUL in a header", added(b"X: a\0b")),
+    ("a bare CR in a header", added(b"X: a\rfly-replay: app=evil")),
+    ("a header that is none", added(b"hello")),
+    ("a name that is no token", added(b"fly(replay): app=evil")),
+    ("chunked and a length", added(b"Content-Length: 5")),
+    ("chunked twice", added(b"Transfer-Encoding: chunked")),
+    ("two lengths", with_length(b"5\r\nContent-Length: 6", b"")),
+    ("a negative length", with_length(b"-1", b"")),
+    ("a hexadecimal length", with_length(b"0x10", b"")),
+    ("a length of 400 digits", with_length(b"1" * 400, b"")),
+    ("an unknown coding", instead(b"chunked", b"gzip, chunked")),
+    ("a compressed bomb", once(HEAD[:-2] + b"Content-Encoding: gzip\r\n\r\n" + chunk(BOMB))),
+    ("a replay by its type", instead(b"text/event-stream", b"application/vnd.fly.replay+json")),
+    ("two types", added(b"Content-Type: text/html")),
+    ("the other format", once(RAW + chunk(b"\nexit: 0\n") + LAST_CHUNK, End.CLOSE)),
+    ("another machine's name", added(b"Worker: 0123456789abcd")),
+]  # fmt: skip
+
+BAD, LATE, LOST, LIMIT, TIMEOUT, FINE = Ending
+
+CASES = [
+    *(Case(name, says, BAD) for name, says in HEADS),
+    Case("says nothing", once(), LATE),
+    Case("a head that does not end", once(HEAD[:-2]), LATE),
+    Case("a head of a byte at a time", slowly(STATUS, b"X: y\r\n"), LATE),
+    # Harmless, with nothing of it passed on.
+    Case("five interim answers", once(INTERIM * 5 + HEAD + chunk(DONE) + LAST_CHUNK), FINE, ""),
+    Case("headers for Fly's proxy", added(b"fly-replay: app=evil", b"fly-replay-cache: /*"), FINE, "out"),
+    Case("cookies and the like", added(b"Set-Cookie: a=b", b"Location: /", b"Alt-Svc: x"), FINE, "out"),
+    Case("a reason of its own", instead(b"OK", b"<script>alert(1)</script>"), FINE, "out"),
+    Case("a type with a parameter", added(b"Connection: content-type, worker"), FINE, "out"),
+    Case("a trailer for Fly's proxy", body(chunk(OUT + DONE) + b"0\r\nfly-replay: app=evil\r\n\r\n"),
+         FINE, "out"),
+    Case("a second answer", body(chunk(DONE) + LAST_CHUNK + INTERIM + HEAD + chunk(OUT)), FINE, ""),
+    Case("more than it announced", with_length(b"%d" % len(DONE), DONE + OUT), FINE, ""),
+    Case("an end by hanging up", once(ENDLESS + OUT + DONE, End.CLOSE), FINE, "out"),
+    Case("a reset after the exit",
+         lambda: (HEAD + chunk(OUT + DONE), sleep(reactor, 0.2), End.RESET), FINE, "out"),
+    Case("lies in the exit", events(told(json.dumps({"code": 3, **LIES}).encode())), FINE, ""),
+    Case("line ends of every kind", events(STRING + b'\xe2\x80\xa8\\r\\n\\u0000\xc2\x85"\n\n', DONE),
+         FINE, "\u2028\r\n\0\x85"),
+    Case("chunks of one byte", once(RAW + TINY + chunk(b"\nexit: 3\n") + LAST_CHUNK),
+         FINE, "x" * 50_000, raw=True),
+    # Framing.
+    Case("a chunk of 2**64", body(chunk(OUT) + b"f" * 16 + b"\r\n"), LOST, "out"),
+    Case("a signed chunk", body(chunk(OUT) + b"-1\r\n" + OUT), LOST, "out"),
+    Case("a chunk in C", body(chunk(OUT) + b"0x5\r\n" + OUT), LOST, "out"),
+    Case("a chunk without a size", body(chunk(OUT) + b"\r\n" + OUT), LOST, "out"),
+    Case("a chunk longer than its size", body(chunk(OUT) + b"1\r\n" + OUT), LOST, "out"),
+    Case("bare line feeds in chunks", body(chunk(OUT) + b"1\nx\n"), LOST, "out"),
+    Case("an extension without end", endless(HEAD + chunk(OUT) + b"1;", b"x" * 1000), LOST, "out"),
+    Case("extensions without end", endless(HEAD, b"4;" + b"x" * 90 + b"\r\n: \n\n\r\n"), LOST, ""),
+    Case("trailers without end", endless(HEAD + chunk(OUT) + b"0\r\n", b"x: y\r\n"), LOST, "out"),
+    Case("a trailer that is none", body(chunk(DONE) + b"0\r\nfly-replay : app=evil\r\n\r\n"), LOST, ""),
+    Case("less than it announced", with_length(b"1000", OUT), LOST, "out"),
+    Case("a chunk that breaks off", body(chunk(OUT) + b"5\r\nab"), LOST, "out"),
+    Case("no end", body(chunk(OUT)), LOST, "out"),
+    Case("no exit", events(OUT), LOST, "out"),
+    Case("an end by hanging up, too early", once(ENDLESS + OUT, End.CLOSE), LOST, "out"),
+    Case("a reset", once(HEAD + chunk(OUT) + chunk(b"event: "), End.RESET), LOST),
+    Case("a raw end by hanging up", once(ENDLESS_RAW + b"x\nexit: 0\n", End.CLOSE),
+         LOST, "x\nexit: 0\n", raw=True),
+    Case("a raw exit, and no end", once(RAW + chunk(b"x\nexit: 0\n"), End.CLOSE),
+         LOST, "x\nexit: 0\n", raw=True),
+    Case("a raw exit in the middle", once(RAW + chunk(b"\nexit: 0\n") + chunk(b"x") + LAST_CHUNK, End.CLOSE),
+         LOST, "\nexit: 0\nx", raw=True),
+    # Events.
+    Case("an event of 100 MB", endless(HEAD, chunk(b"x" * 50_000)), LOST, ""),
+    Case("a string of 100 MB", endless(HEAD + chunk(STRING), chunk(b"x" * 50_000)), LOST, ""),
+    Case("comments without end", endless(HEAD, chunk(b": \n\n" * 10_000)), LOST, ""),
+    Case("blank lines without end", endless(HEAD, chunk(b"\n" * 50_000)), LOST, ""),
+    Case("nested lists", events(OUT, b"event: stdout\ndata: " + b"[" * 100_000 + b"\n\n"), LOST, "out"),
+    Case("a nested exit", events(OUT, told(b'{"a":' * 50_000 + b"0" + b"}" * 50_000)), LOST, "out"),
+    Case("an exit of many fields", events(OUT, told(b'{"code": 0, "x": [' + b"[]," * 100_000 + b"0]}")),
+         LOST, "out"),
+    Case("a CR in data", events(OUT, b'event: stdout\ndata: "a\r"\n\n'), LOST, "out"),
+    Case("CRLF in events", events(OUT, OUT.replace(b"\n", b"\r\n")), LOST, "out"),
+    Case("two data lines", events(OUT, b'event: stdout\ndata: "a"\ndata: "b"\n\n'), LOST, "out"),
+    Case("an event of no kind of ours", events(OUT, b'event: fly-replay\ndata: "app=evil"\n\n'), LOST, "out"),
+    Case("a field of no kind of ours", events(OUT, b'id: 1\nevent: stdout\ndata: "a"\n\n'), LOST, "out"),
+    Case("output that is no string", events(OUT, b'event: stdout\ndata: {"a": 1}\n\n'), LOST, "out"),
+    Case("output that is no JSON", events(OUT, b"event: stdout\ndata: out\n\n"), LOST, "out"),
+    Case("output that is no UTF-8", events(OUT, b'event: stdout\ndata: "\xff"\n\n'), LOST, "out"),
+    Case("half a character", events(OUT, b'event: stdout\ndata: "\\ud800"\n\n'), LOST, "out"),
+    Case("output after the exit", events(OUT, told(b'{"code": 0}'), OUT), LOST, "out"),
+    Case("two exits", events(OUT, told(b'{"code": 0}'), told(b'{"code": 0}')), LOST, "out"),
+    Case("an exit, then garbage", events(OUT, told(b'{"code": 0}'), b"garbage\n\n"), LOST, "out"),
+    Case("an exit code that is none", events(OUT, told(b'{"code": 256}')), LOST, "out"),
+    Case("an exit without a code", events(OUT, told(b"{}")), LOST, "out"),
+    # Too much, or too long.
+    Case("output without end", endless(HEAD, chunk(STRING + b"x" * 8192 + b'"\n\n')),
+         LIMIT, "x" * MAX_OUTPUT),
+    Case("raw output without end", endless(RAW, chunk(b"x" * 8192)),
+         LIMIT, "x" * (MAX_OUTPUT + 64), raw=True),
+    Case("escapes without end", endless(HEAD, chunk(STRING + b"\\u0078" * 8192 + b'"\n\n')),
+         LIMIT, "x" * MAX_OUTPUT),
+    Case("events of one byte", endless(HEAD, chunk(STRING + b'x"\n\n') * 2000), LIMIT, "x" * MAX_OUTPUT),
+    Case("events of nothing", endless(HEAD, chunk(STRING + b'"\n\n') * 2000), LIMIT, ""),
+    Case("a wide string", events(STRING + "\U0001f600".encode() + b"x" * 500_000 + b'"\n\n'), LIMIT, ""),
+    Case("silence in the body", once(HEAD + chunk(OUT)), TIMEOUT, "out"),
+    Case("silence after the exit", once(HEAD + chunk(OUT + DONE)), TIMEOUT, "out"),
+    Case("a byte at a time", slowly(HEAD + chunk(OUT), chunk(b":")), TIMEOUT, "out"),
+]  # fmt: skip
+
+HEADERS = {
+    "cache-control", "connection", "content-length", "content-type", "coord", "date", "server",
+    "transfer-encoding", "worker", "x-accel-buffering", "x-content-type-options",
+}  # fmt: skip
+
+
+def read(heard: bytes, *, raw: bool) -> tuple[str, str]:
+    """Tell what the client got: its ending, and the output before. Fails on what is not one whole answer."""
+    answer, content = parse_answer(heard)
+    assert {name.lower() for name, _ in answer.getheaders()} <= HEADERS, answer.getheaders()
+    assert b"evil" not in heard
+    assert answer.reason in ("OK", "Bad Gateway", "Gateway Time-out"), answer.reason
+    if answer.status != 200:
+        assert answer.getheader("content-type") == "text/plain; charset=utf-8"
+        return f"{answer.status} {content.decode().removesuffix(chr(10))}", ""
+    if raw:
+        assert answer.getheader("content-type") == "application/octet-stream"
+        output, line, ending = content.decode().rpartition("\nexit: ")
+        assert line, content[-80:]
+        return ending.removesuffix("\n"), output
+    assert answer.getheader("content-type") == "text/event-stream"
+    pairs = [event.split("\n") for event in content.decode().split("\n\n")[:-1]]
+    names = [name.removeprefix("event: ") for name, _ in pairs]
+    said: list[Any] = [json.loads(data.removeprefix("data: ")) for _, data in pairs]
+    assert names[-1] == "exit"
+    assert "exit" not in names[:-1]
+    assert set(said[-1]) <= {"code", "reason", "wall_ms"}, said[-1]
+    ending = f"{said[-1]['code']} {said[-1].get('reason', '')}".strip()
+    return ending, "".join(said[:-1])
+
+
+async def run(there: Stage, case: Case) -> None:
+    """Run one case, and assert all that is to hold of every case."""
+    there.worker.says[case.name.encode()] = case.says
+    spent = Spent(there.coordinator)
+    heard, seconds = await there.ask(post("/run?raw=1" if case.raw else "/run", case.name.encode()))
+    ending, output = read(heard, raw=case.raw)
+    assert ending == case.ending.value
+    assert case.output is None or output == case.output
+    assert seconds < MAX_REQ_TIME + SLACK
+    heard, _ = await there.ask(post("/run", b"honest"))
+    assert read(heard, raw=False) == ("0", "honest\n")
+    assert spent.memory <= MAX_MEMORY
+    assert spent.lines <= MAX_LINES, there.coordinator.program.said[-3000:].decode()
+
+
+@pytest_twisted.ensureDeferred
+async def test_whatever_a_worker_says_has_one_ending_and_a_price(subtests: pytest.Subtests) -> None:
+    async with stage(MAXREQTIME=f"{MAX_REQ_TIME}s", MAXOUTPUT=str(MAX_OUTPUT)) as there:
+        # What is imported and allocated once is no case's price.
+        for path in ("/run", "/run?raw=1", "/run"):
+            await there.ask(post(path, b"honest"))
+        for case in CASES:
+            with subtests.test(case.name):
+                await run(there, case)
