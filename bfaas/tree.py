@@ -14,9 +14,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from bfaas.deadline import sleep
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
+    from twisted.internet.interfaces import IReactorTime
+
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _ROUNDS = 20
 
@@ -71,6 +76,22 @@ def kill_below(pid: int, spared: Container[int] = ()) -> int:
     return sum(not process.dead or process.parent == os.getpid() for process in found)
 
 
+async def end_below_us(clock: IReactorTime, spared: Callable[[], Container[int]], limit: float) -> int:
+    """
+    Kill and reap until nothing is left below us but what `spared` tells, and what is below that.
+
+    Gives up after `limit` seconds. Tells how many are left. We must be a subreaper.
+    """
+    pause, end = 0.001, clock.seconds() + limit
+    while left := kill_below(os.getpid(), spared()):
+        if clock.seconds() > end:
+            break
+        await sleep(clock, pause)
+        pause = min(2 * pause, 0.05)
+        reap_orphans(spared())
+    return left
+
+
 def kill_tree(pid: int) -> list[Process]:
     """Kill it and everything below it. Tells what that was, for `alive`."""
     found = stop_tree(pid)
@@ -96,11 +117,16 @@ def with_root(pid: int) -> list[Process]:
 
 def become_subreaper() -> bool:
     """Let orphans among our descendants become our children, where the system can do that."""
-    if sys.platform != "linux":
-        return False
-    import ctypes  # noqa: PLC0415 - only a worker pays for it
+    return _control(_PR_SET_CHILD_SUBREAPER, 1)
 
-    return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+def become_opaque() -> bool:
+    """
+    Close our memory, environment and descriptors to other processes of our user, where the system can.
+
+    Linux then also lets none of them trace us. It still lets them signal us, and root do anything.
+    """
+    return _control(_PR_SET_DUMPABLE, 0)
 
 
 def reap_orphans(known: Container[int]) -> int:
@@ -111,6 +137,22 @@ def reap_orphans(known: Container[int]) -> int:
             with suppress(ChildProcessError):
                 reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
     return reaped
+
+
+def _control(option: int, value: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    import ctypes  # noqa: PLC0415 - only who runs scripts pays for it
+
+    return bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)
+
+
+def _last_pid() -> bytes:
+    """Tell the pid that was given out last, in our pid namespace."""
+    try:
+        return Path("/proc/loadavg").read_bytes().rpartition(b" ")[2]
+    except FileNotFoundError:
+        return b""
 
 
 def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
@@ -127,17 +169,38 @@ def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
     return found
 
 
-def _all() -> list[Process]:
+def _all() -> Iterable[Process]:
+    """
+    Tell all processes; whatever lives is among them.
+
+    To read them takes time, in which those that end as soon as they have forked can all be missed. So look
+    for new ones, which takes far less, until no pid was given out meanwhile: then nothing was forked.
+    """
+    found: dict[int, Process] = {}
+    for _ in range(_ROUNDS):
+        last = _last_pid()
+        for pid in _pids():
+            known = found.get(pid)
+            # One whose parent was not met may have got another.
+            if (known is None or known.parent not in found) and (process := _look(pid)):
+                found[pid] = process
+        if last == _last_pid():
+            break
+    return found.values()
+
+
+def _pids() -> list[int]:
     try:
         names = os.listdir("/proc")  # noqa: PTH208 - ten times the speed of Path.iterdir
     except FileNotFoundError:
         return []
-    return [process for name in names if name.isdigit() and (process := _look(int(name)))]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def _look(pid: int) -> Process | None:
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123 - twice the speed of Path.read_bytes
+            stat = file.read()
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The name before it is in brackets, and may contain brackets and spaces.
