@@ -86,7 +86,7 @@ class Basher:
         environment = script_environment(settings.home, settings.machine_id, settings.region)
         try:
             self._used = True
-            run.start(self._reactor, script, environment, settings.sandbox)
+            run.start(self._reactor, script, environment, settings.sandbox, settings.run_as)
             self._run = run
             answer.begin(run, {wire.WORKER: settings.machine_id})
             answer.end(await self._within_time(run))
@@ -134,6 +134,7 @@ class Worker(MultiService):
         """Begin to listen."""
         os.chdir(self._settings.home)
         tree.become_subreaper()
+        tree.become_opaque()
         super().startService()
 
     def stopService(self) -> Deferred[None]:

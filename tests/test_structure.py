@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = [
     "bfaas.wire",
     "bfaas.auth",
+    "bfaas.confine",
     "bfaas.settings",
     "bfaas.deadline",
     "bfaas.tree",
