@@ -71,6 +71,7 @@ class BashRun(ProcessProtocol):
     _log = Logger()
     _SWEEP_LIMIT = 2.0
     _DRAIN_LIMIT = 1.0
+    _REAP_PERIOD = 0.1
 
     def __init__(
         self, clock: IReactorTime, on_output: Callable[[Stream, bytes], None], max_output: int
@@ -84,6 +85,7 @@ class BashRun(ProcessProtocol):
         self._swept = False
         self._pipes_closed = False
         self._patience: IDelayedCall | None = None
+        self._reaping: IDelayedCall | None = None
         self._exit: Exit | None = None
         self._waiters: list[Deferred[Exit]] = []
         self._signals_are_codes = False
@@ -122,6 +124,8 @@ class BashRun(ProcessProtocol):
                 env=environment,
                 childFDs=descriptors,
             )
+        if self._status is None:  # it may have ended already
+            self._reap()
 
     def when_ended(self) -> Deferred[Exit]:
         """Wait for the end of the run: nothing of it is left then, and all its output has been given."""
@@ -172,6 +176,8 @@ class BashRun(ProcessProtocol):
     def processExited(self, reason: Failure) -> None:
         """Bash has ended, so the run is over: read what is left in the pipes, kill what is left of it."""
         self._status = getattr(reason.value, "status", 0)
+        if self._reaping is not None:
+            self._reaping.cancel()
         # Whatever the client's pace: with its writers gone, what a pipe holds is little and has an end.
         self.transport.resumeProducing()
         sweep = Deferred.fromCoroutine(self._sweep())
@@ -184,6 +190,11 @@ class BashRun(ProcessProtocol):
         if self._patience is not None and self._patience.active():
             self._patience.cancel()
         self._conclude()
+
+    def _reap(self) -> None:
+        # Orphans fall to us. Dead ones would count as the script's processes until its end, and be its last.
+        tree.reap_dead_until(self._bystanders | {self.transport.pid})
+        self._reaping = self._clock.callLater(self._REAP_PERIOD, self._reap)
 
     async def _sweep(self) -> None:
         """Kill and reap until nothing is left that descends from us and was not there before the run."""
