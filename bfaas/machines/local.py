@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -72,6 +71,7 @@ def sandbox_for(home: str) -> tuple[str, ...]:
         "--ro-bind", "/proc/sys", "/proc/sys",
         "--dev", "/dev",
         "--bind", home, _HOME,
+        "--remount-ro", "/",
         "--setenv", "HOME", _HOME,
         "--chdir", _HOME,
         "--",
@@ -284,17 +284,18 @@ def _free_port() -> int:
 
 def _wipe(directory: Path) -> None:
     """Remove a directory, also if a script took its own right to do so; links are not followed."""
-    with suppress(FileNotFoundError):  # a script may have done it
+    try:
         directory.chmod(0o700)
         for place, names, _ in os.walk(directory):
             for below in (Path(place, name) for name in names):
                 if not below.is_symlink():
                     below.chmod(0o700)
-        try:
-            shutil.rmtree(directory)
-        except RecursionError:
-            # Python 3.11 goes down by recursion; rm does not, however deep a script has dug.
-            subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
+        shutil.rmtree(directory)
+    except (RecursionError, OSError):
+        # Python goes down by recursion, and by paths that can be too long; these do not, however deep a
+        # script has dug.
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(directory)], check=False, capture_output=True)
+        subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
 
 
 def _when(event: Deferred[None]) -> Deferred[None]:
