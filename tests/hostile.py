@@ -92,7 +92,7 @@ AS_ANOTHER_USER = (
     Hostile("reads_what_is_roots_alone", "cat ~/secret ~/api; exit 3", code=3),
     Hostile(
         "talks_to_a_socket_that_is_roots_alone",
-        "python3 -c 'import os, socket; socket.socket(1).connect(os.environ[\"HOME\"] + \"/api\"); print(1)'; :",
+        "cd; python3 -c 'import socket; socket.socket(1).connect(\"api\"); print(1)'; :",
         needs="python3",
     ),
     Hostile("gains_privileges_by_a_setuid_program", "~/setuid -u; ~/setuid -ru", out="UID\nUID\n"),
@@ -131,7 +131,7 @@ AS_ANOTHER_USER = (
         """
         for i in {1..50}; do
             exec 3<>/dev/tcp/127.0.0.1/PORT
-            printf 'POST /run HTTP/1.1\\r\\nHost: x\\r\\nAuthorization: 00\\r\\nContent-Length: 1\\r\\n\\r\\n:' >&3
+            printf 'POST /run HTTP/1.1\\r\\nHost: x\\r\\nContent-Length: 1\\r\\n\\r\\n:' >&3
             read -r version status line <&3; echo $status
         done | uniq
         """,
@@ -173,7 +173,7 @@ AS_ANOTHER_USER = (
         code=3,
     ),
     Hostile("removes_its_home", "rm -rf ~; cd /; exit 3", code=3),
-    Hostile("hides_its_name", "exec -a ') R 1 1' bash -c 'echo -n \") R 1 1\" >/proc/$$/comm; exit 3'", code=3),
+    Hostile("hides_its_name", "echo -n ') R 1 1' >/proc/$$/comm; sleep 1000 & exit 3", code=3),
 )  # fmt: skip
 
 # What is tried in bubblewrap, on a machine of this host.

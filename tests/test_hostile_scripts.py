@@ -122,17 +122,6 @@ class AsAnotherUserTests(HostileTestCase):
         await self.face(case, worker, uid)
 
 
-def _as_test(case: Hostile, number: int) -> Callable[[Any], Any]:
-    async def test(self: Any) -> None:
-        await self.run_case(case, number)
-
-    return test
-
-
-for _number, _case in enumerate(AS_ANOTHER_USER):
-    setattr(AsAnotherUserTests, f"test_a_script_that_{_case.name}", _as_test(_case, _number))
-
-
 @needs_root
 class WantTests(HostileTestCase):
     """A worker whose machine has too little of something."""
@@ -253,21 +242,21 @@ class MachineTestCase(HostileTestCase):
         await machines.wait(machine, State.STOPPED, LIMIT)
         self.assertEqual([], self.left())
 
-    async def face_all(
-        self, machines: LocalMachines, cases: tuple[Hostile, ...], env: dict[str, str]
-    ) -> None:
-        for case in cases:
-            config = MachineConfig("i", {"PUBLIC": KEYS.public, "MAXREQTIME": time_of(case)} | env)
-            machine, lease = await machines.create(case.name, "ams", config, 600)
-            check(self, case, await self.ask(machine, case.script), os.geteuid())
-            await self.serve_again(machines, machine, lease.nonce)
+    async def face_on(self, machines: LocalMachines, case: Hostile, **env: str) -> None:
+        """Have a machine run a hostile script, and then an honest one."""
+        common = {"PUBLIC": KEYS.public, "MAXREQTIME": time_of(case), "SECRET": SECRET}
+        machine, lease = await machines.create(case.name, "ams", MachineConfig("i", common | env), 600)
+        check(self, case, await self.ask(machine, case.script), os.geteuid())
+        await self.serve_again(machines, machine, lease.nonce)
 
 
 class SandboxTests(MachineTestCase):
-    async def test_what_is_tried_in_bubblewrap(self) -> None:
+    def setUp(self) -> None:
         if not find_sandbox():
             self.skipTest("bubblewrap does not work here")
-        await self.face_all(self.machines(sandboxed=True), IN_A_SANDBOX, {"SECRET": SECRET})
+
+    async def run_case(self, case: Hostile, _: int) -> None:
+        await self.face_on(self.machines(sandboxed=True), case)
 
 
 @needs_root
@@ -276,9 +265,10 @@ class HostTests(MachineTestCase):
 
     honest = "echo fine"
 
-    async def test_what_is_tried_without_a_sandbox(self) -> None:
-        env = {"SECRET": SECRET, "RUN_AS": str(_UID), "HOME": str(make_home(self, _UID))}
-        await self.face_all(self.machines(sandboxed=False), ON_THE_HOST, env)
+    async def run_case(self, case: Hostile, number: int) -> None:
+        uid = _UID + number
+        home = str(make_home(self, uid))
+        await self.face_on(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
 
     async def test_a_script_that_kills_its_worker_is_killed_itself(self) -> None:
         machines = self.machines(sandboxed=False, command=(*LIMITS, *become(_UID), *WORKER))
@@ -288,3 +278,17 @@ class HostTests(MachineTestCase):
             await self.ask(machine, "setsid sleep 1000 & sleep 0.3; kill -9 $PPID; sleep 1000")
         await machines.wait(machine, State.STOPPED, LIMIT)
         self.assertEqual([], self.left())
+
+
+def _as_test(case: Hostile, number: int) -> Callable[[Any], Any]:
+    async def test(self: Any) -> None:
+        await self.run_case(case, number)
+
+    return test
+
+
+for _tests, _cases in (
+    (AsAnotherUserTests, AS_ANOTHER_USER), (SandboxTests, IN_A_SANDBOX), (HostTests, ON_THE_HOST)
+):  # fmt: skip
+    for _number, _case in enumerate(_cases):
+        setattr(_tests, f"test_a_script_that_{_case.name}", _as_test(_case, _number))
