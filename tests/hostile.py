@@ -187,6 +187,7 @@ IN_A_SANDBOX = (
         out="/proc/1 /proc/2\n",
         code=3,
     ),
+    Hostile("reads_what_is_roots_alone", "head -c 1 /etc/shadow 2>/dev/null || exit 3", code=3),
     Hostile(
         "writes_the_system",
         "for place in / /usr /etc /lib /proc ~; do touch $place/x 2>/dev/null && echo $place; done; :",

@@ -280,15 +280,17 @@ class HostTests(MachineTestCase):
         self.assertEqual([], self.left())
 
 
-def _as_test(case: Hostile, number: int) -> Callable[[Any], Any]:
-    async def test(self: Any) -> None:
-        await self.run_case(case, number)
+def _add_tests(tests: type[TestCase], cases: tuple[Hostile, ...]) -> None:
+    def make(case: Hostile, number: int) -> Callable[[Any], Any]:
+        async def test(self: Any) -> None:
+            await self.run_case(case, number)
 
-    return test
+        return test
+
+    for number, case in enumerate(cases):
+        setattr(tests, f"test_a_script_that_{case.name}", make(case, number))
 
 
-for _tests, _cases in (
-    (AsAnotherUserTests, AS_ANOTHER_USER), (SandboxTests, IN_A_SANDBOX), (HostTests, ON_THE_HOST)
-):  # fmt: skip
-    for _number, _case in enumerate(_cases):
-        setattr(_tests, f"test_a_script_that_{_case.name}", _as_test(_case, _number))
+_add_tests(AsAnotherUserTests, AS_ANOTHER_USER)
+_add_tests(SandboxTests, IN_A_SANDBOX)
+_add_tests(HostTests, ON_THE_HOST)
