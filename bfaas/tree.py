@@ -68,8 +68,8 @@ def kill_below(pid: int, spared: Container[int] = ()) -> int:
     """
     Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
 
-    A process that was forked in the midst may be left, so call it until it answers 0, with pauses in which
-    the killed can die. Below a subreaper nothing gets away.
+    What they forked while they were looked for may be left, so call it until it answers 0, with pauses in
+    which the killed can die. Below a subreaper nothing gets away.
     """
     found = _stop_all(lambda: descendants(pid, spared))
     _signal(found, signal.SIGKILL)
@@ -214,7 +214,7 @@ def _look(pid: int) -> Process | None:
     try:
         with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123 - twice the speed of Path.read_bytes
             stat = file.read()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last where others' are hidden
         return None
     # The name before it is in brackets, and may contain brackets and spaces.
     fields = stat[stat.rindex(b")") + 2 :].split()

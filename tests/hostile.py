@@ -95,6 +95,7 @@ AS_ANOTHER_USER = (
         "cd; python3 -c 'import socket; socket.socket(1).connect(\"api\"); print(1)'; :",
         needs="python3",
     ),
+    Hostile("belongs_to_a_group_of_its_worker", "id -G", out="UID\n"),
     Hostile("gains_privileges_by_a_setuid_program", "~/setuid -u; ~/setuid -ru", out="UID\nUID\n"),
     Hostile(
         "raises_its_limits",

@@ -253,6 +253,7 @@ class BashRunTests(TestCase):
     @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
     async def test_a_script_of_another_user_has_no_groups_no_way_back_and_few_processes(self) -> None:
         script = "id -u; id -G; ulimit -u; grep -E 'Cap(Prm|Eff|Amb)|NoNewPrivs' /proc/self/status"
+        script += "\n" + "#" * 200_000  # too long for an argument
         exit_, out, err = await self.run_script(script, user=User(1_947_000, 1_947_001))
         none = ["CapPrm:", "0" * 16, "CapEff:", "0" * 16, "CapAmb:", "0" * 16, "NoNewPrivs:", "1"]
         self.assertEqual((0, b""), (exit_.code, err))
@@ -268,7 +269,7 @@ class BashRunTests(TestCase):
 
     @needs_bwrap
     async def test_the_processes_in_a_sandbox_are_counted_alone(self) -> None:
-        _, out, _ = await self.run_script("ulimit -u", sandbox=BWRAP)
+        _, out, _ = await self.run_script("ulimit -u\n" + "#" * 200_000, sandbox=BWRAP)
         self.assertEqual(b"512\n", out)
 
     async def test_a_script_with_a_nul_is_refused(self) -> None:

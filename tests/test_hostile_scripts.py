@@ -112,7 +112,7 @@ class AsAnotherUserTests(HostileTestCase):
         uid = _UID + number
         worker = await Worker.start(
             self,
-            leaders=LIMITS,
+            leaders=(*LIMITS, "setpriv", "--groups=0,4", "--"),
             RUN_AS=str(uid),
             HOME=str(make_home(self, uid)),
             MAXREQTIME=time_of(case),

@@ -138,7 +138,11 @@ class _Body(ProcessProtocol):
 
 
 class LocalBodies:
-    """Gives machines bodies that are processes, `command` with an endpoint to listen on."""
+    """
+    Gives machines bodies that are processes, `command` with an endpoint to listen on.
+
+    Takes every other child of this process that appears later for what a worker has left, and kills it.
+    """
 
     _SWEEP_LIMIT = 2.0
 
