@@ -8,19 +8,28 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
+from random import SystemRandom
 from typing import TYPE_CHECKING, Any
 from unittest import SkipTest, skipUnless
 from urllib.parse import urlsplit
 
+from twisted.application.strports import service as listening
 from twisted.internet.defer import Deferred
 from twisted.internet.task import LoopingCall
 from twisted.trial.unittest import TestCase
 from twisted.web.client import ResponseFailed
 
 from bfaas import tree
+from bfaas.coord import Coordinator, CoordService, pool_settings
 from bfaas.machines.api import MachineConfig, State
 from bfaas.machines.local import WORKER, LocalMachines, find_sandbox
+from bfaas.pool import Pool
+from bfaas.proxy import Proxy
+from bfaas.settings import CoordSettings
+from bfaas.site import BoundedSite
 from tests.hostile import AS_ANOTHER_USER, IN_A_SANDBOX, ON_THE_HOST, SECRET, SNOOPING, Hostile
 from tests.workers import KEYS, LIMIT, Whole, Worker, reactor, ticket, until, watch_for_leftovers
 
@@ -40,9 +49,13 @@ LINES = 10
 needs_root = skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
 
 
-def become(uid: int) -> tuple[str, ...]:
-    """Make the words that start a command as another user."""
-    return ("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--")
+def leaders_for_all(uid: int) -> tuple[str, ...]:
+    """Make the words that start even the worker as another user; skip the test where that cannot be."""
+    leaders = (*LIMITS, "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--")
+    tried = subprocess.run([*leaders, sys.executable, "-c", "import bfaas.basher"], check=False)
+    if tried.returncode != 0:
+        raise SkipTest("another user cannot run this Python")
+    return leaders
 
 
 def make_home(test: TestCase, uid: int) -> Path:
@@ -181,10 +194,7 @@ class AsTheSameUserTests(HostileTestCase):
     """A worker without RUN_AS that is not root."""
 
     def setUp(self) -> None:
-        self.leaders = (*LIMITS, *become(_UID))
-        tried = subprocess.run([*self.leaders, sys.executable, "-c", "import bfaas.basher"], check=False)
-        if tried.returncode != 0:
-            self.skipTest("another user cannot run this Python")
+        self.leaders = leaders_for_all(_UID)
 
     async def start(self, run_as: str = "") -> Worker:
         home = str(make_home(self, _UID))
@@ -271,13 +281,54 @@ class HostTests(MachineTestCase):
         await self.face_on(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
 
     async def test_a_script_that_kills_its_worker_is_killed_itself(self) -> None:
-        machines = self.machines(sandboxed=False, command=(*LIMITS, *become(_UID), *WORKER))
+        machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *WORKER))
         env = {"PUBLIC": KEYS.public, "RUN_AS": "", "HOME": str(make_home(self, _UID))}
         machine, _ = await machines.create("m", "ams", MachineConfig("i", env), 600)
         with self.assertRaises(ResponseFailed):
             await self.ask(machine, "setsid sleep 1000 & sleep 0.3; kill -9 $PPID; sleep 1000")
         await machines.wait(machine, State.STOPPED, LIMIT)
         self.assertEqual([], self.left())
+
+
+@needs_root
+class CoordinatorTests(HostileTestCase):
+    async def test_the_client_of_a_script_that_kills_its_worker_is_told_and_the_next_is_served(self) -> None:
+        leaders = leaders_for_all(_UID)
+        left = watch_for_leftovers(self)
+        machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *WORKER))
+        coordinator = Worker(free_port())
+        service = compose(machines, coordinator.port, {"RUN_AS": "", "HOME": str(make_home(self, _UID))})
+        service.startService()
+        try:
+            for kill in ("kill -9 -1", "kill -9 $PPID"):
+                script = f"echo up; sleep 0.3; {kill}; sleep 1000"
+                lost = await coordinator.fetch("POST", "/run", script.encode())
+                self.assertEqual("up\n", lost.text("stdout"))
+                self.assertEqual((125, "worker-lost"), (lost.exit["code"], lost.exit["reason"]))
+                answer = await coordinator.fetch("POST", "/run", b"echo fine")
+                self.assertEqual("fine\n", answer.text("stdout"))
+        finally:
+            await service.stopService()
+        self.assertEqual([], left())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordService:
+    """Make a coordinator as its own composition does, but with more in its workers' environment."""
+    settings = CoordSettings.from_environment({"WORKER_APP": "mock", "MAXREQTIME": "20s", "POOLSIZE": "1"})
+    proxy = Proxy(reactor, None, settings.max_output)
+    usual = pool_settings(settings)
+    wanted = replace(usual, config=replace(usual.config, env={**usual.config.env, **env}))
+    pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), wanted)
+    coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
+    site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
+    listener = listening(f"tcp:{port}:interface=127.0.0.1", site, reactor)
+    return CoordService(coordinator, site, listener, pool, machines.shutdown)
 
 
 def _add_tests(tests: type[TestCase], cases: tuple[Hostile, ...]) -> None:
