@@ -12,7 +12,6 @@ import os
 import resource
 import signal
 from contextlib import ExitStack, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
@@ -22,7 +21,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from bfaas import tree
-from bfaas.deadline import sleep
+from bfaas.confine import command_prefix, in_bubblewrap
 from bfaas.wire import Exit, Reason, Stream
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IDelayedCall, IReactorProcess, IReactorTime
     from twisted.python.failure import Failure
+
+    from bfaas.confine import User
 
     class BashReactor(IReactorProcess, IReactorTime):
         """What a run needs of the reactor."""
@@ -70,6 +71,7 @@ class BashRun(ProcessProtocol):
     _log = Logger()
     _SWEEP_LIMIT = 2.0
     _DRAIN_LIMIT = 1.0
+    _REAP_PERIOD = 0.1
 
     def __init__(
         self, clock: IReactorTime, on_output: Callable[[Stream, bytes], None], max_output: int
@@ -83,6 +85,7 @@ class BashRun(ProcessProtocol):
         self._swept = False
         self._pipes_closed = False
         self._patience: IDelayedCall | None = None
+        self._reaping: IDelayedCall | None = None
         self._exit: Exit | None = None
         self._waiters: list[Deferred[Exit]] = []
         self._signals_are_codes = False
@@ -91,15 +94,20 @@ class BashRun(ProcessProtocol):
         self._usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     def start(
-        self, reactor: BashReactor, script: bytes, environment: Mapping[str, str], sandbox: Sequence[str]
+        self,
+        reactor: BashReactor,
+        script: bytes,
+        environment: Mapping[str, str],
+        sandbox: Sequence[str] = (),
+        user: User | None = None,
     ) -> None:
         """
-        Start bash, in a session of its own, behind the sandbox's command prefix.
+        Start bash, in a session of its own, behind the sandbox's command prefix, as a user or as ourselves.
 
         Raises `OSError` when it cannot be started, `ValueError` for a script with a NUL in it.
         """
         # bwrap tells the death of what it runs as 128+n, and no other way.
-        self._signals_are_codes = any(Path(word).name == "bwrap" for word in sandbox)
+        self._signals_are_codes = in_bubblewrap(sandbox)
         with ExitStack() as files:
             null = os.open(os.devnull, os.O_RDONLY)
             files.callback(os.close, null)
@@ -112,10 +120,12 @@ class BashRun(ProcessProtocol):
             reactor.spawnProcess(
                 self,
                 "setsid",
-                ["setsid", *sandbox, "/bin/bash", "-c", "--", command],
+                [*command_prefix(user, sandbox), "/bin/bash", "-c", "--", command],
                 env=environment,
                 childFDs=descriptors,
             )
+        if self._status is None:  # it may have ended already
+            self._reap()
 
     def when_ended(self) -> Deferred[Exit]:
         """Wait for the end of the run: nothing of it is left then, and all its output has been given."""
@@ -166,6 +176,8 @@ class BashRun(ProcessProtocol):
     def processExited(self, reason: Failure) -> None:
         """Bash has ended, so the run is over: read what is left in the pipes, kill what is left of it."""
         self._status = getattr(reason.value, "status", 0)
+        if self._reaping is not None:
+            self._reaping.cancel()
         # Whatever the client's pace: with its writers gone, what a pipe holds is little and has an end.
         self.transport.resumeProducing()
         sweep = Deferred.fromCoroutine(self._sweep())
@@ -179,16 +191,16 @@ class BashRun(ProcessProtocol):
             self._patience.cancel()
         self._conclude()
 
+    def _reap(self) -> None:
+        # Orphans fall to us. Dead ones would count as the script's processes until its end, and be its last.
+        tree.reap_dead_until(self._bystanders | {self.transport.pid})
+        self._reaping = self._clock.callLater(self._REAP_PERIOD, self._reap)
+
     async def _sweep(self) -> None:
         """Kill and reap until nothing is left that descends from us and was not there before the run."""
-        pause, limit = 0.001, self._clock.seconds() + self._SWEEP_LIMIT
-        while left := tree.kill_below(os.getpid(), self._bystanders):
-            if self._clock.seconds() > limit:
-                self._log.error("{count} processes of a script survive SIGKILL", count=left)
-                break
-            await sleep(self._clock, pause)
-            pause = min(2 * pause, 0.05)
-            tree.reap_orphans(self._bystanders)
+        left = await tree.end_below_us(self._clock, lambda: self._bystanders, self._SWEEP_LIMIT)
+        if left:
+            self._log.error("{count} processes of a script survive SIGKILL", count=left)
 
     def _note_swept(self) -> None:
         self._swept = True

@@ -45,6 +45,7 @@ class Basher:
     app = Klein()
     answer_errors_in_text(app)
     _log = Logger()
+    _REFUSALS_TOLD = 3
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class Basher:
         self._settings = settings
         self._wall = wall
         self._finished = finished
+        self._refused = 0
         self._used = False
         self._run: BashRun | None = None
 
@@ -74,7 +76,7 @@ class Basher:
             ticket = request.getHeader(wire.AUTHORIZATION) or ""
             settings.verifier.verify(ticket, settings.machine_id, self._wall())
         except AuthError as error:
-            self._log.warn("refused a request: {reason}", reason=str(error))
+            self._tell_refusal(str(error))
             raise RefusalError(401, "unauthorized") from None
         if self._used:
             raise RefusalError(409, "this worker has had its run")
@@ -86,7 +88,7 @@ class Basher:
         environment = script_environment(settings.home, settings.machine_id, settings.region)
         try:
             self._used = True
-            run.start(self._reactor, script, environment, settings.sandbox)
+            run.start(self._reactor, script, environment, settings.sandbox, settings.run_as)
             self._run = run
             answer.begin(run, {wire.WORKER: settings.machine_id})
             answer.end(await self._within_time(run))
@@ -96,6 +98,13 @@ class Basher:
         finally:
             answer.close()
             self._finished()
+
+    def _tell_refusal(self, reason: str) -> None:
+        """Log the first few: a script can ask its own worker as often as it likes."""
+        self._refused += 1
+        if self._refused <= self._REFUSALS_TOLD:
+            last = " (others will not be told)" if self._refused == self._REFUSALS_TOLD else ""
+            self._log.warn("refused a request: {reason}{last}", reason=reason, last=last)
 
     async def _within_time(self, run: BashRun) -> wire.Exit:
         """Wait for the run's end; kill it at the deadline, and at once when nobody waits any more."""
@@ -134,6 +143,7 @@ class Worker(MultiService):
         """Begin to listen."""
         os.chdir(self._settings.home)
         tree.become_subreaper()
+        tree.become_opaque()
         super().startService()
 
     def stopService(self) -> Deferred[None]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from bfaas.auth import Signer, Verifier, genkey
+from bfaas.confine import User
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -171,7 +172,7 @@ class BasherSettings:
     What a worker is told. Spans of time are in seconds, sizes in bytes.
 
     `max_req_time` is None where the worker has no limit of its own. `sandbox` are the first words of every
-    command that runs a script.
+    command that runs a script. `run_as` is None where scripts run as the worker's own user.
     """
 
     verifier: Verifier
@@ -181,6 +182,7 @@ class BasherSettings:
     max_body: int
     max_output: int
     sandbox: tuple[str, ...]
+    run_as: User | None
     home: str
 
     @classmethod
@@ -197,6 +199,7 @@ class BasherSettings:
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
                 sandbox=read.optional("SANDBOX", _words, ()),
+                run_as=read.optional("RUN_AS", User.parse, None),
                 home=read.optional("HOME", str, "/"),
             )
 

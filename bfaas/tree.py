@@ -13,9 +13,14 @@ import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from bfaas.deadline import sleep
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
+    from twisted.internet.interfaces import IReactorTime
+
+_PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
 _ROUNDS = 20
 
@@ -62,12 +67,28 @@ def kill_below(pid: int, spared: Container[int] = ()) -> int:
     """
     Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
 
-    A process that was forked in the midst may be left, so call it until it answers 0, with pauses in which
-    the killed can die. Below a subreaper nothing gets away.
+    What they forked while they were looked for may be left, so call it until it answers 0, with pauses in
+    which the killed can die. Below a subreaper nothing gets away.
     """
     found = _stop_all(lambda: descendants(pid, spared))
     _signal(found, signal.SIGKILL)
     return sum(not process.dead or process.parent == os.getpid() for process in found)
+
+
+async def end_below_us(clock: IReactorTime, spared: Callable[[], Container[int]], limit: float) -> int:
+    """
+    Kill and reap until nothing is left below us but what `spared` tells, and what is below that.
+
+    Gives up after `limit` seconds. Tells how many are left. We must be a subreaper.
+    """
+    pause, end = 0.001, clock.seconds() + limit
+    while left := kill_below(os.getpid(), spared()):
+        if clock.seconds() > end:
+            break
+        await sleep(clock, pause)
+        pause = min(2 * pause, 0.05)
+        reap_orphans(spared())
+    return left
 
 
 def kill_tree(pid: int) -> list[Process]:
@@ -95,11 +116,16 @@ def with_root(pid: int) -> list[Process]:
 
 def become_subreaper() -> bool:
     """Let orphans among our descendants become our children, where the system can do that."""
-    if sys.platform != "linux":
-        return False
-    import ctypes  # noqa: PLC0415 - only a worker pays for it
+    return _control(_PR_SET_CHILD_SUBREAPER, 1)
 
-    return bool(ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0)
+
+def become_opaque() -> bool:
+    """
+    Close our memory, environment and descriptors to other processes of our user, where the system can.
+
+    Linux then also lets none of them trace us. It still lets them signal us, and root do anything.
+    """
+    return _control(_PR_SET_DUMPABLE, 0)
 
 
 def reap_orphans(known: Container[int]) -> int:
@@ -110,6 +136,35 @@ def reap_orphans(known: Container[int]) -> int:
             with suppress(ChildProcessError):
                 reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
     return reaped
+
+
+def _control(option: int, value: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    import ctypes  # noqa: PLC0415 - only who runs scripts pays for it
+
+    return bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)
+
+
+def _last_pid() -> bytes:
+    """Tell the pid that was given out last, in our pid namespace."""
+    try:
+        return Path("/proc/loadavg").read_bytes().rpartition(b" ")[2]
+    except FileNotFoundError:
+        return b""
+
+
+def reap_dead_until(known: Container[int]) -> None:
+    """
+    Reap our dead children in the order in which the system tells them, up to one that is known.
+
+    That takes no look at all processes, so it can be done often.
+    """
+    with suppress(ChildProcessError):
+        while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if dead.si_pid in known:
+                return
+            os.waitpid(dead.si_pid, os.WNOHANG)
 
 
 def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
@@ -126,22 +181,39 @@ def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
     return found
 
 
-def _all() -> list[Process]:
+def _all() -> Iterable[Process]:
+    """
+    Tell all processes; whatever lives is among them.
+
+    To read them takes time, in which those that end as soon as they have forked can all be missed. So look
+    for new ones, which takes far less, until no pid was given out meanwhile: then nothing was forked.
+    """
+    found: dict[int, Process] = {}
+    for _ in range(_ROUNDS):
+        last = _last_pid()
+        for pid in _pids():
+            known = found.get(pid)
+            # One whose parent was not met may have got another.
+            if (known is None or known.parent not in found) and (process := _look(pid)):
+                found[pid] = process
+        if last == _last_pid():
+            break
+    return found.values()
+
+
+def _pids() -> list[int]:
     try:
         names = os.listdir("/proc")  # noqa: PTH208 - ten times the speed of Path.iterdir
     except FileNotFoundError:
         return []
-    return [process for name in names if name.isdigit() and (process := _look(int(name)))]
+    return [int(name) for name in names if name.isdigit()]
 
 
 def _look(pid: int) -> Process | None:
     try:
-        file = os.open(f"/proc/{pid}/stat", os.O_RDONLY)
-        try:
-            stat = os.read(file, 4096)
-        finally:
-            os.close(file)
-    except (FileNotFoundError, ProcessLookupError):
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123 - twice the speed of Path.read_bytes
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last where others' are hidden
         return None
     # The name before it is in brackets, and may contain brackets and spaces.
     fields = stat[stat.rindex(b")") + 2 :].split()

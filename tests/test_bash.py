@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import subprocess
 from typing import TYPE_CHECKING
-from unittest import skipIf
+from unittest import skipIf, skipUnless
 
 from twisted.trial.unittest import TestCase
 
 from bfaas.bash import BashRun, script_environment
+from bfaas.confine import User
 from bfaas.wire import Exit, Reason, Stream
 from tests.workers import LIMIT, reactor, until, watch_for_leftovers
 
@@ -50,17 +53,27 @@ class BashRunTests(TestCase):
         self.left = watch_for_leftovers(self)
 
     def start(
-        self, script: str, *, max_output: int = PLENTY, sandbox: tuple[str, ...] = ()
+        self,
+        script: str,
+        *,
+        max_output: int = PLENTY,
+        sandbox: tuple[str, ...] = (),
+        user: User | None = None,
     ) -> tuple[BashRun, Output]:
         output = Output()
         run = BashRun(reactor, output, max_output)
-        run.start(reactor, script.encode(), script_environment("/", "machine", "ams"), sandbox)
+        run.start(reactor, script.encode(), script_environment("/", "machine", "ams"), sandbox, user)
         return run, output
 
     async def run_script(
-        self, script: str, *, max_output: int = PLENTY, sandbox: tuple[str, ...] = ()
+        self,
+        script: str,
+        *,
+        max_output: int = PLENTY,
+        sandbox: tuple[str, ...] = (),
+        user: User | None = None,
     ) -> tuple[Exit, bytes, bytes]:
-        run, output = self.start(script, max_output=max_output, sandbox=sandbox)
+        run, output = self.start(script, max_output=max_output, sandbox=sandbox, user=user)
         exit_ = await run.when_ended()
         return exit_, *output.both
 
@@ -228,6 +241,36 @@ class BashRunTests(TestCase):
     async def test_bubblewrap_leaves_nothing_when_bash_exits(self) -> None:
         script = "setsid sleep 1000 & ( ( sleep 1000 & ) & ); echo out"
         await self.assert_ends_with_nothing_left(script, b"out\n", BWRAP)
+
+    async def test_a_script_has_limits_but_shares_the_count_of_processes_with_us(self) -> None:
+        _, out, _ = await self.run_script(
+            "for limit in c n f u; do ulimit -$limit; done; cat /proc/self/oom_score_adj"
+        )
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        processes = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+        self.assertEqual(["0", "1024", "1048576", processes, "1000"], out.decode().split())
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_a_script_of_another_user_has_no_groups_no_way_back_and_few_processes(self) -> None:
+        script = "id -u; id -G; ulimit -u; grep -E 'Cap(Prm|Eff|Amb)|NoNewPrivs' /proc/self/status"
+        script += "\n" + "#" * 200_000  # too long for an argument
+        exit_, out, err = await self.run_script(script, user=User(1_947_000, 1_947_001))
+        none = ["CapPrm:", "0" * 16, "CapEff:", "0" * 16, "CapAmb:", "0" * 16, "NoNewPrivs:", "1"]
+        self.assertEqual((0, b""), (exit_.code, err))
+        self.assertEqual(["1947000", "1947001", "512", *none], out.decode().split())
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_kills_what_runs_as_another_user(self) -> None:
+        run, output = self.start("setsid sleep 1000 & echo up; sleep 1000", user=User(1_947_000, 1_947_000))
+        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        run.kill(Reason.TIMEOUT)
+        self.assertEqual(124, (await run.when_ended()).code)
+        self.assertEqual([], self.left())
+
+    @needs_bwrap
+    async def test_the_processes_in_a_sandbox_are_counted_alone(self) -> None:
+        _, out, _ = await self.run_script("ulimit -u\n" + "#" * 200_000, sandbox=BWRAP)
+        self.assertEqual(b"512\n", out)
 
     async def test_a_script_with_a_nul_is_refused(self) -> None:
         with self.assertRaises(ValueError):

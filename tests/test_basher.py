@@ -15,7 +15,7 @@ from twisted.trial.unittest import SynchronousTestCase, TestCase
 from twisted.web.server import Site
 
 from bfaas import tree
-from bfaas.auth import genkey
+from bfaas.auth import Signer, genkey
 from bfaas.basher import Basher
 from bfaas.settings import BasherSettings
 from tests.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
@@ -55,9 +55,10 @@ class PlayedRunTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.finished = 0
         self.reactor = PlayedReactor()
+        self.clock_error = 0.0
         settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
         played: Any = self.reactor
-        basher = Basher(played, settings, time.time, self.finish)
+        basher = Basher(played, settings, lambda: time.time() + self.clock_error, self.finish)
         self.site = Site(basher.app.resource(), reactor=self.reactor)
 
     def finish(self) -> None:
@@ -130,6 +131,14 @@ class PlayedRunTests(SynchronousTestCase):
         self.post()
         self.assertEqual('event: stdout\ndata: "a\ufffdb"\n\n'.encode(), self.say(b"a\xffb\xe2"))
         self.assertTrue(self.end().startswith('event: stdout\ndata: "\ufffd"\n\nevent: exit\n'.encode()))
+
+    def test_a_clock_that_is_set_back_or_forth_refuses_until_it_is_right(self) -> None:
+        for self.clock_error in (-3600.0, -10.0, 65.0, 3600.0):
+            self.assertIn(" 401 ", self.post())
+            self.assertEqual("unauthorized\n", self.rest)
+        self.clock_error = 0.0
+        self.assertIn(" 200 ", self.post())
+        self.end()
 
     def test_a_bash_that_cannot_be_started_is_an_error_and_the_end(self) -> None:
         self.reactor.error = OSError("no more processes")
@@ -224,6 +233,41 @@ class WorkerTests(TestCase):
         reader.leave()
         await self.assert_ends(worker)
 
+    async def test_a_ticket_is_taken_once_and_never_logged(self) -> None:
+        worker = await Worker.start(self)
+        good = ticket()
+        bad = [ticket("another-machine"), ticket(private=genkey().private), f"Bearer {good}", good[:-2]]
+        bad += [Signer(KEYS.private).sign(MACHINE, time.time() + late) for late in (-90, 90)]
+        for authorization in bad:
+            refused = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+        response = await worker.send("POST", "/run", b"sleep 1000", good)
+        replayed = await worker.fetch("POST", "/run", b"echo replayed", good)
+        self.assertEqual((200, 409), (response.code, replayed.code))
+        worker.send_signal("TERM")
+        await response.content()
+        await self.assert_ends(worker)
+        log = (worker.output + worker.errors).decode()
+        self.assertEqual(3, log.count("refused a request"))
+        for header in (good, *bad):
+            self.assertNotIn(header[8:72], log)
+
+    async def test_keys_are_changed_without_a_gap(self) -> None:
+        old, new = genkey(), genkey()
+        for public, taken, refused in (
+            (old.public, [old], [new]),
+            (f"{old.public},{new.public}", [old, new], []),
+            (new.public, [new], [old]),
+        ):
+            for pair in taken:
+                worker = await Worker.start(self, PUBLIC=public)
+                for other in refused:
+                    answer = await worker.fetch("POST", "/run", b":", ticket(private=other.private))
+                    self.assertEqual(401, answer.code)
+                answer = await worker.fetch("POST", "/run", b"exit 3", ticket(private=pair.private))
+                self.assertEqual(3, answer.exit["code"])
+                await self.assert_ends(worker)
+
     async def test_a_client_that_leaves_ends_the_run(self) -> None:
         worker = await Worker.start(self)
         reader = await self.begin(worker)
@@ -275,6 +319,12 @@ class WorkerTests(TestCase):
         self.assertEqual("x" * 100_000, answer.text("stdout"))
         exit_ = answer.exit
         self.assertEqual((4, True, 200_000), (exit_["code"], exit_["truncated"], exit_["dropped_bytes"]))
+        await self.assert_ends(worker)
+
+    async def test_raw_output_past_its_limit_is_dropped_without_a_word(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="100kB")
+        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4", "?raw=1")
+        self.assertEqual(b"x" * 100_000 + b"\nexit: 4\n", answer.body)
         await self.assert_ends(worker)
 
     async def test_a_client_that_does_not_read_holds_the_script_back(self) -> None:

@@ -146,6 +146,7 @@ class BodyTests(LoopbackTestCase):
                 "FLY_MACHINE_ID": machine.id,
                 "FLY_REGION": "ams",
                 "SANDBOX": "",
+                "RUN_AS": "65534" if os.geteuid() == 0 else "",
                 "PUBLIC": "key",
             },
             environment,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.auth import Signer, genkey
+from bfaas.confine import User
 from bfaas.settings import (
     ApiSettings,
     BasherSettings,
@@ -317,6 +320,7 @@ class BasherSettingsTests(SynchronousTestCase):
             max_body=1_048_576,
             max_output=67_108_864,
             sandbox=(),
+            run_as=None,
             home="/",
         )
         self.assertEqual(expected, found)
@@ -329,6 +333,7 @@ class BasherSettingsTests(SynchronousTestCase):
             "MAXOUTPUT": "2kB",
             "SANDBOX": "bwrap --ro-bind / / --chdir 'a b'",
             "HOME": "/home/bash",
+            "RUN_AS": str(os.geteuid()),
         }
         found = BasherSettings.from_environment(BASHER | tuning)
 
@@ -340,6 +345,7 @@ class BasherSettingsTests(SynchronousTestCase):
             max_body=1_000,
             max_output=2_000,
             sandbox=("bwrap", "--ro-bind", "/", "/", "--chdir", "a b"),
+            run_as=User(os.geteuid(), os.getegid()),
             home="/home/bash",
         )
         self.assertEqual(expected, found)
@@ -350,6 +356,16 @@ class BasherSettingsTests(SynchronousTestCase):
 
         for pair in (PAIR, other):
             found.verifier.verify(Signer(pair.private).sign("3d8d9d", 0), "3d8d9d", 0)
+
+    def test_scripts_run_as_a_user_that_is_there_or_a_number(self) -> None:
+        refused = {
+            name: str(
+                self.assertRaises(SettingsError, BasherSettings.from_environment, BASHER | {"RUN_AS": name})
+            )
+            for name in ("no-such-user", "-1", "0x1", "1000000000", "\u0663")
+        }
+        told = {name: f"RUN_AS: there is no user {name!a}" for name in refused}
+        self.assertEqual(told, refused)
 
     def test_all_problems_are_told_at_once(self) -> None:
         given = {"PUBLIC": PAIR.private, "MAXREQTIME": "0", "SANDBOX": "bwrap 'a"}

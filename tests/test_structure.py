@@ -15,6 +15,7 @@ ROOMS = [
     "bfaas.wire",
     "bfaas.reader",
     "bfaas.auth",
+    "bfaas.confine",
     "bfaas.settings",
     "bfaas.deadline",
     "bfaas.tree",

@@ -156,15 +156,21 @@ class Worker(ProcessProtocol):
         test: TestCase,
         *arguments: str,
         program: tuple[str, ...] = BASHER,
+        leaders: tuple[str, ...] = (),
         up: bool = True,
         **environment: str,
     ) -> Self:
-        """Start one, on a free port; wait until it listens unless it is not going to be `up`."""
+        """
+        Start one, on a free port, through its `leaders`, each of which becomes the next.
+
+        Waits until it listens, unless it is not going to be `up`.
+        """
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         worker = cls(port)
         watch_for_leftovers(test)
-        command = [sys.executable, *program, "--listen", f"tcp:{port}:interface=127.0.0.1", *arguments]
+        listen = f"tcp:{port}:interface=127.0.0.1"
+        command = [*leaders, sys.executable, *program, "--listen", listen, *arguments]
         usual = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(_ROOT),
@@ -173,7 +179,7 @@ class Worker(ProcessProtocol):
             "FLY_MACHINE_ID": MACHINE,
             "FLY_REGION": "ams",
         }
-        worker.pid = reactor.spawnProcess(worker, sys.executable, command, env=usual | environment).pid
+        worker.pid = reactor.spawnProcess(worker, command[0], command, env=usual | environment).pid
         test.addCleanup(worker._clean_up)
         if up:
             await until(lambda: worker.listens or worker.status is not None, "a worker listens")
@@ -191,6 +197,15 @@ class Worker(ProcessProtocol):
         """How much memory it has."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0])
+
+    @property
+    def peak_kb(self) -> int:
+        """How much memory it ever had; 0 once it has ended."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        return int((status.partition("VmHWM:")[2].split() or ["0"])[0])
 
     def below(self, name: str) -> int:
         """Tell how many processes of a name there are below it."""

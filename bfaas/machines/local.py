@@ -1,8 +1,8 @@
 """
 Machines as processes of this host: a body is a `basher` on a port of its own, with a home of its own.
 
-It is wiped at every stop, as the root file system of a Fly Machine is. Where bubblewrap works, scripts are
-confined by it; where not, they can do what the user who runs the coordinator can.
+It is wiped at every stop, as the root file system of a Fly Machine is. Scripts of a host that is root run as
+nobody. Where bubblewrap works, they are confined by it; where not, they can do what their user can.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -26,6 +25,7 @@ from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
 from bfaas import tree
+from bfaas.confine import User, command_prefix
 from bfaas.deadline import sleep
 from bfaas.machines.memory import MemoryMachines
 
@@ -45,6 +45,8 @@ WORKER = (sys.executable, "-m", "bfaas.basher")
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
 _PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - in the sandbox, each its own
 _HOME = "/home/worker"
+
+_NOBODY = User(65534, 65534)
 
 
 def sandbox_for(home: str) -> tuple[str, ...]:
@@ -68,22 +70,34 @@ def sandbox_for(home: str) -> tuple[str, ...]:
         "--cap-drop", "ALL",
         *bind,
         "--proc", "/proc",
+        "--ro-bind", "/proc/sys", "/proc/sys",
         "--dev", "/dev",
         "--bind", home, _HOME,
+        "--remount-ro", "/",
         "--setenv", "HOME", _HOME,
         "--chdir", _HOME,
         "--",
     )  # fmt: skip
 
 
+def script_user() -> User | None:
+    """
+    Choose whom scripts run as; None for ourselves.
+
+    Root without capabilities still is the user that owns the kernel's files, in a sandbox too.
+    """
+    return _NOBODY if os.geteuid() == 0 else None
+
+
 def find_sandbox() -> bool:
     """Tell whether bubblewrap is installed and works here; warn loudly where not. Blocks for a moment."""
     trouble = "bubblewrap is not installed"
+    user = script_user()
     if shutil.which("bwrap"):
-        with tempfile.TemporaryDirectory() as home:
-            tried = subprocess.run(
-                [*sandbox_for(home), "/bin/true"], capture_output=True, text=True, check=False, timeout=10
-            )
+        with tempfile.TemporaryDirectory() as directory:
+            home = _make_home(Path(directory), user)
+            command = [*command_prefix(user, sandbox_for(str(home))), "/bin/bash", "-c", "--", "/bin/true; :"]
+            tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
         if tried.returncode == 0:
             return True
         trouble = f"bubblewrap does not work: {tried.stderr.strip()}"
@@ -91,7 +105,7 @@ def find_sandbox() -> bool:
         "NO SANDBOX: {trouble}. Scripts run as the user {user}: they can read and change this user's files, "
         "reach the network, and see other processes. Let nobody but yourself send them.",
         trouble=trouble,
-        user=os.environ.get("USER") or os.getuid(),
+        user="nobody" if user else os.environ.get("USER") or os.getuid(),
     )
     return False
 
@@ -126,9 +140,18 @@ class _Body(ProcessProtocol):
 
 
 class LocalBodies:
-    """Gives machines bodies that are processes, `command` with an endpoint to listen on."""
+    """
+    Gives machines bodies that are processes, `command` with an endpoint to listen on.
+
+    Takes every other child of this process that appears later for what a worker has left, and kills it.
+    """
+
+    _SWEEP_LIMIT = 2.0
 
     def __init__(self, reactor: Any, *, sandboxed: bool, command: Sequence[str] = WORKER) -> None:
+        # What a worker leaves that dies before its script becomes ours, to be killed.
+        tree.become_subreaper()
+        self._bystanders = frozenset(tree.children(os.getpid()))
         self._reactor = reactor
         self._sandboxed = sandboxed
         self._command = command
@@ -144,8 +167,9 @@ class LocalBodies:
     async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start a worker; it may not listen yet."""
         directory = self._directory() / machine.id
-        home = directory / "home"
-        home.mkdir(mode=0o700, parents=True)
+        directory.mkdir()
+        user = script_user()
+        home = _make_home(directory, user)
         environment = {
             "PATH": os.environ.get("PATH", os.defpath),
             "LANG": "C.UTF-8",
@@ -153,6 +177,7 @@ class LocalBodies:
             "FLY_MACHINE_ID": machine.id,
             "FLY_REGION": machine.region,
             "SANDBOX": shlex.join(sandbox_for(str(home))) if self._sandboxed else "",
+            "RUN_AS": str(user.uid) if user else "",
             **config.env,
         }
         if "PYTHONPATH" in os.environ:
@@ -182,9 +207,16 @@ class LocalBodies:
             if pid is not None:
                 tree.kill_tree(pid)
         await _when(body.ended)
+        left = await tree.end_below_us(self._reactor, self._not_orphans, self._SWEEP_LIMIT)
+        if left:
+            _log.error("{count} processes of {machine} survive SIGKILL", count=left, machine=machine_id)
         if self._bodies.get(machine_id) is body:  # and not another kill was first, or this one cancelled
             del self._bodies[machine_id]
             await self._wipe_aside(body.home)
+
+    def _not_orphans(self) -> frozenset[int]:
+        pids = (body.transport.pid for body in self._bodies.values())
+        return self._bystanders.union(pid for pid in pids if pid is not None)
 
     async def freeze(self, machine_id: str) -> None:
         """Stop the processes, where they are."""
@@ -221,6 +253,7 @@ class LocalBodies:
     def _directory(self) -> Path:
         if self._state is None:
             self._state = Path(tempfile.mkdtemp(prefix="bfaas-"))
+            self._state.chmod(0o711)  # bubblewrap is started by the script's user
         return self._state
 
 
@@ -245,6 +278,16 @@ class LocalMachines(MemoryMachines):
         await self._processes.close()
 
 
+def _make_home(directory: Path, user: User | None) -> Path:
+    """Make a home for scripts in a directory of ours, which they may cross."""
+    directory.chmod(0o711)
+    home = directory / "home"
+    home.mkdir(mode=0o700)
+    if user is not None:
+        os.chown(home, *user)
+    return home
+
+
 def _leaders(*, sandboxed: bool) -> list[str]:
     """
     Choose what a worker is started through; each runs the next in its own place.
@@ -267,17 +310,18 @@ def _free_port() -> int:
 
 def _wipe(directory: Path) -> None:
     """Remove a directory, also if a script took its own right to do so; links are not followed."""
-    with suppress(FileNotFoundError):  # a script may have done it
+    try:
         directory.chmod(0o700)
         for place, names, _ in os.walk(directory):
             for below in (Path(place, name) for name in names):
                 if not below.is_symlink():
                     below.chmod(0o700)
-        try:
-            shutil.rmtree(directory)
-        except RecursionError:
-            # Python 3.11 goes down by recursion; rm does not, however deep a script has dug.
-            subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
+        shutil.rmtree(directory)
+    except (RecursionError, OSError):
+        # Python goes down by recursion, and by paths that can be too long; these do not, however deep a
+        # script has dug.
+        subprocess.run(["chmod", "-R", "u+rwx", "--", str(directory)], check=False, capture_output=True)
+        subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
 
 
 def _when(event: Deferred[None]) -> Deferred[None]:

@@ -185,7 +185,7 @@ class Client:
             return None, ""
         name, data = events.pop()
         exit_ = wire.Exit.from_json(data.encode()) if name == "exit" else None
-        return exit_, "".join(wire._read_json(data.encode()) for _, data in events)
+        return exit_, "".join(wire.read_json(data.encode()) for _, data in events)
 
     def _are_mine(self, lines: list[str]) -> bool:
         boots = set()
