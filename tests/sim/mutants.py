@@ -279,8 +279,8 @@ MUTANTS = [
     ),
     Mutant(
         "proxy",
-        "reader.exit or wire.Exit.because(wire.Reason.WORKER_LOST)",
-        "reader.exit or wire.Exit(0)",
+        "exit_ = exit_ or wire.Exit.because(reason)",
+        "exit_ = exit_ or wire.Exit(0)",
         "a success is invented",
     ),
     Mutant(

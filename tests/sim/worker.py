@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
-from twisted.internet.error import ConnectError, ConnectionLost
+from twisted.internet.error import ConnectError
 from twisted.python.failure import Failure
 from twisted.web._newclient import Response
-from twisted.web.client import ResponseDone, ResponseFailed
+from twisted.web.client import ResponseDone
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from bfaas import wire
+from bfaas.agent import CutShortError
 from bfaas.auth import AuthError, Verifier
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ class Run:
 
     def _misbehave(self, how: str) -> None:
         if how == "cuts":
-            self._end(Failure(ResponseFailed([Failure(ConnectionLost())])))
+            self._end(Failure(CutShortError("connection lost")))
         elif how == "stops-short":
             self._end(None)
         elif how == "dies":
@@ -257,9 +258,9 @@ class Run:
 
     def _fail(self) -> None:
         """Break off: the machine is gone."""
-        self._end(Failure(ResponseFailed([Failure(ConnectionLost())])))
+        self._end(Failure(CutShortError("connection lost")))
         if self._response is None:
-            error = Failure(ResponseFailed([Failure(ConnectionLost())]))
+            error = Failure(CutShortError("connection lost"))
             self._deliver(lambda: None if self.head.called else self.head.callback(error))
 
     def _deliver(self, call: Callable[[], Any]) -> None:
