@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+import hashlib
+import json
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -53,17 +56,30 @@ class PoolSettings:
         """What a machine's metadata says of it, under the key `pool_id`."""
         return f"{self.name}//{self.config.image}"
 
+    @cached_property
+    def labels(self) -> dict[str, str]:
+        """
+        What its metadata says of a machine of ours: whose it is, and of what make.
+
+        The make is a digest of all that it is made from: a machine of before a change of key, of limits or
+        of size is another's.
+        """
+        config = self.config
+        made_from = [config.image, sorted(config.env.items()), config.cpus, config.memory_mb]
+        make = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
+        return {"pool_id": self.pool_id, "make": make}
+
     def labelled(self) -> MachineConfig:
         """Make the config that machines are created with."""
-        return replace(self.config, metadata={**self.config.metadata, "pool_id": self.pool_id})
+        return replace(self.config, metadata={**self.config.metadata, **self.labels})
 
     def owns(self, machine: Machine) -> bool:
         """Tell whether a machine is this pool's: by its name, which cannot be changed."""
         return owner(machine.name) == self.name
 
     def recognizes(self, machine: Machine) -> bool:
-        """Tell whether its metadata is what we gave it: it is of this image, and nobody meddled with it."""
-        return machine.metadata.get("pool_id") == self.pool_id
+        """Tell whether its metadata is what we gave it: it is of our make, and nobody meddled with it."""
+        return all(machine.metadata.get(key) == value for key, value in self.labels.items())
 
 
 def lease_ttl(max_req_time: float) -> int:

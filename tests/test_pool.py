@@ -48,14 +48,14 @@ class World:
             await Deferred()
 
     def pool(
-        self, name: str = "p", size: int = 2, image: str = "i", *, start: bool = True
+        self, name: str = "p", size: int = 2, image: str = "i", *, start: bool = True, **env: str
     ) -> tuple[Pool, FaultyMachines]:
         api = FaultyMachines(self.machines)
         settings = PoolSettings(
             name=name,
             size=size,
             region="r",
-            config=MachineConfig(image),
+            config=MachineConfig(image, env),
             max_req_time=MAX_REQ_TIME,
             lease_ttl=lease_ttl(MAX_REQ_TIME),
         )
@@ -111,7 +111,7 @@ class AllocationTests(PoolCase):
         self.assertEqual(allocation.machine.id, machine.id)
         self.assertEqual(State.STARTED, machine.state)
         self.assertEqual("p", owner(machine.name))
-        self.assertEqual({"pool_id": "p//i"}, dict(machine.metadata))
+        self.assertEqual("p//i", machine.metadata["pool_id"])
 
     def test_a_released_machine_is_stopped_and_serves_again(self) -> None:
         first = self.allocated()
@@ -531,18 +531,21 @@ class CleaningTests(PoolCase):
 
         self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
 
-    def test_another_image_means_another_machine(self) -> None:
-        self.allocated().release()
-        self.world.advance(3)
-        self.close()
-        [old] = self.machines()
-        again, _ = self.world.pool(image="new")
-        self.world.advance(3)
+    def test_another_image_or_environment_means_another_machine(self) -> None:
+        for other in ({"image": "new"}, {"PUBLIC": "another key"}):
+            world = self.world = World()
+            before, _ = world.pool()
+            self.allocated(before).release()
+            world.advance(3)
+            self.close(before)
+            [old] = self.machines()
+            again, _ = world.pool(**other)  # type: ignore[arg-type]
+            world.advance(3)
 
-        allocation = self.allocated(again)
+            allocation = self.allocated(again)
 
-        self.assertNotEqual(old.id, allocation.machine.id)
-        self.assertEqual([allocation.machine.id], [machine.id for machine in self.machines()])
+            self.assertNotEqual(old.id, allocation.machine.id)
+            self.assertEqual([allocation.machine.id], [machine.id for machine in self.machines()])
 
     def test_a_smaller_pool_gives_up_what_is_too_much(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:

@@ -212,7 +212,7 @@ MUTANTS = [
     ),
     Mutant(
         "member",
-        'return machine.metadata.get("pool_id") == self.pool_id',
+        "return all(machine.metadata.get(key) == value for key, value in self.labels.items())",
         "return True",
         "metadata is not looked at",
     ),
