@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test soak simulate chaos overshoot lint format clean
+.PHONY: run fly test load soak proof chaos overshoot lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -38,12 +38,15 @@ test: $(VENV)/installed-test
 	$(BIN)/python -m pytest tests/e2e
 
 # The long form of the end-to-end tests.
-soak: $(VENV)/installed-test
+load: $(VENV)/installed-test
 	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
 
-# The simulation's long form: many episodes, the small world in every way, every line, every mutant.
-simulate: $(VENV)/installed-test
-	$(BIN)/python -m tests.sim.run $${SEEDS:-10000}
+# The simulation's long form: ten thousand episodes, or as many as SEEDS says.
+soak: $(VENV)/installed-test
+	$(BIN)/python -m tests.sim.run $(or $(SEEDS),10000)
+
+# What else the simulation can do: the small world in every way, every line of the pool, every mutant.
+proof: $(VENV)/installed-test
 	$(BIN)/python -m tests.sim.small 6
 	$(BIN)/python -m tests.sim.lines
 	$(BIN)/python -m tests.sim.mutants

@@ -1,5 +1,5 @@
 """
-The promises of `docs/promises.md`, in simulated worlds. `make simulate` is the long form.
+The promises of `docs/promises.md`, in simulated worlds. `make soak` and `make proof` are the long form.
 
 Episodes run in processes of their own: what waits for ever in a crashed coordinator would look like a
 fault of the test that happens to run when Python collects it.
