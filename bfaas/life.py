@@ -187,19 +187,17 @@ class Life:
         again: then that one is destroyed too. Raises `TakenOverError` when the machine is another's now;
         and `StuckError` when the pool is closing and it is not done within the limit.
         """
-        settled = (member.lost or -SETTLED) + SETTLED
-        unsettled = self._clock.seconds() < settled
         await self._destroy(member)
         for failures in count():
-            if self._closing or not unsettled:
+            if self._closing or member.lost is None:
                 break
-            await self._nap(max(settled - self._clock.seconds(), self.pause(failures)))
+            await self._nap(max(member.lost + SETTLED - self._clock.seconds(), self.pause(failures)))
             try:
                 found = await self._find(member)
-                unsettled = found is not None
-                if found is not None:
-                    member.known_machine, member.lease = found, None
-                    await self._destroy(member)
+                if found is None:
+                    break
+                member.known_machine, member.lease = found, None
+                await self._destroy(member)
             except (MachinesError, DeadlineExceededError) as error:
                 self._log.warn("is there another {name}? {error}", name=member.name, error=error)
 

@@ -212,6 +212,7 @@ class Ledger:
 
     def broken(self, promise: str) -> None:
         """Fail: raised here, it may end up as anybody's failure, so it is kept as well."""
+        self._world.note("BROKEN", promise)
         self._world.broken.append(promise)
 
 

@@ -145,8 +145,8 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "        unsettled = self._clock.seconds() < settled\n",
-        "        unsettled = False\n",
+        "            if self._closing or member.lost is None:\n",
+        "            if True:\n",
         "a creation that is done late is forgotten",
     ),
     Mutant(

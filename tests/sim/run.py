@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _BATCH = 32
+_OFTEN = 5000  # episodes after which it tells how far it is
 _MANY = 300  # episodes in which every fault strikes at least once
 
 
@@ -111,6 +112,8 @@ def main() -> int:
         lived.add(batch)
         for failure in batch.failures:
             print(failure, flush=True)
+        if lived.seeds // _OFTEN > (lived.seeds - batch.seeds) // _OFTEN:
+            print(f"... {lived.seeds} seeds, {len(lived.failures)} broken", flush=True)
     unmarked = sorted(set(FAULTS) - set(lived.marks))
     took = time.monotonic() - began
     endings = ", ".join(f"{name} {count}" for name, count in lived.endings.most_common())

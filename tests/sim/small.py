@@ -8,6 +8,7 @@ of seven outcomes, so that there are up to 117,649 paths.
 from __future__ import annotations
 
 import gc
+import itertools
 import multiprocessing
 import os
 import sys
@@ -65,7 +66,9 @@ class SmallWorld(World):
 def below(path: tuple[int, ...], depth: int) -> Iterator[str | None]:
     """Take every path that begins so; for each, tell the promise that it broke."""
     first = path
-    while True:
+    for number in itertools.count():
+        if number % 256 == 0:
+            gc.collect()  # worlds are full of cycles, and nothing else collects them here
         world = SmallWorld(path, depth)
         try:
             world.live()
@@ -82,7 +85,6 @@ def below(path: tuple[int, ...], depth: int) -> Iterator[str | None]:
 
 
 def _explore(job: tuple[tuple[int, ...], int]) -> tuple[int, list[str]]:
-    gc.collect()
     outcomes = list(below(*job))
     return len(outcomes), [outcome for outcome in outcomes if outcome]
 
