@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.protocols import portforward
-from twisted.web.client import ResponseFailed
+
+from bfaas.agent import CutShortError
 
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Answer
@@ -21,7 +22,7 @@ SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; e
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2", "sleep 0.8", ENDLESS)
 
 _NUMBER = re.compile(rb"# request (\d+);")
-CUT = (ConnectError, ConnectionClosed, ResponseFailed)
+CUT = (ConnectError, ConnectionClosed, CutShortError)
 
 
 class Ending(enum.Enum):
