@@ -39,7 +39,7 @@ test: $(VENV)/installed-test
 
 # The long form of the end-to-end tests.
 load: $(VENV)/installed-test
-	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 $(BIN)/python -m pytest tests/e2e
+	BFAAS_RUNS=500 BFAAS_MEGABYTES=200 BFAAS_CONNECTIONS=2000 $(BIN)/python -m pytest tests/e2e
 
 # The simulation's long form: ten thousand episodes, or as many as SEEDS says.
 soak: $(VENV)/installed-test

@@ -20,6 +20,7 @@ from twisted.python.usage import Options as UsageOptions
 
 from bfaas import wire
 from bfaas.answer import Answer
+from bfaas.browser import foreign_page
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.exchange import lasting_agent
 from bfaas.machines.api import MachineConfig
@@ -27,10 +28,10 @@ from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.member import PoolSettings, lease_ttl
 from bfaas.pool import Pool, PoolClosedError
-from bfaas.process import prepare, settings_or_exit
+from bfaas.process import prepare, room_for_connections, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError
 from bfaas.settings import CoordSettings
-from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
+from bfaas.site import MAX_CONNECTIONS, BoundedSite, RefusalError, answer_errors_in_text, body
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -233,7 +234,12 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     proxy = Proxy(reactor, worker_url, settings.max_output)
     pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_settings(settings))
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
-    site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
+    most = min(MAX_CONNECTIONS, room_for_connections())
+    site = BoundedSite(
+        reactor, coordinator.app.resource(), settings.max_body, max_connections=most,
+        # On Fly all connections come from its proxy; on a laptop some come from pages in a browser.
+        max_per_address=most if fly else most // 2, guard=None if fly else foreign_page,
+    )  # fmt: skip
     listener = listening(options["listen"] or endpoint, site, reactor)
     return CoordService(coordinator, site, listener, pool, shut_down)
 

@@ -7,6 +7,7 @@ Only composition roots (`makeService`) call this.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 
 S = TypeVar("S")
 
+_MAX_FILES = 1 << 14
+"""Open files that are enough; where Linux allows a thousand million, some programs go through them all."""
+
+_OTHER_FILES = 128
+
 
 def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
     """Read the environment; where it is wrong, say so in one line a variable, and exit with 1."""
@@ -41,13 +47,15 @@ def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
 
 def prepare(reactor: Any) -> None:
     """
-    Make the reactor's time steady, and SIGTERM and SIGINT an ordinary end.
+    Make the reactor's time steady, SIGTERM and SIGINT an ordinary end, and room for many connections.
 
     Twisted's reactor counts in wall-clock time, so that a clock that is set back by an hour would
     lengthen every deadline by an hour. And it ends a signalled process by that signal (status 143), where
     service managers expect 0 of one that ended in order. Call it before anything is scheduled.
     """
     reactor.seconds = time.monotonic
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
 
     def stop(*_: object) -> None:
         reactor.callFromThread(_stop, reactor)
@@ -58,6 +66,15 @@ def prepare(reactor: Any) -> None:
 
     # The reactor installs its own handlers as it starts to run.
     reactor.callWhenRunning(take_signals)
+
+
+def room_for_connections() -> int:
+    """
+    Tell how many connections fit into the files that may be open, of which each can need three.
+
+    They are the connection, its body, and the connection to its worker. Some files are left for the rest.
+    """
+    return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES) // 3)
 
 
 def _stop(reactor: Any) -> None:

@@ -6,7 +6,9 @@ Both roles stand on this; it knows nothing of runs or machines.
 
 from __future__ import annotations
 
+from collections import Counter
 from functools import partial
+from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
@@ -17,11 +19,20 @@ from twisted.web.server import Request, Site
 from werkzeug.exceptions import HTTPException
 from zope.interface import implementer
 
+from bfaas.channel import Channel
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from klein import Klein
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
     from twisted.python.failure import Failure
     from twisted.web.resource import IResource
+
+    Guard = Callable[[Request], str | None]
+
+MAX_CONNECTIONS = 4096
+"""Connections that a site has at the same time, unless it is told otherwise."""
 
 
 class RefusalError(Exception):
@@ -70,40 +81,42 @@ def answer_errors_in_text(app: Klein) -> None:
 
 class BoundedRequest(Request):
     """
-    A request whose body has a limit: past it, the rest is thrown away and the answer is 413.
+    A request whose body has a limit: past it, the answer is 413 and the connection ends.
 
-    Such a request is never dispatched, so that nobody acts on the first half of a body. One that sends
-    far more than the limit is cut off.
+    Such a request is never dispatched, so that nobody acts on the first half of a body. Nor is one that
+    `guard` has something against, which is answered 403.
     """
 
-    _PATIENCE = 4
+    channel: Channel
+    defaultContentType = None
 
-    def __init__(self, *args: Any, max_body: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, guard: Guard | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._max_body = max_body
+        self._guard = guard
         self._received = 0
-        self.defaultContentType = None
-
-    def gotLength(self, length: int | None) -> None:
-        """Note what is announced; no room is made for what will not be kept."""
-        if length is not None and length > self._max_body:
-            self._received = self._max_body + 1
-            length = 0
-        super().gotLength(length)
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Keep a piece of the body, or throw it away."""
+        """Keep a piece of the body, or refuse it all."""
         self._received += len(data)
-        if self._received <= self._max_body:
+        if self._received > self.channel.max_body:
+            self.channel.too_large()
+            return
+        try:
             super().handleContentChunk(data)
-        elif self._received > self._max_body * self._PATIENCE:
-            transport: Any = self.transport
-            transport.abortConnection()
+        except OSError:
+            self.channel.refuse(503, "no room for the body")
 
     def process(self) -> None:
-        """Dispatch the request, unless its body was too large or its path is not one."""
-        if self._received > self._max_body:
-            error = refuse(self, 413, f"the body is larger than {self._max_body} bytes")
+        """Dispatch the request, unless it was refused meanwhile, or is refused now."""
+        transport: Any = self.transport
+        if transport.disconnecting:
+            return
+        if self._is_ambiguous():
+            self.channel.malformed()
+            return
+        objection = self._guard(self) if self._guard else None
+        if objection is not None:
+            error = refuse(self, 403, objection)
         elif not _is_routable(self.path):
             error = refuse(self, 404, "not found")
         else:
@@ -111,6 +124,13 @@ class BoundedRequest(Request):
             return
         self.write(error)
         self.finish()
+
+    def _is_ambiguous(self) -> bool:
+        """Tell whether others could read this request as one to another host, or of another length."""
+        hosts = self.requestHeaders.getRawHeaders("Host", [])
+        if self.clientproto == b"HTTP/1.1":
+            return len(hosts) != 1
+        return len(hosts) > 1 or self.requestHeaders.hasHeader("Transfer-Encoding")
 
     def getRequestHostname(self) -> bytes:
         """Tell klein a host that it can read, whatever the client calls us; no route looks at it."""
@@ -120,7 +140,7 @@ class BoundedRequest(Request):
 def _is_routable(path: bytes) -> bool:
     """Tell what klein can be given: it finds `/run` for `//run`, and logs an error without UTF-8."""
     try:
-        return "//" not in unquote_to_bytes(path).decode()
+        return path != b"*" and "//" not in unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
         return False
 
@@ -132,10 +152,12 @@ class _Connection(ProtocolWrapper):
 
     Until then the peer may not have everything: closing at once, or ending the machine, would lose it.
     A peer that does not take what was written, and end its side, within `LINGER` seconds is cut off. (Sent
-    is not taken: the kernel may hold megabytes for a peer that reads slowly, and an abort drops them.)
+    is not taken: the kernel may hold megabytes for a peer that reads slowly, and an abort drops them.) So is
+    one that sends more than `MAX_IGNORED` bytes meanwhile.
     """
 
     LINGER = 60.0
+    MAX_IGNORED = 16 << 20
     factory: BoundedSite
     transport: Any
 
@@ -143,6 +165,7 @@ class _Connection(ProtocolWrapper):
         super().__init__(*args)
         self.gone: Deferred[None] = Deferred()
         self._lingering: IDelayedCall | None = None
+        self._ignored = 0
 
     def loseConnection(self) -> None:
         """End our side, once what was written is sent."""
@@ -157,6 +180,10 @@ class _Connection(ProtocolWrapper):
         """Pass it on, unless nobody could be answered any more."""
         if not self.disconnecting:
             super().dataReceived(data)
+            return
+        self._ignored += len(data)
+        if self._ignored > self.MAX_IGNORED:
+            self.transport.abortConnection()
 
     def writeConnectionLost(self) -> None:
         """Our side has ended; what was written may still be on its way."""
@@ -181,26 +208,69 @@ class _Site(Site):
 
     noisy = False
     displayTracebacks = False
+    _IN_MEMORY = 16 << 10
 
     def log(self, request: object) -> None:
         """Log nothing: the one line that tells of a run is ours."""
 
+    def getContentFile(self, _: int | None) -> SpooledTemporaryFile[bytes]:
+        """Keep a body while it comes: many may come slowly, so that only the short ones are in memory."""
+        return SpooledTemporaryFile(self._IN_MEMORY)
+
 
 class BoundedSite(WrappingFactory):
-    """Serves a resource with bounded bodies, and can wait until what it has written is delivered."""
+    """
+    Serves a resource with bounded bodies, and can wait until what it has written is delivered.
+
+    Connections past `max_connections`, or past `max_per_address` from one address, are closed as they come.
+    (Behind a proxy all clients have the proxy's few addresses.) `guard` tells what there is against a
+    request, if anything.
+    """
 
     protocol = _Connection
     noisy = False
 
-    def __init__(self, clock: IReactorTime, resource: IResource, max_body: int) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        resource: IResource,
+        max_body: int,
+        *,
+        max_connections: int = MAX_CONNECTIONS,
+        max_per_address: int = MAX_CONNECTIONS,
+        guard: Guard | None = None,
+    ) -> None:
         self.clock = clock
+        self._max_connections = max_connections
+        self._max_per_address = max_per_address
+        self._from: Counter[str] = Counter()
         site = _Site(
             resource,
-            requestFactory=partial(BoundedRequest, max_body=max_body),
+            requestFactory=partial(BoundedRequest, guard=guard),
             parsePOSTFormSubmission=False,
+            timeout=Channel.IDLE,
             reactor=clock,
         )
+        make_channel: Any = partial(Channel, max_body)
+        site.protocol = make_channel  # type: ignore[method-assign]  # it is no method
         super().__init__(site)
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        """Take a connection, or answer None, at which it is closed."""
+        full = len(self.protocols) >= self._max_connections
+        if full or self._from[_name(addr)] >= self._max_per_address:
+            return None
+        return super().buildProtocol(addr)
+
+    def registerProtocol(self, connection: _Connection) -> None:
+        """Count a connection that has begun."""
+        super().registerProtocol(connection)
+        self._from[_name(connection.getPeer())] += 1
+
+    def unregisterProtocol(self, connection: _Connection) -> None:
+        """Count it no more."""
+        super().unregisterProtocol(connection)
+        self._from -= Counter([_name(connection.getPeer())])
 
     async def drain(self, limit: float) -> None:
         """Close every connection once what was written is delivered; abort what takes over `limit` s."""
@@ -215,3 +285,8 @@ class BoundedSite(WrappingFactory):
     def _abort(self) -> None:
         for connection in list(self.protocols):
             connection.abortConnection()
+
+
+def _name(address: IAddress | None) -> str:
+    """Name an address without its port; sockets of files have no name."""
+    return getattr(address, "host", "")

@@ -1,18 +1,24 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tempfile
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.internet.task import Clock
+from zope.interface import directlyProvides
 
+from bfaas.channel import Channel
 from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
-from tests.liar import LAST_CHUNK, LoopbackTestCase, chunk, parse_answer, post, until
+from tests.liar import LAST_CHUNK, LoopbackTestCase, Peer, chunk, parse_answer, post, reactor, until
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
 
 MUCH = 16 << 20
+MALFORMED = "this is not a request, or its head is too large\n"
 CHUNKED = b"POST /run HTTP/1.1\r\nHost: there\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -51,10 +57,12 @@ class Little:
 
 
 class SiteTestCase(LoopbackTestCase):
+    limits: ClassVar[dict[str, Any]] = {}
+
     def setUp(self) -> None:
         self.clock = Clock()
         self.little = Little()
-        self.site = BoundedSite(self.clock, self.little.app.resource(), max_body=10)
+        self.site = BoundedSite(self.clock, self.little.app.resource(), **{"max_body": 10, **self.limits})
         self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not self.site.protocols)))
         self.port = self.listen(self.site)
 
@@ -80,6 +88,7 @@ class ErrorTests(SiteTestCase):
         text = {"Content-Type": "text/plain; charset=utf-8"}
         not_found = (404, "not found\n", text)
         not_allowed = (405, "method not allowed\n", {**text, "Allow": "POST"})
+        malformed = (400, MALFORMED, text)
         get = b"GET %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n"
         cases = {
             post("/busy", b""): (503, "busy\n", {**text, "Retry-After": "7"}),
@@ -93,7 +102,11 @@ class ErrorTests(SiteTestCase):
             post("/run%ff", b""): not_found,
             post("http://there/run", b""): not_found,
             post("/none", b"").replace(b"there", b"a..b:c"): not_found,
-            post("/none", b"").replace(b"there", b"\xff"): not_found,
+            post("/none", b"").replace(b"there", b"\xff"): malformed,
+            get.replace(b"Host: there\r\n", b"") % b"/none": malformed,
+            get % b"*": not_found,
+            get.replace(b"GET", b"OPTIONS") % b"*": not_found,
+            get.replace(b"GET", b"CONNECT") % b"there:80": not_found,
             get % b"/none": not_found,
             get % b"/run": not_allowed,
             get.replace(b"GET", b"PUT") % b"/run": not_allowed,
@@ -112,7 +125,8 @@ class ErrorTests(SiteTestCase):
             await peer.say(b"\r\n")
         drained = self.drain(60)
         peer.transport.resumeProducing()
-        self.assertEqual(b"HTTP/1.1 400 Bad Request\r\n\r\n", await peer.hear_out())
+        answer, content = parse_answer(await peer.hear_out())
+        self.assertEqual((400, MALFORMED), (answer.status, content.decode()))
         await drained
         self.assertEqual([], self.little.bodies)
 
@@ -139,21 +153,151 @@ class BodyTests(SiteTestCase):
                 self.assertEqual(b"HTTP/1.1 413 Request Entity Too Large", heard.splitlines()[0], way)
         self.assertEqual([], self.little.bodies)
 
-    async def test_a_connection_goes_on_after_a_body_that_was_refused(self) -> None:
-        peer = await self.call(self.port, CHUNKED + chunk(b"0123456789a") + LAST_CHUNK)
-        await peer.hear(LAST_CHUNK)
-        peer.heard.clear()
-        await peer.say(post("/run", b"next"))
-        self.assertEqual(200, parse_answer(await peer.hear_out())[0].status)
-        self.assertEqual([b"next"], self.little.bodies)
+    async def test_nothing_is_heard_after_a_body_that_was_refused(self) -> None:
+        peer = await self.call(
+            self.port, CHUNKED + chunk(b"0123456789a") + LAST_CHUNK + post("/run", b"next")
+        )
+        answer, _ = parse_answer(await peer.hear_out())
+        self.assertEqual((413, "close"), (answer.status, answer.getheader("connection")))
+        self.assertEqual([], self.little.bodies)
+
+    async def test_a_body_that_is_announced_too_large_is_not_asked_for(self) -> None:
+        head = b"POST /run HTTP/1.1\r\nHost: there\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        peer = await self.call(self.port, head % 11)
+        self.assertEqual(413, parse_answer(await peer.hear_out())[0].status)
+        peer = await self.call(self.port, head % 10)
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.hear(b"\r\n\r\n"))
+        await peer.say(b"0123456789")
+        await peer.hear(b"ran")
+        self.assertEqual([b"0123456789"], self.little.bodies)
 
     async def test_an_upload_without_end_is_cut_off(self) -> None:
         for head in (CHUNKED, CHUNKED.replace(b"Transfer-Encoding: chunked", b"Content-Length: 1000000")):
-            peer = await self.call(self.port, head)
+            peer = await self.call(self.port)
+            peer.readConnectionLost = lambda: None  # type: ignore[attr-defined]  # it stays
+            directlyProvides(peer, IHalfCloseableProtocol)
+            await peer.say(head)
+            sent = 0
             while peer.end is None:
-                await peer.say(chunk(b"more"))
-            self.assertEqual(b"", bytes(peer.heard))
+                sent += 1 << 20
+                await peer.say(chunk(b"x" * (1 << 20)))
+            self.assertIn(b"413", peer.heard)
+            self.assertLess(sent, 64 << 20)
         self.assertEqual([], self.little.bodies)
+
+
+class DiskTests(SiteTestCase):
+    limits: ClassVar = {"max_body": 1 << 20}
+
+    async def test_a_body_that_finds_no_room_is_refused(self) -> None:
+        self.patch(tempfile, "tempdir", "/nonexistent")
+        whole = post("/run", b"x" * (1 << 14))
+        self.assertEqual(200, (await self.ask(whole))[0])
+        more = post("/run", b"x" * ((1 << 14) + 1))
+        text = {"Content-Type": "text/plain; charset=utf-8"}
+        self.assertEqual((503, "no room for the body\n", text), await self.ask(more))
+        self.assertEqual(1, len(self.little.bodies))
+
+
+class TimeTests(SiteTestCase):
+    async def test_a_request_has_its_time_however_many_bytes_come(self) -> None:
+        slow = post("/run", b"0123456789")
+        cases = {"in its head": 30, "at its first byte": 1, "in its body": len(slow) - 3}
+        for way, start in cases.items():
+            peer = await self.call(self.port, slow[:start])
+            await until(lambda: self.channel()._begun)
+            self.clock.advance(14)
+            await peer.say(slow[start : start + 1])
+            self.clock.advance(0.9)
+            self.assertEqual(1, len(self.site.protocols), way)
+            self.clock.advance(0.2)
+            answer, content = parse_answer(await peer.hear_out())
+            self.assertEqual((408, "the request was not complete within 15 s\n"),
+                             (answer.status, content.decode()), way)  # fmt: skip
+            await until(lambda: not self.site.protocols)
+            self.assert_no_timer()
+        self.assertEqual([], self.little.bodies)
+
+    async def test_a_connection_without_a_request_is_closed_after_a_minute_before_and_between(self) -> None:
+        idle = await self.call(self.port)
+        await until(lambda: self.site.protocols)
+        self.clock.advance(59)
+        self.assertEqual(1, len(self.site.protocols))
+        self.clock.advance(1)
+        self.assertEqual(b"", await idle.hear_out())
+        self.assertTrue(idle.ended_in_order)
+
+        peer = await self.call(self.port)
+        for _ in range(3):
+            await peer.say(post("/run", b"").replace(b"Connection: close\r\n", b""))
+            await peer.hear(b"ran")
+            peer.heard.clear()
+            self.clock.advance(59)
+        self.assertEqual(1, len(self.site.protocols))
+        self.clock.advance(1)
+        self.assertEqual(b"", await peer.hear_out())
+        await until(lambda: not self.site.protocols)
+        self.assert_no_timer()
+
+    async def test_an_answer_may_take_its_time(self) -> None:
+        peer = await self.call(self.port, post("/wait", b""))
+        await until(lambda: self.little.bodies)
+        self.clock.advance(600)
+        self.assertEqual(0, self.little.cancelled)
+        peer.transport.loseConnection()
+        await until(lambda: self.little.cancelled)
+
+    def channel(self) -> Channel:
+        [connection] = self.site.protocols
+        channel = connection.wrappedProtocol
+        assert isinstance(channel, Channel)
+        return channel
+
+
+class PipelineTests(SiteTestCase):
+    async def test_a_request_that_does_not_wait_for_the_answer_before_is_not_heard(self) -> None:
+        persistent = post("/run", b"1").replace(b"Connection: close\r\n", b"")
+        bodiless = persistent.replace(b"1: 1\r\n\r\n1", b"0\r\n\r\n")
+        for first in (persistent, bodiless):
+            peer = await self.call(self.port, first + post("/run", b"2"))
+            self.assertEqual(1, (await peer.hear_out()).count(b"HTTP/1.1 200"))
+            self.assertTrue(peer.ended_in_order)
+        self.assertNotIn(b"2", self.little.bodies)
+
+    async def test_what_comes_during_an_answer_is_thrown_away_and_ends_it_where_it_is_much(self) -> None:
+        peer = await self.call(self.port, post("/wait", b"1"))
+        await until(lambda: self.little.bodies)
+        for _ in range(64):
+            await peer.say(b"x" * 1024)
+        self.assertEqual(0, self.little.cancelled)
+        await peer.say(b"x")
+        await until(lambda: self.little.cancelled)
+        await peer.hear_out()
+
+
+class CrowdTests(SiteTestCase):
+    limits: ClassVar = {"max_connections": 3, "max_per_address": 2}
+
+    async def test_connections_past_the_limits_are_closed_as_they_come(self) -> None:
+        async def call(address: str) -> Peer:
+            endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.port, bindAddress=(address, 0))
+            peer: Peer = await connectProtocol(endpoint, Peer())
+            self.addCleanup(lambda: Deferred.fromCoroutine(self._hang_up([peer])))
+            return peer
+
+        crowd = [await call("127.0.0.2") for _ in range(2)]
+        await until(lambda: len(self.site.protocols) == 2)
+        await (await call("127.0.0.2")).hear_out()
+        crowd.append(await call("127.0.0.3"))
+        await until(lambda: len(self.site.protocols) == 3)
+        await (await call("127.0.0.4")).hear_out()
+        self.assertEqual([None] * 3, [peer.end for peer in crowd])
+
+        crowd[0].transport.loseConnection()
+        await until(lambda: len(self.site.protocols) == 2)
+        again = await call("127.0.0.2")
+        await again.say(post("/run", b"again"))
+        await again.hear(b"ran")
 
 
 class GoneTests(SiteTestCase):

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+from twisted.internet.interfaces import IPullProducer
+from zope.interface import implementer
 
 from bfaas.auth import genkey
 from bfaas.deadline import Deadline
@@ -46,19 +48,47 @@ EXIT = b'event: exit\ndata: {"code": 0}\n\n'
 HONEST: Script = (HEAD + chunk(b'event: stdout\ndata: "honest\\n"\n\n' + EXIT) + LAST_CHUNK, End.CLOSE)
 
 
+@implementer(IPullProducer)
+class _Endless:
+    """Output without end."""
+
+    _MORE = chunk(b'event: stdout\ndata: "' + b"x" * 8192 + b'"\n\n')
+
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+        peer.transport.write(HEAD)
+
+    def resumeProducing(self) -> None:
+        self._peer.transport.write(self._MORE)
+
+    def stopProducing(self) -> None:
+        """The connection is gone."""
+
+
 class Worker(Liar):
-    """The worker of every machine: it is ready, and answers to a script what `says` has for it."""
+    """
+    The worker of every machine: it is ready, and answers to a script what `says` has for it.
+
+    To an `endless` script it answers without end, as fast as that is taken. `runs` are the requests that came
+    to it to run a script: the lines of their heads, and the scripts.
+    """
 
     _READY: Script = (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n", End.CLOSE)
 
     def __init__(self) -> None:
         super().__init__(())
         self.says: dict[bytes, Says] = {}
+        self.endless: set[bytes] = set()
+        self.runs: list[tuple[list[str], bytes]] = []
 
     async def _lie(self, peer: Peer, script: Script) -> None:
         await until(lambda: peer.request() or peer.end)
         lines, body = peer.request() or ([""], b"")
         if lines[0].startswith("POST"):
+            self.runs.append((lines, body))
+            if body in self.endless:
+                peer.transport.registerProducer(_Endless(peer), False)
+                return
             script = self.says[body]() if body in self.says else HONEST
         else:
             script = self._READY

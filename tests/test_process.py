@@ -1,0 +1,31 @@
+"""What a role makes of the process it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from twisted.trial.unittest import SynchronousTestCase
+
+PROGRAM = """
+import resource
+from twisted.internet import reactor
+from bfaas.process import prepare, room_for_connections
+prepare(reactor)
+print(*resource.getrlimit(resource.RLIMIT_NOFILE), room_for_connections())
+"""
+
+
+class OpenFileTests(SynchronousTestCase):
+    def test_a_role_may_open_what_it_is_allowed_and_not_without_end(self) -> None:
+        cases = {
+            (256, 4096): (4096, 4096, 1322),
+            (256, 256): (256, 256, 42),
+            (64, 100): (100, 100, 1),
+            (256, 19_000): (16_384, 19_000, 5418),
+            (18_000, 19_000): (18_000, 19_000, 5957),
+        }
+        for (soft, hard), expected in cases.items():
+            command = ["prlimit", f"--nofile={soft}:{hard}", sys.executable, "-c", PROGRAM]
+            said = subprocess.run(command, check=True, capture_output=True).stdout
+            self.assertEqual(expected, tuple(map(int, said.split())))
