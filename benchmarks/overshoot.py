@@ -116,6 +116,7 @@ async def measure(
     """Start a coordinator, load it with so many runs, stop it, and compare what both sides saw."""
     settings = {
         "WORKER_APP": "mock", "POOLSIZE": str(machines), "MAXREQTIME": f"{max_req_time}s", "MAXWAIT": "10m",
+        "MAXPERCLIENT": str(clients),
     }  # fmt: skip
     program = [*TWISTD, "--logger", "benchmarks.overshoot.tell_endings", "bfaas-coord"]
     coordinator = await start_program(program, free_port(), settings)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from math import ceil
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +22,7 @@ from twisted.python.usage import Options as UsageOptions
 from bfaas import wire
 from bfaas.answer import Answer
 from bfaas.browser import foreign_page
+from bfaas.clients import Shares, client_of
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.exchange import lasting_agent
 from bfaas.machines.api import MachineConfig
@@ -76,25 +78,34 @@ class Coordinator:
         self._wall = wall
         self._draining = False
         self._running: set[Deferred[None]] = set()
+        self._shares = Shares(settings.max_per_client)
 
     @app.route(wire.RUN_PATH, methods=["POST"])
     async def run(self, request: Request) -> None:
-        """Run the script that is the body, on a machine from the pool."""
+        """
+        Run the script that is the body, on a machine from the pool.
+
+        A request of a script counts as any other: among those of the address that it comes from.
+        """
         script = body(request)
         if b"\0" in script:
             raise RefusalError(400, "a script cannot contain a NUL byte")
         if self._draining:
-            raise self._unavailable("shutting down")
-        self._replay_elsewhere(request, script)
+            raise self._refusal(503, "shutting down")
+        client = client_of(request, on_fly=self._settings.fly is not None)
+        if not self._shares.take(client):
+            raise self._refusal(429, "too many requests of yours are under way")
         done: Deferred[None] = Deferred()
         self._running.add(done)
         try:
-            allocation = await self._allocate()
+            self._replay_elsewhere(request, script)
+            allocation = await self._allocate(client)
             try:
                 await self._answer(request, script, allocation.machine)
             finally:
                 allocation.release()
         finally:
+            self._shares.give_back(client)
             self._running.remove(done)
             done.callback(None)
 
@@ -103,16 +114,16 @@ class Coordinator:
         self._draining = True
         await DeferredList(list(self._running))
 
-    async def _allocate(self) -> Allocation:
+    async def _allocate(self, client: str) -> Allocation:
         settings = self._settings
         if self._pool.next_in_line > settings.max_queue:
-            raise self._unavailable("too many requests are waiting")
+            raise self._refusal(503, "too many requests are waiting")
         try:
-            return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate())
+            return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))
         except DeadlineExceededError:
-            raise self._unavailable(f"no worker within {settings.max_wait:g} s") from None
+            raise self._refusal(503, f"no worker within {settings.max_wait:g} s") from None
         except PoolClosedError:
-            raise self._unavailable("shutting down") from None
+            raise self._refusal(503, "shutting down") from None
 
     def _replay_elsewhere(self, request: Request, script: bytes) -> None:
         """
@@ -123,15 +134,22 @@ class Coordinator:
         settings = self._settings
         if not settings.replay or len(script) > MAX_REPLAYED or self._pool.next_in_line == 0:
             return
-        source = request.getHeader("fly-replay-src") or ""
-        if f"state={REPLAYED}" not in [part.strip() for part in source.split(";")]:
+        source = request.getHeader(b"fly-replay-src") or b""
+        if f"state={REPLAYED}".encode() not in [part.strip() for part in source.split(b";")]:
             raise RefusalError(
                 503, "no worker here; trying elsewhere", {"fly-replay": f"elsewhere=true;state={REPLAYED}"}
             )
 
-    def _unavailable(self, line: str) -> RefusalError:
-        retry = max(1, round(self._settings.max_req_time))
-        return RefusalError(503, line, {"Retry-After": str(retry)})
+    def _refusal(self, code: int, line: str) -> RefusalError:
+        """
+        Refuse a request, and tell its client when to come back: in whole seconds, at least one.
+
+        By then all who wait now should have been served, by what the pool expects; and if it is wrong, they
+        have given up after `MAXWAIT`, and the last to be served has had its `MAXREQTIME`.
+        """
+        longest = self._settings.max_wait + self._settings.max_req_time
+        retry = max(1, ceil(min(self._pool.expected_wait, longest)))
+        return RefusalError(code, line, {"Retry-After": str(retry)})
 
     async def _answer(self, request: Request, script: bytes, machine: Machine) -> None:
         """Relay one run within its time; whatever happens, the answer has one ending."""

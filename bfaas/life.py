@@ -184,8 +184,9 @@ class Life:
         Destroy the machine, trying for as long as it takes.
 
         An attempt to create it whose answer was lost may be done only now, under the name that is free
-        again: then that one is destroyed too. Raises `TakenOverError` when the machine is another's now;
-        and `StuckError` when the pool is closing and it is not done within the limit.
+        again; or it was since, if the machine had vanished by itself: then that one is destroyed too.
+        Raises `TakenOverError` when the machine is another's now; and `StuckError` when the pool is closing
+        and it is not done within the limit.
         """
         await self._destroy(member)
         for failures in count():

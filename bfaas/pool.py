@@ -1,7 +1,7 @@
 """
 The pool: machines on demand, each for one request at a time, wiped in between.
 
-Requests wait in line for machines, first come first served; only the pool creates, starts, stops and
+Requests wait in line for machines, their clients taking turns; only the pool creates, starts, stops and
 destroys them, so that a request which is cancelled strands nothing. Each machine's life is one coroutine,
 `_live`, from its creation to its end. What a request gets is an `Allocation`, which ends exactly once.
 
@@ -11,14 +11,14 @@ metadata says so too, for whoever reads it, but proves nothing.
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList, fail
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
 from bfaas.life import Life, StuckError, TakenOverError
+from bfaas.line import Line
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError
 from bfaas.member import Member, Phase, PoolSettings, machine_name
 from bfaas.sweep import Sweep
@@ -71,7 +71,8 @@ class Pool:
         self._life = Life(api, probe, clock, random, settings)
         self._sweep = Sweep(api, clock, settings, self._know)
         self._members: dict[Member, Deferred[None]] = {}
-        self._line: deque[Deferred[Allocation]] = deque()
+        self._line: Line[Allocation] = Line()
+        self._turn = settings.max_req_time
         self._cleaning: Deferred[None] | None = None
         self._reclaimed = False
         self._failures = 0
@@ -92,20 +93,28 @@ class Pool:
         taken = sum(member.phase in busy for member in self._members)
         return max(0, len(self._line) + 1 - (self._settings.size - taken))
 
+    @property
+    def expected_wait(self) -> float:
+        """
+        Estimate the seconds until so many machines have come free.
+
+        A machine's turn is taken to be as long as the latest were: a mean, in which each new one counts for
+        a fifth. It begins with a start, ends with a confirmed stop, and counts as a request of full length
+        and a stop at the most.
+        """
+        return self._turn * self.next_in_line / self._settings.size
+
     def count(self, phase: Phase) -> int:
         """How many members are in a phase."""
         return sum(member.phase is phase for member in self._members)
 
-    def allocate(self) -> Deferred[Allocation]:
+    def allocate(self, client: str) -> Deferred[Allocation]:
         """
-        Wait in line for a machine. Cancelling it leaves the line.
+        Wait in line for a machine, taking turns with other clients. Cancelling it leaves the line.
 
         Fails with `PoolClosedError` when the pool closes first.
         """
-        if self._closing:
-            return fail(PoolClosedError())
-        place: Deferred[Allocation] = Deferred(self._line.remove)
-        self._line.append(place)
+        place = self._line.join(client)
         self._balance()
         return place
 
@@ -117,8 +126,7 @@ class Pool:
             self._cleaning.cancel()
         if self._retry is not None and self._retry.active():
             self._retry.cancel()
-        while self._line:
-            self._line.popleft().errback(PoolClosedError())
+        self._line.close(PoolClosedError)
         for member in list(self._members):
             member.wake(wanted=False)
         await DeferredList(list(self._members.values()))
@@ -199,16 +207,24 @@ class Pool:
 
     async def _serve(self, member: Member) -> None:
         """Give the machine to the request that is next, until it is released; then wipe it."""
+        began = self._clock.seconds()
         await self._life.become_ready(member)
         self._failures = 0
         member.phase = Phase.READY
-        if self._line and not member.tainted and self._is_leased(member, self._settings.max_req_time):
+        is_good = not member.tainted and self._is_leased(member, self._settings.max_req_time)
+        if serves := is_good and len(self._line) > 0:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
-            self._line.popleft().callback(Allocation(member.machine, released))
+            self._line.serve(Allocation(member.machine, released))
             await released
         member.phase = Phase.STOPPING
         await self._life.stop(member)
+        if serves:
+            self._took_turn(self._clock.seconds() - began)
+
+    def _took_turn(self, seconds: float) -> None:
+        longest = self._settings.max_req_time + self._settings.limits.stop
+        self._turn += (min(seconds, longest) - self._turn) / 5
 
     def _is_leased(self, member: Member, seconds: float) -> bool:
         """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""

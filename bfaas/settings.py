@@ -128,6 +128,7 @@ class CoordSettings:
     worker_memory_mb: int
     max_wait: float
     max_queue: int
+    max_per_client: int
     max_body: int
     max_output: int
 
@@ -161,6 +162,7 @@ class CoordSettings:
                 worker_memory_mb=read.optional("WORKER_MEMORY_MB", _positive(_whole), 256),
                 max_wait=read.optional("MAXWAIT", _positive(parse_duration), 30.0),
                 max_queue=read.optional("MAXQUEUE", _natural, 100),
+                max_per_client=read.optional("MAXPERCLIENT", _positive(_whole), 20),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
             )

@@ -20,7 +20,7 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.memory import MemoryMachines, Timing
-from bfaas.member import Phase, PoolSettings, lease_ttl, owner
+from bfaas.member import Limits, Phase, PoolSettings, lease_ttl, owner
 from bfaas.pool import Allocation, Pool, PoolClosedError
 from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse, Slow
 
@@ -89,7 +89,7 @@ class PoolCase(SynchronousTestCase):
         return Deferred.fromCoroutine(work)
 
     def allocated(self, pool: Pool | None = None, within: float = 5) -> Allocation:
-        place = (pool or self.pool).allocate()
+        place = (pool or self.pool).allocate("c")
         self.world.advance(within)
         return self.successResultOf(place)
 
@@ -126,7 +126,7 @@ class AllocationTests(PoolCase):
         self.assertEqual(1, self.api.count("stop"))
 
     def test_requests_beyond_the_size_wait_their_turn(self) -> None:
-        places = [self.pool.allocate() for _ in range(5)]
+        places = [self.pool.allocate("c") for _ in range(5)]
         self.world.advance(5)
         served = [self.successResultOf(place) for place in places[:2]]
         for place in places[2:]:
@@ -146,7 +146,7 @@ class AllocationTests(PoolCase):
         self.failureResultOf(places[4], CancelledError)
 
     def test_a_request_that_leaves_the_line_takes_nothing_with_it(self) -> None:
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
         self.world.advance(0.2)
         place.cancel()
         self.failureResultOf(place, CancelledError)
@@ -167,7 +167,7 @@ class AllocationTests(PoolCase):
         self.assertEqual(0, self.pool.next_in_line)
         served = [self.allocated(), self.allocated()]
         self.assertEqual(1, self.pool.next_in_line)
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
 
         self.assertEqual(2, self.pool.next_in_line)
         place.addErrback(lambda failure: failure.trap(CancelledError) and None)
@@ -176,12 +176,65 @@ class AllocationTests(PoolCase):
         self.world.advance(5)
         self.assertEqual(0, self.pool.next_in_line)
 
+    def test_clients_take_turns(self) -> None:
+        served = [self.allocated(), self.allocated()]
+        many = [self.pool.allocate("many") for _ in range(5)]
+        one = self.pool.allocate("one")
+        for allocation in served:
+            allocation.release()
+        self.world.advance(5)
+
+        self.successResultOf(one)
+        self.successResultOf(many[0])
+        for place in many[1:]:
+            self.assertNoResult(place)
+            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            place.cancel()
+
+    def test_the_expected_wait_follows_the_latest_turns(self) -> None:
+        pool, _ = self.world.pool("q", size=1)
+        self.assertEqual(0.0, pool.expected_wait)
+        allocation = self.allocated(pool)
+        self.assertEqual(MAX_REQ_TIME, pool.expected_wait)
+        for _ in range(30):
+            allocation.release()
+            self.world.advance(3)
+            allocation = self.allocated(pool, within=2)
+
+        # Two seconds of a start and a run, half a second of a stop.
+        self.assertApproximates(2.5, pool.expected_wait, 0.2)
+        places = [pool.allocate("c"), pool.allocate("d")]
+        self.assertApproximates(3 * 2.5, pool.expected_wait, 0.6)
+        for place in places:
+            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            place.cancel()
+
+    def test_more_machines_make_the_wait_shorter(self) -> None:
+        for _ in range(2):
+            self.allocated()
+
+        self.assertEqual(MAX_REQ_TIME / 2, self.pool.expected_wait)
+
+    def test_a_turn_counts_as_a_request_of_full_length_and_a_stop_at_the_most(self) -> None:
+        pool, _ = self.world.pool("q", size=1)
+        for _ in range(30):
+            self.allocated(pool).release()
+            self.world.advance(3)
+            allocation = self.allocated(pool)
+            self.world.advance(200)
+            allocation.release()
+            self.world.advance(100)
+        self.allocated(pool)
+
+        self.assertGreater(pool.expected_wait, 0.5 * MAX_REQ_TIME)
+        self.assertLessEqual(pool.expected_wait, MAX_REQ_TIME + Limits().stop)
+
     def test_a_start_is_tried_again_while_the_stop_is_not_over(self) -> None:
         first = self.allocated()
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
         self.world.advance(5)
         second = self.successResultOf(place)
-        waiting = self.pool.allocate()
+        waiting = self.pool.allocate("c")
         first.release()
         self.world.advance(5)
 
@@ -240,7 +293,7 @@ class LeaseTests(PoolCase):
 class FailureTests(PoolCase):
     def test_a_create_whose_answer_is_lost_is_found_and_counted_once(self) -> None:
         self.api.next("create", LoseAnswer())
-        places = [self.pool.allocate(), self.pool.allocate(), self.pool.allocate()]
+        places = [self.pool.allocate("c"), self.pool.allocate("c"), self.pool.allocate("c")]
         self.world.advance(10)
 
         served = [self.successResultOf(place) for place in places[:2]]
@@ -263,14 +316,30 @@ class FailureTests(PoolCase):
             pool, api = world.pool(size=1)
             api.next(first, fault)
             api.next(second, other)
-            place = pool.allocate()
+            place = pool.allocate("c")
             world.advance(20)
 
             self.assertEqual([self.successResultOf(place).machine.id], [m.id for m in self.machines()])
 
+    def test_a_lost_create_that_is_done_after_its_machine_vanished_is_found(self) -> None:
+        pool, api = self.world.pool("q", size=1)
+        api.next("create", LoseAnswer())
+        first = self.allocated(pool, within=10)
+        first.release()
+        self.world.advance(2)
+        [name] = [argument for method, argument in api.calls if method == "create"][:1]
+        lease = self.successResultOf(self.begin(self.world.machines.get_lease(first.machine.id)))
+        self.successResultOf(self.begin(self.world.machines.destroy(first.machine.id, lease.nonce)))
+        self.successResultOf(self.begin(self.world.machines.create(name, "r", MachineConfig("i"), 300)))
+        self.world.advance(100)
+
+        second = self.allocated(pool, within=10)
+
+        self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
+
     def test_failing_creates_keep_no_place_and_are_spaced_out(self) -> None:
         self.api.always["create"] = Refuse(CapacityError("full"))
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
         self.world.advance(60)
         self.assertLess(self.api.count("create"), 25)
         self.assertGreater(self.api.count("create"), 5)
@@ -296,7 +365,7 @@ class FailureTests(PoolCase):
         first.release()
         self.world.advance(2)
         self.world.never_ready.add(first.machine.id)
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
         self.world.advance(45)
 
         self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
@@ -376,7 +445,7 @@ class EndTests(PoolCase):
         for moment in range(40):
             world = self.world = World()
             pool, _ = world.pool()
-            places = [pool.allocate() for _ in range(3)]
+            places = [pool.allocate("c") for _ in range(3)]
             world.advance(moment * 0.05)
             closing = self.begin(pool.close())
             for place in places:
@@ -436,14 +505,14 @@ class EndTests(PoolCase):
     def test_a_closed_pool_gives_out_nothing(self) -> None:
         self.close()
 
-        self.failureResultOf(self.pool.allocate(), PoolClosedError)
+        self.failureResultOf(self.pool.allocate("c"), PoolClosedError)
 
     def test_the_end_comes_though_every_call_fails_or_hangs(self) -> None:
         for fault in (Refuse(UnavailableError("500")), Hang()):
             world = self.world = World()
             pool, api = world.pool()
             allocation = self.allocated(pool)
-            pool.allocate().addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+            pool.allocate("c").addErrback(lambda failure: failure.trap(PoolClosedError) and None)
             api.always["*"] = fault
             allocation.release()
             ending = self.begin(pool.destroy())
@@ -524,7 +593,7 @@ class CleaningTests(PoolCase):
         first.release()
         self.world.advance(238)
         self.world.machines.set_metadata(first.machine.id, "pool_id", None)
-        place = self.pool.allocate()
+        place = self.pool.allocate("c")
         for member in self.pool._members:
             member.tainted = True  # as a sweep that comes in just now would have it
         self.world.advance(10)
@@ -619,7 +688,7 @@ class CleaningTests(PoolCase):
         again, api = self.world.pool(size=1, start=False)
         api.next("list", Hang(), Refuse(UnavailableError("500")))
         again.start()
-        place = again.allocate()
+        place = again.allocate("c")
         self.world.advance(15)
         self.assertNoResult(place)
         self.world.advance(15)

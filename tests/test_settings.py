@@ -180,6 +180,7 @@ class CoordSettingsTests(SynchronousTestCase):
             worker_memory_mb=256,
             max_wait=30.0,
             max_queue=100,
+            max_per_client=20,
             max_body=1_048_576,
             max_output=67_108_864,
         )
@@ -207,6 +208,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "WORKER_MEMORY_MB": "512",
             "MAXWAIT": "250ms",
             "MAXQUEUE": "0",
+            "MAXPERCLIENT": "3",
             "MAXBODY": "64 KiB",
             "MAXOUTPUT": " 1MB ",
         }
@@ -228,6 +230,7 @@ class CoordSettingsTests(SynchronousTestCase):
             worker_memory_mb=512,
             max_wait=0.25,
             max_queue=0,
+            max_per_client=3,
             max_body=65_536,
             max_output=1_000_000,
         )
@@ -260,6 +263,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "WORKER_MEMORY_MB": "1.5",
             "MAXWAIT": "-1s",
             "MAXQUEUE": "-1",
+            "MAXPERCLIENT": "0",
             "MAXBODY": "big",
             "MAXOUTPUT": "0B",
             "FLY_REPLAY": "maybe",
@@ -273,6 +277,7 @@ class CoordSettingsTests(SynchronousTestCase):
             'WORKER_MEMORY_MB: "1.5" is not a whole number',
             'MAXWAIT: "-1s" is not above zero',
             'MAXQUEUE: "-1" is below zero',
+            'MAXPERCLIENT: "0" is not above zero',
             'MAXBODY: "big" is not a size such as 1MiB',
             'MAXOUTPUT: "0B" is not above zero',
         )

@@ -55,7 +55,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest_twisted.async_yield_fixture
 async def coordinator() -> AsyncIterator[Running]:
-    """Run a coordinator with two local machines and twenty seconds a request."""
-    running = await start_coordinator()
+    """Run a coordinator with two local machines and twenty seconds a request; all clients here are one."""
+    running = await start_coordinator(MAXPERCLIENT="100")
     yield running
     assert await stop(running) == 0, running.program.said.decode()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from enum import Enum
 from io import BytesIO
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
@@ -27,6 +30,18 @@ IMPOSSIBLE = (
 )  # fmt: skip
 
 
+class Sender(Enum):
+    """Where requests come from: what Fly's proxy says of it, and what it counts as."""
+
+    A_HOST = b"203.0.113.7", "203.0.113.7"
+    THE_SAME_HOST = b"::ffff:203.0.113.7", "203.0.113.7"
+    A_NETWORK = b"2001:db8::1", "2001:db8::/64"
+    THE_SAME_NETWORK = b"2001:DB8::ffff:0:0:1", "2001:db8::/64"
+    ANOTHER_NETWORK = b"2001:db8:0:1::1", "2001:db8:0:1::/64"
+    NOBODY = None, "172.16.0.1"
+    NONSENSE = b"203.0.113.7, 203.0.113.8", "172.16.0.1"
+
+
 class Client:
     """
     One request, as klein and the coordinator see it, and as its client does.
@@ -34,10 +49,11 @@ class Client:
     `ending` is None until there is one: the exit, a refusal's status, or that one side is gone.
     """
 
-    def __init__(self, world: World, node: Node, script: Script, *, raw: bool) -> None:
+    def __init__(self, world: World, node: Node, script: Script, sender: Sender, *, raw: bool) -> None:
         self._world = world
         self._node = node
         self._raw = raw
+        self._fly_client_ip, self.address = sender.value
         self.script = script
         self.machine_id: str | None = None
         self.began = node.clock.seconds()
@@ -69,6 +85,8 @@ class Client:
         failure.trap(RefusalError)
         error: Any = failure.value
         self._end(str(error.code))
+        if error.code in (429, 503):
+            self._check_retry(error.headers["Retry-After"])
         if self._body or error.code not in REFUSALS:
             self._world.ledger.broken(f"4: {self.script.request}: {error.code} {error}")
 
@@ -77,8 +95,11 @@ class Client:
 
     # The coordinator's side.
 
-    def getHeader(self, name: str) -> str | None:
-        return None
+    def getHeader(self, name: bytes) -> bytes | None:
+        return self._fly_client_ip if name == b"fly-client-ip" else None
+
+    def getClientAddress(self) -> IPv4Address:
+        return IPv4Address("TCP", "172.16.0.1", 40_000)
 
     def setHeader(self, name: str, value: str) -> None:
         self._headers[name] = value
@@ -153,6 +174,11 @@ class Client:
             and self.pauses == self._node.clock.pauses
         ):
             self._world.ledger.broken(f"10: {self.script.request} took {took:.3f} s: {self.ending}")
+
+    def _check_retry(self, after: str) -> None:
+        settings = self._node.settings
+        if not 1 <= int(after) <= ceil(settings.max_wait + settings.max_req_time):
+            self._world.ledger.broken(f"21: {self.script.request} is to come back after {after} s")
 
     def _check_answer(self) -> None:
         """Check that everything came, of the right run, and that the exit is the script's or the reason."""

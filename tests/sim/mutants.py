@@ -1,7 +1,8 @@
 """
 Ways to break the product, each of which an episode must notice.
 
-`python -m tests.sim.mutants` applies them one by one, and tells how many seeds each one took.
+`python -m tests.sim.mutants` applies them one by one, and tells how many seeds each one took. Given names of
+modules, such as `line coord`, it applies those of these alone.
 """
 
 from __future__ import annotations
@@ -47,9 +48,7 @@ MUTANTS = [
         "                await self._life.adopt(member)\n",
         "a reclaimed machine is used as it is",
     ),
-    Mutant(
-        "pool", "if self._line and not member.tainted and", "if self._line and", "a tampered machine serves"
-    ),
+    Mutant("pool", "is_good = not member.tainted and ", "is_good = ", "a tampered machine serves"),
     Mutant("pool", "                member.tainted = True\n", "", "tampering is not remembered"),
     Mutant("pool", "tainted=too_many or not fit", "tainted=too_many", "a machine of another image is used"),
     Mutant("pool", "tainted=too_many or not fit", "tainted=not fit", "a pool that shrank keeps too many"),
@@ -59,12 +58,6 @@ MUTANTS = [
         "len(self._members) < self._settings.size and",
         "len(self._members) <= self._settings.size and",
         "one machine too many",
-    ),
-    Mutant(
-        "pool",
-        "Deferred(self._line.remove)",
-        "Deferred(lambda _: None)",
-        "a machine is handed to one who left",
     ),
     Mutant(
         "pool",
@@ -102,15 +95,9 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        " and self._is_leased(member, self._settings.max_req_time)",
-        "",
+        " and self._is_leased(member, self._settings.max_req_time)\n",
+        "\n",
         "a lease that ran out in a pause is used",
-    ),
-    Mutant(
-        "pool",
-        "            self._line.popleft().errback(PoolClosedError())\n",
-        "            self._line.popleft()\n",
-        "close forgets who waits",
     ),
     Mutant(
         "pool",
@@ -129,6 +116,55 @@ MUTANTS = [
         "return self._reclaimed and not (self._retry is not None and self._retry.active())",
         "return self._reclaimed",
         "requests that come do not wait for the pause after a failure",
+    ),
+    # The line, and each client's share.
+    Mutant(
+        "line",
+        "Deferred(partial(self._leave, client))",
+        "Deferred(lambda _: None)",
+        "a machine is handed to one who left",
+    ),
+    Mutant("line", "self._next().errback(error())", "self._next()", "close forgets who waits"),
+    Mutant("line", "        self._length -= 1\n", "", "who has left is counted among those who wait"),
+    Mutant("line", "        self._clients.move_to_end(client)\n", "", "a client has one turn after another"),
+    Mutant(
+        "line",
+        "        place: Deferred[T] =",
+        '        client = "anybody"\n        place: Deferred[T] =',
+        "first come, first served, whoever they are",
+    ),
+    Mutant("line", "next(iter(places))", "next(reversed(places))", "a client's latest request is its next"),
+    Mutant("clients", ">= self._most", "> self._most", "a client has one request more than its share"),
+    Mutant(
+        "clients",
+        "str(IPv6Network((int(ip) >> _HOST_BITS << _HOST_BITS, 128 - _HOST_BITS)))",
+        "str(ip)",
+        "each address of a network has a share of its own",
+    ),
+    Mutant(
+        "coord",
+        "on_fly=self._settings.fly is not None",
+        "on_fly=False",
+        "all clients of Fly's proxy are one",
+    ),
+    Mutant(
+        "coord",
+        "            self._shares.give_back(client)\n",
+        "            if request.channel is not None:\n                self._shares.give_back(client)\n",
+        "who leaves keeps a part of its share",
+    ),
+    Mutant(
+        "coord",
+        '            raise self._refusal(503, "too many requests are waiting")\n',
+        "            self._shares.take(client)\n"
+        '            raise self._refusal(503, "too many requests are waiting")\n',
+        "who is refused keeps a part of its share",
+    ),
+    Mutant(
+        "coord",
+        "ceil(min(self._pool.expected_wait, longest))",
+        "ceil(100 * self._pool.expected_wait)",
+        "clients are sent away for good",
     ),
     # The steps of a machine's life.
     Mutant(
@@ -251,8 +287,8 @@ MUTANTS = [
     Mutant("coord", "outcome = await deadline.run(relay)", "outcome = await relay", "a run has no deadline"),
     Mutant(
         "coord",
-        "return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate())",
-        "return await self._pool.allocate()",
+        "return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))",
+        "return await self._pool.allocate(client)",
         "a wait has no end",
     ),
     Mutant(
@@ -373,12 +409,13 @@ def hunt_all(mutants: list[Mutant], processes: int = 2) -> Iterator[Catch]:
 
 
 if __name__ == "__main__":
+    chosen = [mutant for mutant in MUTANTS if mutant.module in sys.argv[1:] or not sys.argv[1:]]
     escaped = 0
-    for catch in hunt_all(MUTANTS):
+    for catch in hunt_all(chosen):
         escaped += catch.promise is None
         print(
             f"{catch.seeds:5} seeds {catch.seconds:6.1f} s  {catch.mutant.module:8} "
             f"{catch.mutant.defect}: {catch.promise}"
         )
-    print(f"{len(MUTANTS) - escaped} of {len(MUTANTS)} noticed")
+    print(f"{len(chosen) - escaped} of {len(chosen)} noticed")
     sys.exit(escaped > 0)

@@ -14,6 +14,7 @@ from bfaas.pool import Pool
 from bfaas.proxy import Proxy
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
 from tests.sim.clock import NodeClock
+from tests.sim.fairness import Fairness
 from tests.sim.http import ApiAgent
 from tests.sim.network import Network
 from tests.sim.worker import Workers
@@ -53,10 +54,12 @@ class Node:
             worker_memory_mb=256,
             max_wait=world.max_wait,
             max_queue=world.max_queue,
+            max_per_client=world.max_per_client,
             max_body=1 << 20,
             max_output=4096,
         )
         self.requests: dict[Client, None] = {}
+        self.fairness = Fairness(world, self)
         self.connections: list[Callable[[], None]] = []
         self.overlaps = False
         self.closing = False
@@ -105,8 +108,17 @@ class Node:
 
     def take(self, client: Client) -> None:
         """Take a request."""
+        under_way = sum(other.address == client.address for other in self.requests)
         self.requests[client] = None
+        self.fairness.joins(client)
         client.send()
+        self.fairness.is_taken(client, under_way)
+
+    def serves(self, request: str) -> None:
+        """Note that a request has a machine, whatever has become of that."""
+        for client in self.requests:
+            if client.script.request == request:
+                self.fairness.is_served(client)
 
     def begins(self, request: str, machine_id: str) -> None:
         """Note that a request is sent to a machine."""
@@ -122,6 +134,7 @@ class Node:
     def forget(self, client: Client) -> None:
         """Let a request go that has ended."""
         self.requests.pop(client, None)
+        self.fairness.leaves(client)
 
     def crash(self) -> None:
         """Die, as by SIGKILL: nothing is said any more, and all connections break."""

@@ -36,7 +36,7 @@ class SmallWorld(World):
     def __init__(self, path: tuple[int, ...], depth: int) -> None:
         super().__init__(1)
         self.rates, self.events, self.traits, self.how = {}, {}, set(), []
-        self.max_req_time, self.max_wait, self.max_queue = 2.0, 30.0, 100
+        self.max_req_time, self.max_wait, self.max_queue, self.max_per_client = 2.0, 30.0, 100, 20
         self.taken: list[int] = []
         self._path = path
         self._depth = depth

@@ -52,11 +52,11 @@ class PoolMachine(RuleBasedStateMachine):
             self.world._start_node(name, size)
         self.world._run(1.0)
 
-    @rule(target=places, name=POOLS)
-    def allocate(self, name: str) -> Any:
+    @rule(target=places, name=POOLS, client=st.sampled_from(["a", "b"]))
+    def allocate(self, name: str, client: str) -> Any:
         """Ask for a machine, and note it when it comes."""
         node = self.world.latest(name)
-        place: Deferred[Any] = node.pool.allocate()
+        place: Deferred[Any] = node.pool.allocate(client)
         self.line.append(place)
         place.addCallbacks(lambda allocation: self._given(allocation, node), self._not_given)
         return place

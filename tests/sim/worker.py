@@ -97,6 +97,8 @@ class Workers:
         written = Written()
         if bodyProducer is not None:
             bodyProducer.startProducing(written)
+        if method == b"POST":
+            self._node.serves(Script.decode(written.data).request)
         boot = world.ledger.boots.get(machine_id)
         if boot is None or boot.over or boot.listens_at > world.clock.now:
             return self._refused()

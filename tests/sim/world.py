@@ -21,7 +21,7 @@ from bfaas.machines.api import State
 from bfaas.machines.memory import Timing
 from bfaas.member import owner
 from bfaas.pool import CLEANING_PERIOD
-from tests.sim.client import Client
+from tests.sim.client import Client, Sender
 from tests.sim.clock import HeapClock, NodeClock
 from tests.sim.ledger import BrokenPromiseError, Ledger, SimMachines
 from tests.sim.nodes import Node
@@ -91,6 +91,10 @@ class World:
         self._choose_faults()
         self.max_req_time = random.choice([2.0, 5.0, 20.0])
         self.max_queue = random.choice([3, 100, 100])
+        self._senders = Random(
+            f"senders {seed}"
+        )  # of its own: who sends does not change what else happens to a seed
+        self.max_per_client = self._senders.choice([3, 20, 20])
         self.worker_deadline = random.random() < 0.7
         self.forgetful = random.random() < 0.3  # workers that do not know that they have had their run
         self.duration = random.uniform(200.0, 1000.0)
@@ -268,30 +272,41 @@ class World:
     def _arrivals(self, pool_name: str) -> None:
         """Let requests come, now and then many at once."""
         random = self.random
+        senders = self._senders
+        alone = senders.choice([None, None, *Sender])
         for _ in range(random.choice([1, 1, 1, 2, 8])):
-            self._later(random.expovariate(2.0), self._request, pool_name)
+            sender = alone or senders.choice(list(Sender))
+            self._later(random.expovariate(2.0), self._request, pool_name, sender)
         self._later(random.expovariate(1 / random.choice([5.0, 60.0, 300.0])), self._arrivals, pool_name)
 
-    def _request(self, pool_name: str) -> None:
+    def _request(self, pool_name: str, sender: Sender) -> None:
         node, random = self.latest(pool_name), self.random
         if not node.alive or node.clock.paused:
             return
         how = random.choice(self.how) if self.how and random.random() < 0.4 else "honest"
         lines = random.choice([0, 1, 5, 12]) if how == "honest" else random.choice([1, 5])
         span = random.choice([0.1, 0.5, 1.0, 1.5]) * self.max_req_time
-        client = self._send(node, lines, span / (lines + 1), random.randrange(256), how)
+        client = self._send(node, lines, span / (lines + 1), random.randrange(256), how, sender)
         if random.random() < 0.15:
             self._later(random.expovariate(1 / self.max_req_time), client.leave)
         if random.random() < 0.1:
             self._later(random.uniform(0, 5), client.pause)
             self._later(random.uniform(5, 60), client.resume)
 
-    def _send(self, node: Node, lines: int, pause: float, code: int, how: str = "honest") -> Client:
+    def _send(
+        self,
+        node: Node,
+        lines: int,
+        pause: float,
+        code: int,
+        how: str = "honest",
+        sender: Sender = Sender.A_HOST,
+    ) -> Client:
         self._requests += 1
         script = Script(f"r{self._requests}", lines, pause, code, how)
         self.marks[how] += 1
-        self.note("request", script.request, "to", node, how)
-        client = Client(self, node, script, raw=self.random.random() < 0.2)
+        self.note("request", script.request, "to", node, how, sender.name)
+        client = Client(self, node, script, sender, raw=self.random.random() < 0.2)
         node.take(client)
         return client
 
@@ -386,7 +401,7 @@ class World:
         clients = [
             self._send(node, 2, 0.1, 0)
             for node in self._settled_nodes()
-            for _ in range(min(node.size, self.max_queue + 1))
+            for _ in range(min(node.size, self.max_queue + 1, self.max_per_client))
         ]
         self._run(self.max_wait + self.max_req_time + 1)
         for client in clients:
