@@ -12,7 +12,7 @@ run: $(VENV)/installed
 	@echo
 	@echo "      curl -sN localhost:8000/run -d uptime"
 	@echo
-	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} $(BIN)/twistd -n --pidfile= bfaas-coord
+	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} POOL_STANDBY=$${POOL_STANDBY:-2} $(BIN)/twistd -n --pidfile= bfaas-coord
 
 # The same, but the coordinator believes that it is on Fly: the Machines API is another program on this host.
 fly: $(VENV)/installed

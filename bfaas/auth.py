@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-_SLACK = 5  # seconds a header may come before its time: two machines' clocks differ
+SLACK = 5
+"""Seconds that a header may come before its time: two machines' clocks differ."""
+
 _LIFETIME = 60  # seconds after its time that a header is good for
 _MAX_HEADER = 1024  # characters
 
@@ -105,7 +107,7 @@ class Verifier:
         if not hmac.compare_digest(match[2], _encode(machine_id)):
             raise AuthError("for another machine")
         issued = int(match[1])
-        if now < issued - _SLACK:
+        if now < issued - SLACK:
             raise AuthError("too early")
         if now > issued + _LIFETIME:
             raise AuthError("too late")

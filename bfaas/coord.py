@@ -282,4 +282,6 @@ def pool_settings(settings: CoordSettings) -> PoolSettings:
         ),
         max_req_time=settings.max_req_time,
         lease_ttl=lease_ttl(settings.max_req_time),
+        standby=settings.standby,
+        suspends=settings.standby_suspended,
     )

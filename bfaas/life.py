@@ -21,8 +21,10 @@ from bfaas.machines.api import (
     NameTakenError,
     NotFoundError,
     NotReadyError,
+    RateLimitedError,
     State,
     UnavailableError,
+    WaitTimeoutError,
 )
 from bfaas.member import Member, Phase, PoolSettings
 
@@ -173,6 +175,40 @@ class Life:
         await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))
         await self._within(self._limits.ready, self._probe(member.machine))
 
+    async def suspend(self, member: Member) -> None:
+        """Freeze a machine that is ready; never one that has run a script, since that wipes nothing."""
+        limit = self._limits.stop
+        await self._within(limit, self._api.suspend(member.machine.id, member.nonce))
+        await self._within(limit + 1, self._api.wait(member.machine, State.SUSPENDED, limit))
+
+    async def resume(self, member: Member) -> None:
+        """Thaw a frozen machine, until it is ready as before."""
+        await self._within(self._limits.start, self._call_start(member))
+        await self.become_ready(member)
+
+    async def keep(self, member: Member) -> None:
+        """Keep a machine that stands by under its lease; returns when it is no good any more."""
+        try:
+            while not await self._stops_within(member, self._settings.lease_ttl / 3):
+                await self._renew(member)
+        except (MachinesError, DeadlineExceededError) as error:
+            self._log.warn("{name} stands by no more: {error}", name=member.name, error=error)
+        else:
+            self._log.warn("{name} has stopped by itself", name=member.name)
+
+    async def _stops_within(self, member: Member, seconds: float) -> bool:
+        deadline = Deadline(self._clock, seconds)
+        for failures in count():
+            if not deadline.remaining:
+                break
+            try:
+                await deadline.run(self._api.wait(member.machine, State.STOPPED, deadline.remaining))
+            except (UnavailableError, WaitTimeoutError, DeadlineExceededError):
+                await self._nap(min(deadline.remaining, self.pause(failures)))
+            else:
+                return True
+        return False
+
     async def stop(self, member: Member) -> None:
         """Wipe the machine: only a stop that is confirmed makes it fit for another request."""
         limit = self._limits.stop
@@ -242,12 +278,13 @@ class Life:
             try:
                 await self._api.start(member.machine.id, member.nonce)
             except NotReadyError:
-                machine = await self._api.get(member.machine.id)
-                if machine.state in _PAST_STARTING:
+                if (await self._api.get(member.machine.id)).state in _PAST_STARTING:
                     raise
-                await self._nap(self.pause(failures))
+            except RateLimitedError:
+                pass  # we asked too often whether it is over
             else:
                 return
+            await self._nap(self.pause(failures))
 
     async def _renew(self, member: Member) -> None:
         """Extend the lease; do without as long as what is left covers a start and two requests."""

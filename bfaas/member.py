@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import Deferred
+
 if TYPE_CHECKING:
     from random import Random
-
-    from twisted.internet.defer import Deferred
 
     from bfaas.machines.api import Lease, Machine, MachineConfig
 
@@ -41,6 +41,7 @@ class PoolSettings:
     Which machines a pool makes, and how many.
 
     `max_req_time` and `lease_ttl` are seconds. `config` is given the metadata that says whose it is.
+    `standby` machines are kept ready ahead of requests, suspended if `suspends` says so.
     """
 
     name: str
@@ -49,6 +50,8 @@ class PoolSettings:
     config: MachineConfig
     max_req_time: float
     lease_ttl: int
+    standby: int = 0
+    suspends: bool = False
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -105,8 +108,9 @@ class Phase(enum.Enum):
     CREATING = "creating"  # there may be a machine, or not yet
     RECLAIMING = "reclaiming"  # an earlier instance left it; being wiped, whatever it was doing
     IDLE = "idle"  # stopped, confirmed; costs nothing, starts when wanted
-    STARTING = "starting"  # on its way to a request
+    STARTING = "starting"  # on its way to a request, or to stand by
     READY = "ready"  # started and answering, no request yet
+    SUSPENDED = "suspended"  # the same, but frozen, or about to be
     BUSY = "busy"  # a request has it
     STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
     LEAVING = "leaving"  # being destroyed; has its place until that is done
@@ -119,8 +123,8 @@ class Member:
 
     `lease_end` is by the pool's clock, counted from before the lease was asked for. `lost` is when an
     attempt to create it ended whose outcome is not known. `tainted` means that the machine must not be
-    used again. `woken` is what its life waits for while it is idle: True when a
-    request wants it, False when it is to end.
+    used again. `woken` is what its life waits for while it is idle or stands by: True when it is wanted,
+    False when it is to end.
     """
 
     name: str
@@ -142,6 +146,11 @@ class Member:
     def nonce(self) -> str | None:
         """What proves that the machine is leased to us."""
         return self.lease.nonce if self.lease else None
+
+    def rest(self) -> Deferred[bool]:
+        """Wait until somebody wakes it."""
+        woken = self.woken = Deferred()
+        return woken
 
     def wake(self, *, wanted: bool) -> None:
         """End its rest, if it rests."""

@@ -89,9 +89,8 @@ class Pool:
     @property
     def next_in_line(self) -> int:
         """How many machines have to come free before one more request is served; 0 where none has to."""
-        busy = (Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
-        taken = sum(member.phase in busy for member in self._members)
-        return max(0, len(self._line) + 1 - (self._settings.size - taken))
+        taken = self._in(Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
+        return max(0, len(self._line) + 1 - (self._settings.size - len(taken)))
 
     @property
     def expected_wait(self) -> float:
@@ -106,7 +105,7 @@ class Pool:
 
     def count(self, phase: Phase) -> int:
         """How many members are in a phase."""
-        return sum(member.phase is phase for member in self._members)
+        return len(self._in(phase))
 
     def allocate(self, client: str) -> Deferred[Allocation]:
         """
@@ -145,15 +144,24 @@ class Pool:
         """Set machines on their way, as many as requests are short of."""
         if self._closing:
             return
-        on_their_way = (Phase.CREATING, Phase.RECLAIMING, Phase.STARTING, Phase.READY)
-        short = len(self._line) - sum(member.phase in on_their_way for member in self._members)
-        idle = [member for member in self._members if member.phase is Phase.IDLE]
+        for member in self._in(Phase.READY)[: len(self._line)]:
+            member.wake(wanted=True)
+        on_their_way = self._in(Phase.CREATING, Phase.RECLAIMING, Phase.STARTING)
+        asleep = self._in(Phase.SUSPENDED)
+        for member in asleep[: max(0, len(self._line) - len(on_their_way))]:
+            member.wake(wanted=True)
+        ready = len(on_their_way) + len(asleep) + len(self._in(Phase.READY))
+        short = len(self._line) + self._settings.standby - ready
+        idle = self._in(Phase.IDLE)
         for member in sorted(idle, key=lambda member: -member.lease_end)[: max(0, short)]:
             member.wake(wanted=True)
             short -= 1
         while short > 0 and len(self._members) < self._settings.size and self._may_create():
             self._add(Member(machine_name(self._settings.name, self._random)))
             short -= 1
+
+    def _in(self, *phases: Phase) -> list[Member]:
+        return [member for member in self._members if member.phase in phases]
 
     def _may_create(self) -> bool:
         """Not before we know what is there already, and not in the pause after a failure."""
@@ -210,17 +218,53 @@ class Pool:
         began = self._clock.seconds()
         await self._life.become_ready(member)
         self._failures = 0
-        member.phase = Phase.READY
+        wanted = await self._stand_by(member)
         is_good = not member.tainted and self._is_leased(member, self._settings.max_req_time)
-        if serves := is_good and len(self._line) > 0:
+        if serves := wanted and is_good and len(self._line) > 0:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.serve(Allocation(member.machine, released))
+            self._balance()
             await released
         member.phase = Phase.STOPPING
         await self._life.stop(member)
         if serves:
             self._took_turn(self._clock.seconds() - began)
+
+    async def _stand_by(self, member: Member) -> bool:
+        """
+        Keep the machine ready until a request wants it, unless enough others are.
+
+        False when it is to serve nobody, for it is no good any more, or the pool closes.
+        """
+        member.phase = Phase.READY
+        while self._is_kept_ready(member):
+            if self._settings.suspends:
+                member.phase = Phase.SUSPENDED
+                await self._life.suspend(member)
+            if not (len(self._line) > 0 or await self._rest_ready(member)):
+                return False
+            if self._settings.suspends:
+                member.phase = Phase.STARTING
+                await self._life.resume(member)
+            member.phase = Phase.READY
+        return True
+
+    def _is_kept_ready(self, member: Member) -> bool:
+        others = [other for other in self._in(Phase.READY, Phase.SUSPENDED) if other is not member]
+        unwanted = self._closing or member.tainted or len(self._line) > 0
+        return not unwanted and len(others) < self._settings.standby
+
+    async def _rest_ready(self, member: Member) -> bool:
+        keeping = Deferred.fromCoroutine(self._life.keep(member))
+        keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=member.name))
+        woken = member.rest()
+        keeping.addCallback(lambda _: member.wake(wanted=False))
+        try:
+            return await woken
+        finally:
+            keeping.cancel()
 
     def _took_turn(self, seconds: float) -> None:
         longest = self._settings.max_req_time + self._settings.limits.stop
@@ -236,8 +280,7 @@ class Pool:
         if self._closing or member.tainted or left <= 0:
             return False
         member.phase = Phase.IDLE
-        woken: Deferred[bool] = Deferred()
-        member.woken = woken
+        woken = member.rest()
         timer = self._clock.callLater(left, lambda: member.wake(wanted=False))
         self._balance()
         try:

@@ -7,6 +7,8 @@ format that was asked for; head, status and ending are our own.
 
 from __future__ import annotations
 
+import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any
 
 from treq.client import HTTPClient
@@ -16,11 +18,14 @@ from twisted.web.http_headers import Headers
 
 from bfaas import wire
 from bfaas.agent import CutShortError
+from bfaas.auth import SLACK
 from bfaas.deadline import Deadline, sleep
 from bfaas.exchange import Body, BytesProducer, discard, head, single_use_agent
 from bfaas.reader import OutputLimitError, run_reader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twisted.web.iweb import IAgent, IResponse
 
     from bfaas.answer import Answer
@@ -49,9 +54,15 @@ class Proxy:
     _PROBE_PAUSES = (0.005, 0.25)
 
     def __init__(
-        self, reactor: Any, worker_url: str | None, max_output: int, agent: IAgent | None = None
+        self,
+        reactor: Any,
+        worker_url: str | None,
+        max_output: int,
+        agent: IAgent | None = None,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._reactor = reactor
+        self._wall = wall
         self._worker_url = worker_url
         self._max_output = max_output
         self._agent = agent or single_use_agent(reactor)
@@ -60,7 +71,8 @@ class Proxy:
         """
         Wait until the worker answers; only cancelling ends the wait otherwise.
 
-        Any answer below 500 will do: workers of the Go original have no such path.
+        Any answer below 500 will do: workers of the Go original have no such path. But one whose clock is
+        so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready.
         """
         pause, longest = self._PROBE_PAUSES
         while True:
@@ -73,10 +85,18 @@ class Proxy:
                 pass
             else:
                 discard(response)
-                if response.code < 500:  # noqa: PLR2004 - the server's own errors
+                if response.code < 500 and self._is_on_time(response):  # noqa: PLR2004 - a server's own errors
                     return
             await sleep(self._reactor, pause)
             pause = min(2 * pause, longest)
+
+    def _is_on_time(self, response: IResponse) -> bool:
+        """Tell whether a worker's clock, as far as it tells it, is near enough to ours."""
+        try:
+            told = parsedate_to_datetime(response.headers.getRawHeaders("date", [""])[0]).timestamp()
+        except (ValueError, OverflowError):
+            return True
+        return abs(told - self._wall()) < SLACK
 
     async def relay(
         self,

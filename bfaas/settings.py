@@ -44,8 +44,7 @@ _BYTES = {
     "MiB": 1 << 20,
     "GiB": 1 << 30,
 }
-_MAX_BODY = 1 << 20
-_MAX_OUTPUT = 64 << 20
+_MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
 
 _TERM = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(_NANOSECONDS)})(?![^0-9.])")
 _DURATION = re.compile(rf"[-+]?(?:0|(?:{_TERM.pattern})+)")
@@ -112,9 +111,8 @@ class FlySettings:
 @dataclass(frozen=True)
 class CoordSettings:
     """
-    What a coordinator is told. Spans of time are in seconds, sizes in bytes.
-
-    `fly` is None where the workers are processes on this host.
+    What a coordinator is told. Spans of time are in seconds, sizes in bytes. `fly` is None where the workers
+    are processes on this host.
     """
 
     max_req_time: float
@@ -124,6 +122,8 @@ class CoordSettings:
     machine_id: str
     region: str
     pool_size: int
+    standby: int
+    standby_suspended: bool
     worker_cpus: int
     worker_memory_mb: int
     max_wait: float
@@ -157,7 +157,9 @@ class CoordSettings:
                     if mock
                     else read.required("FLY_REGION", str, "a region such as ams")
                 ),
-                pool_size=read.optional("POOLSIZE", _positive(_whole), 2),
+                pool_size=(pool_size := read.optional("POOLSIZE", _positive(_whole), 2)),
+                standby=read.optional("POOL_STANDBY", _at_most(pool_size, "POOLSIZE"), 0),
+                standby_suspended=read.optional("POOL_STANDBY_STATE", _is_suspended, default=False),
                 worker_cpus=read.optional("WORKER_CPUS", _positive(_whole), 1),
                 worker_memory_mb=read.optional("WORKER_MEMORY_MB", _positive(_whole), 256),
                 max_wait=read.optional("MAXWAIT", _positive(parse_duration), 30.0),
@@ -292,10 +294,25 @@ def _whole(text: str) -> int:
 
 
 def _natural(text: str) -> int:
-    number = _whole(text)
-    if number < 0:
+    if _whole(text) < 0:
         raise ValueError(f"{_quoted(text)} is below zero")
-    return number
+    return _whole(text)
+
+
+def _at_most(limit: int | None, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        number = _natural(text)
+        if limit is None or number <= limit:
+            return number
+        raise ValueError(f"{_quoted(text)} is more than {what}, {limit}")
+
+    return parse
+
+
+def _is_suspended(text: str) -> bool:
+    if text in ("started", "suspended"):
+        return text == "suspended"
+    raise ValueError(f"{_quoted(text)} is neither started nor suspended")
 
 
 def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:

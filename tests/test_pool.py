@@ -48,7 +48,15 @@ class World:
             await Deferred()
 
     def pool(
-        self, name: str = "p", size: int = 2, image: str = "i", *, start: bool = True, **env: str
+        self,
+        name: str = "p",
+        size: int = 2,
+        image: str = "i",
+        *,
+        standby: int = 0,
+        suspends: bool = False,
+        start: bool = True,
+        **env: str,
     ) -> tuple[Pool, FaultyMachines]:
         api = FaultyMachines(self.machines)
         settings = PoolSettings(
@@ -58,6 +66,8 @@ class World:
             config=MachineConfig(image, env),
             max_req_time=MAX_REQ_TIME,
             lease_ttl=lease_ttl(MAX_REQ_TIME),
+            standby=standby,
+            suspends=suspends,
         )
         pool = Pool(api, self.probe, self.clock, Random(1), settings)
         if start:
@@ -242,6 +252,123 @@ class AllocationTests(PoolCase):
         self.assertGreater(self.api.count("start"), 1)
         self.assertEqual(0, self.api.count("destroy"))
         second.release()
+
+
+class StandbyTests(PoolCase):
+    def standing_by(self, standby: int = 1, *, size: int = 2, suspends: bool = False) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(size=size, standby=standby, suspends=suspends)
+        self.addCleanup(self.end, self.pool)
+        self.world.advance(5)
+
+    def end(self, pool: Pool) -> None:
+        # What looks after a machine that stands by must not be left to the garbage collector.
+        self.begin(pool.close())
+        self.world.advance(1)
+
+    def test_a_machine_that_stands_by_is_given_at_once_and_without_a_call(self) -> None:
+        self.standing_by()
+        self.assertEqual([State.STARTED], self.states())
+        calls = len(self.api.calls)
+
+        place = self.pool.allocate("c")
+
+        first = self.successResultOf(place)
+        self.assertEqual(calls, len([call for call in self.api.calls if call[0] != "create"]))
+        self.world.advance(5)
+        self.assertEqual(1, self.pool.count(Phase.READY))
+        self.assertNotEqual(first.machine.id, self.allocated(within=0).machine.id)
+
+    def test_a_used_machine_is_stopped_before_it_stands_by_again(self) -> None:
+        self.standing_by(size=1)
+        first = self.allocated(within=0)
+        waiting = self.pool.allocate("c")
+        first.release()
+        self.world.advance(0.3)
+        self.assertNoResult(waiting)
+        self.world.advance(5)
+
+        self.assertEqual(first.machine.id, self.successResultOf(waiting).machine.id)
+        self.assertEqual((1, 1), (self.api.count("stop"), self.api.count("create")))
+        self.assertGreaterEqual(self.api.count("start"), 1)
+
+    def test_no_more_machines_stand_by_than_should(self) -> None:
+        self.standing_by(size=3)
+        for allocation in [self.allocated(), self.allocated(), self.allocated()]:
+            allocation.release()
+        self.world.advance(5)
+
+        self.assertEqual([State.STARTED, State.STOPPED, State.STOPPED], self.states())
+
+    def test_its_lease_is_kept_fresh(self) -> None:
+        for suspends in (False, True):
+            self.standing_by(suspends=suspends)
+            [machine] = self.machines()
+            for _ in range(10):
+                self.world.advance(150)
+                lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+                self.assertGreater(lease.expires_at - EPOCH - self.world.clock.seconds(), 150)
+
+            self.assertEqual([machine.id], [other.id for other in self.machines()])
+            self.assertEqual(machine.id, self.allocated().machine.id)
+
+    def test_one_that_stops_by_itself_is_started_again_and_one_that_is_gone_replaced(self) -> None:
+        self.standing_by()
+        [machine] = self.machines()
+        lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+        self.successResultOf(self.begin(self.world.machines.stop(machine.id, lease.nonce)))
+        self.world.advance(5)
+        self.assertEqual((1, [State.STARTED]), (self.pool.count(Phase.READY), self.states()))
+
+        self.successResultOf(self.begin(self.world.machines.destroy(machine.id, lease.nonce)))
+        self.world.advance(5)
+
+        self.assertEqual((1, [State.STARTED]), (self.pool.count(Phase.READY), self.states()))
+        self.assertNotEqual([machine.id], [other.id for other in self.machines()])
+
+    def test_starts_that_fail_are_spaced_out_and_a_request_is_served_in_the_end(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(standby=2, start=False)
+        self.addCleanup(self.end, self.pool)
+        self.api.always["create"] = Refuse(CapacityError("full"))
+        self.pool.start()
+        self.world.advance(120)
+        self.assertLess(self.api.count("create"), 40)
+        place = self.pool.allocate("c")
+        del self.api.always["create"]
+        self.world.advance(40)
+
+        self.successResultOf(place)
+        self.assertEqual(1, self.pool.count(Phase.READY))
+
+    def test_suspended_ones_are_thawed_for_a_request_and_never_frozen_after_one(self) -> None:
+        self.standing_by(suspends=True)
+        self.assertEqual([State.SUSPENDED], self.states())
+
+        first = self.allocated()
+        self.assertEqual([State.STARTED, State.SUSPENDED], self.states())
+        suspended = self.api.count("suspend")
+        first.release()
+        self.world.advance(5)
+
+        self.assertEqual([State.STOPPED, State.SUSPENDED], self.states())
+        self.assertEqual((2, 1), (suspended, self.api.count("stop")))
+
+    def test_a_tampered_one_serves_nobody(self) -> None:
+        self.standing_by()
+        [machine] = self.machines()
+        self.world.machines.set_metadata(machine.id, "pool_id", "q//i")
+        self.world.advance(400)
+
+        self.assertNotEqual(machine.id, self.allocated(within=0).machine.id)
+
+    def test_close_stops_what_stands_by(self) -> None:
+        for suspends in (False, True):
+            self.standing_by(2, suspends=suspends)
+            self.close(within=5)
+
+            self.assertEqual([State.STOPPED, State.STOPPED], self.states())
+            self.assert_nothing_pending()
 
 
 class LeaseTests(PoolCase):

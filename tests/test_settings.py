@@ -176,6 +176,8 @@ class CoordSettingsTests(SynchronousTestCase):
             machine_id="mock",
             region="local",
             pool_size=2,
+            standby=0,
+            standby_suspended=False,
             worker_cpus=1,
             worker_memory_mb=256,
             max_wait=30.0,
@@ -204,6 +206,8 @@ class CoordSettingsTests(SynchronousTestCase):
             "FLY_FLAPS_BASE_URL": "http://127.0.0.1:4280/",
             "FLY_REPLAY": "on",
             "POOLSIZE": "7",
+            "POOL_STANDBY": "3",
+            "POOL_STANDBY_STATE": "suspended",
             "WORKER_CPUS": "2",
             "WORKER_MEMORY_MB": "512",
             "MAXWAIT": "250ms",
@@ -226,6 +230,8 @@ class CoordSettingsTests(SynchronousTestCase):
             machine_id="3d8d9d",
             region="ams",
             pool_size=7,
+            standby=3,
+            standby_suspended=True,
             worker_cpus=2,
             worker_memory_mb=512,
             max_wait=0.25,
@@ -267,12 +273,16 @@ class CoordSettingsTests(SynchronousTestCase):
             "MAXBODY": "big",
             "MAXOUTPUT": "0B",
             "FLY_REPLAY": "maybe",
+            "POOL_STANDBY": "-1",
+            "POOL_STANDBY_STATE": "asleep",
         }
         expected = (
             'MAXREQTIME: "10" is not a duration such as 1m30s',
             'FLY_REPLAY: "maybe" is neither on nor off',
             'FLY_MACHINE_ID: "a b" is not 1 to 63 letters, digits, dashes and underscores',
             'POOLSIZE: "x" is not a whole number',
+            'POOL_STANDBY: "-1" is below zero',
+            'POOL_STANDBY_STATE: "asleep" is neither started nor suspended',
             'WORKER_CPUS: "0" is not above zero',
             'WORKER_MEMORY_MB: "1.5" is not a whole number',
             'MAXWAIT: "-1s" is not above zero',
@@ -282,6 +292,12 @@ class CoordSettingsTests(SynchronousTestCase):
             'MAXOUTPUT: "0B" is not above zero',
         )
         self.assertEqual(expected, self.problems(MOCK | given))
+
+    def test_no_more_can_stand_by_than_there_are(self) -> None:
+        self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOL_STANDBY": "2"}).standby)
+        self.assertEqual(
+            ('POOL_STANDBY: "3" is more than POOLSIZE, 2',), self.problems(MOCK | {"POOL_STANDBY": "3"})
+        )
 
     def test_a_request_must_have_some_time(self) -> None:
         for text in ("0", "0s", "0.1ns", "-10s"):

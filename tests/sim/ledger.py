@@ -112,10 +112,10 @@ class Ledger:
                 del self.boots[machine_id]
 
     async def freeze(self, machine_id: str) -> None:
-        """Nothing suspends machines here yet."""
+        """Nothing reaches a machine that is not started, so there is nothing to do."""
 
     async def thaw(self, machine_id: str) -> None:
-        """Nothing suspends machines here yet."""
+        """Nothing was done."""
 
     def die(self, boot: Boot) -> None:
         """Let a machine's main process end by itself."""

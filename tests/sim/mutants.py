@@ -166,6 +166,30 @@ MUTANTS = [
         "ceil(100 * self._pool.expected_wait)",
         "clients are sent away for good",
     ),
+    Mutant(
+        "pool",
+        "            keeping.cancel()\n",
+        "            pass\n",
+        "a machine in use is still looked after as one that stands by",
+    ),
+    Mutant(
+        "pool",
+        "            self._balance()\n            await released\n",
+        "            await released\n",
+        "nobody stands by in place of a machine that is in use",
+    ),
+    Mutant(
+        "pool",
+        "        for member in self._in(Phase.READY)[: len(self._line)]:\n",
+        "        for member in []:\n",
+        "a machine that stands by does so for ever",
+    ),
+    Mutant(
+        "pool",
+        "return not unwanted and len(others) < self._settings.standby",
+        "return not unwanted",
+        "all machines stand by",
+    ),
     # The steps of a machine's life.
     Mutant(
         "life",
@@ -232,6 +256,18 @@ MUTANTS = [
         "            raise UnavailableError(str(error)) from error  # too new to be found, or gone again",
         "            raise",
         "a machine that is too new to be found is forgotten",
+    ),
+    Mutant(
+        "life",
+        "self._stops_within(member, self._settings.lease_ttl / 3)",
+        "self._stops_within(member, self._settings.lease_ttl * 3)",
+        "the lease of a machine that stands by runs out",
+    ),
+    Mutant(
+        "life",
+        "self._api.wait(member.machine, State.STOPPED, deadline.remaining)",
+        "Deferred()",
+        "a machine that stands by stops, and nobody sees it",
     ),
     # Whose is what.
     Mutant(

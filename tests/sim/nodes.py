@@ -50,6 +50,8 @@ class Node:
             machine_id=pool_name,
             region="ams",
             pool_size=size,
+            standby=world.random.randint(0, size) if world.has("standby") else 0,
+            standby_suspended=world.has("suspended"),
             worker_cpus=1,
             worker_memory_mb=256,
             max_wait=world.max_wait,

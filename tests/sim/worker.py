@@ -18,6 +18,7 @@ from zope.interface import implementer
 from bfaas import wire
 from bfaas.agent import CutShortError
 from bfaas.auth import AuthError, Verifier
+from bfaas.machines.api import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +101,9 @@ class Workers:
         if method == b"POST":
             self._node.serves(Script.decode(written.data).request)
         boot = world.ledger.boots.get(machine_id)
-        if boot is None or boot.over or boot.listens_at > world.clock.now:
+        machine = world.machines.find(machine_id)
+        started = machine is not None and machine.state is State.STARTED
+        if boot is None or boot.over or not started or boot.listens_at > world.clock.now:
             return self._refused()
         if method == b"GET":
             return self._probed(boot)

@@ -19,7 +19,7 @@ from zope.interface import provider
 
 from bfaas.machines.api import State
 from bfaas.machines.memory import Timing
-from bfaas.member import owner
+from bfaas.member import Phase, owner
 from bfaas.pool import CLEANING_PERIOD
 from tests.sim.client import Client, Sender
 from tests.sim.clock import HeapClock, NodeClock
@@ -51,6 +51,7 @@ EVENTS = {
 TRAITS = {
     # name: how likely it is, for each world
     "drift": 0.2, "skew": 0.2, "overlap": 0.2, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
+    "standby": 0.5, "suspended": 0.3,
     "over-http": 0.1,
 }  # fmt: skip
 HOW = (
@@ -208,6 +209,7 @@ class World:
             self._run(self.duration)
             self._heal()
             self._run(SERVED_AGAIN)
+            self._check_standby()
             self._check_service()
             self._check_succession()
             self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
@@ -398,15 +400,30 @@ class World:
 
     def _check_service(self) -> None:
         """Every place of every pool serves."""
-        clients = [
-            self._send(node, 2, 0.1, 0)
-            for node in self._settled_nodes()
-            for _ in range(min(node.size, self.max_queue + 1, self.max_per_client))
-        ]
+        clients = [client for node in self._settled_nodes() for client in self._send_to_all_places(node)]
         self._run(self.max_wait + self.max_req_time + 1)
         for client in clients:
             if client.ending != "exit 0 None":
                 self.ledger.broken(f"11: {client.script.request} on a healed world: {client.ending}")
+
+    def _send_to_all_places(self, node: Node) -> list[Client]:
+        """Send as many requests as a pool has places; those for whom a machine stands by have it at once."""
+        ready = node.pool.count(Phase.READY)
+        clients = [
+            self._send(node, 2, 0.1, 0)
+            for _ in range(min(node.size, self.max_queue + 1, self.max_per_client))
+        ]
+        for client in clients[:ready]:
+            if client.machine_id is None:
+                self.ledger.broken(f"18: {client.script.request} waits, though {ready} machines stand by")
+        return clients
+
+    def _check_standby(self) -> None:
+        """As many machines stand by as should."""
+        for node in self._settled_nodes():
+            ready = node.pool.count(Phase.READY) + node.pool.count(Phase.SUSPENDED)
+            if ready != node.settings.standby:
+                self.ledger.broken(f"18: {node} has {ready} machines ready, of {node.settings.standby}")
 
     def _check_succession(self) -> None:
         """Every coordinator's next instance takes over what is left, within its own size and image."""
