@@ -115,7 +115,7 @@ class Life:
         create = self._api.create(member.name, settings.region, settings.labelled(), settings.lease_ttl)
         try:
             member.known_machine, member.lease = await self._within(self._limits.create, create)
-            member.lease_end = asked + settings.lease_ttl
+            member.lease_end = asked + settings.trusted_ttl
         except NameTakenError as taken:
             found = await self._find(member) if taken.machine_id is None else None
             machine_id = found.id if found else taken.machine_id
@@ -161,7 +161,7 @@ class Life:
         asked = self._clock.seconds()
         acquire = self._api.acquire_lease(machine_id, self._settings.lease_ttl, self._settings.pool_id)
         member.lease = await self._within(self._limits.lease, acquire)
-        member.lease_end = asked + self._settings.lease_ttl
+        member.lease_end = asked + self._settings.trusted_ttl
         self._log.info("reclaimed {name}, {id}", name=member.name, id=machine_id)
 
     async def start(self, member: Member) -> None:
@@ -299,7 +299,7 @@ class Life:
         asked, ttl = self._clock.seconds(), self._settings.lease_ttl
         refresh = self._api.refresh_lease(machine_id, member.nonce or "", ttl)
         member.lease = await self._within(self._limits.lease, refresh)
-        member.lease_end = asked + ttl
+        member.lease_end = asked + self._settings.trusted_ttl
 
     def _within(self, seconds: float, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
         return Deadline(self._clock, seconds).run(work)

@@ -110,10 +110,7 @@ class FlySettings:
 
 @dataclass(frozen=True)
 class CoordSettings:
-    """
-    What a coordinator is told. Spans of time are in seconds, sizes in bytes. `fly` is None where the workers
-    are processes on this host.
-    """
+    """What a coordinator is told, in seconds and bytes; `fly` is None where workers are local processes."""
 
     max_req_time: float
     fly: FlySettings | None

@@ -217,8 +217,10 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "        member.lease_end = asked + ttl\n",
-        "        member.lease_end = asked + ttl + 1000\n",
+        "        member.lease = await self._within(self._limits.lease, refresh)\n"
+        "        member.lease_end = asked + self._settings.trusted_ttl\n",
+        "        member.lease = await self._within(self._limits.lease, refresh)\n"
+        "        member.lease_end = asked + 1000 + ttl\n",
         "a lease is taken for longer than it is",
     ),
     Mutant(
@@ -368,7 +370,10 @@ MUTANTS = [
         "any machine may get a request",
     ),
     Mutant(
-        "proxy", "                raise OutputLimitError\n", "                pass\n", "output has no limit"
+        "reader",
+        '            self.error = OutputLimitError("more output than the limit")\n',
+        "            pass\n",
+        "output has no limit",
     ),
     Mutant(
         "exchange",
