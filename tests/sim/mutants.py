@@ -7,11 +7,14 @@ modules, such as `line coord`, it applies those of these alone.
 
 from __future__ import annotations
 
+import argparse
 import importlib.abc
 import importlib.util
 import multiprocessing
+import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -423,7 +426,7 @@ class Catch(NamedTuple):
     seconds: float
 
 
-def hunt(mutant: Mutant) -> Catch:
+def hunt(mutant: Mutant, seeds: int) -> Catch:
     """Run episodes with a mutant until one notices it. Changes this process for good."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("bfaas", "tests")]:
         if name not in ("tests", "tests.sim", __name__):
@@ -434,29 +437,39 @@ def hunt(mutant: Mutant) -> Catch:
 
     quiet()
     began = time.monotonic()
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         try:
             World(seed).live()
         except Exception as error:  # noqa: BLE001 - a broken promise or a broken program: it is noticed
             return Catch(mutant, seed + 1, f"{error}".partition("\n")[0][:90], time.monotonic() - began)
-    return Catch(mutant, SEEDS, None, time.monotonic() - began)
+    return Catch(mutant, seeds, None, time.monotonic() - began)
 
 
-def hunt_all(mutants: list[Mutant], processes: int = 2) -> Iterator[Catch]:
+def hunt_all(mutants: list[Mutant], seeds: int) -> Iterator[Catch]:
     """Hunt each mutant in a process of its own."""
     context = multiprocessing.get_context("fork")
-    with context.Pool(processes, maxtasksperchild=1) as pool:
-        yield from pool.imap(hunt, mutants, chunksize=1)
+    with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
+        yield from pool.imap(partial(hunt, seeds=seeds), mutants, chunksize=1)
 
 
-if __name__ == "__main__":
-    chosen = [mutant for mutant in MUTANTS if mutant.module in sys.argv[1:] or not sys.argv[1:]]
+def main() -> int:
+    """Hunt, and tell; the exit code is 1 where one escapes that had all the seeds there are."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("modules", nargs="*")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    arguments = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if mutant.module in arguments.modules or not arguments.modules]
     escaped = 0
-    for catch in hunt_all(chosen):
+    for catch in hunt_all(chosen, arguments.seeds):
         escaped += catch.promise is None
         print(
             f"{catch.seeds:5} seeds {catch.seconds:6.1f} s  {catch.mutant.module:8} "
-            f"{catch.mutant.defect}: {catch.promise}"
+            f"{catch.mutant.defect}: {catch.promise}",
+            flush=True,
         )
     print(f"{len(chosen) - escaped} of {len(chosen)} noticed")
-    sys.exit(escaped > 0)
+    return 1 if escaped and arguments.seeds >= SEEDS else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
