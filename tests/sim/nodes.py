@@ -155,6 +155,13 @@ class Node:
         self.closing = True
         self.closed = Deferred.fromCoroutine(self._close(destroy=destroy))
         self.closed.addErrback(self._failed)
+        self._world.clock.call_later(1.0, self._check_told, self.clock.pauses)
+
+    def _check_told(self, pauses: int) -> None:
+        """Whoever was in line has been told by now that nothing will come of it."""
+        waiting = [client.script.request for client in self.requests if client.machine_id is None]
+        if waiting and not self.clock.dead and pauses == self.clock.pauses:
+            self._world.ledger.broken(f"14: {self} is closing, and {waiting[0]} still waits")
 
     async def _close(self, *, destroy: bool) -> None:
         closing = Deferred.fromCoroutine(self.pool.destroy() if destroy else self.pool.close())

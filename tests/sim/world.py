@@ -415,7 +415,7 @@ class World:
         ]
         for client in clients[:ready]:
             if client.machine_id is None:
-                self.ledger.broken(f"18: {client.script.request} waits, though {ready} machines stand by")
+                self.ledger.broken(f"22: {client.script.request} waits, though {ready} machines stand by")
         return clients
 
     def _check_standby(self) -> None:
@@ -423,7 +423,7 @@ class World:
         for node in self._settled_nodes():
             ready = node.pool.count(Phase.READY) + node.pool.count(Phase.SUSPENDED)
             if ready != node.settings.standby:
-                self.ledger.broken(f"18: {node} has {ready} machines ready, of {node.settings.standby}")
+                self.ledger.broken(f"22: {node} has {ready} machines ready, of {node.settings.standby}")
 
     def _check_succession(self) -> None:
         """Every coordinator's next instance takes over what is left, within its own size and image."""
