@@ -19,7 +19,7 @@ from bfaas.machines.api import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from twisted.internet.interfaces import IReactorTime
 
@@ -68,30 +68,11 @@ class Slow(Fault):
         return await call()
 
 
-class FaultyMachines:
-    """
-    Passes calls on to an API, except where a fault is due, and writes them down.
+class CallingMachines:
+    """A Machines API of which each call is made by `_call`, by its name and arguments."""
 
-    `faults` holds, for a method, what happens to its next calls; `always` what happens to all others.
-    """
-
-    def __init__(self, api: MachinesAPI) -> None:
-        self.api = api
-        self.calls: list[tuple[str, Any]] = []
-        self.faults: dict[str, deque[Fault]] = {}
-        self.always: dict[str, Fault] = {}
-
-    def next(self, method: str, *faults: Fault) -> None:
-        self.faults.setdefault(method, deque()).extend(faults)
-
-    def count(self, method: str) -> int:
-        return sum(name == method for name, _ in self.calls)
-
-    async def _call(self, method: str, *arguments: Any) -> Any:
-        self.calls.append((method, arguments[0] if arguments else None))
-        due = self.faults.get(method)
-        fault = due.popleft() if due else self.always.get(method, self.always.get("*", Fault()))
-        return await fault.strike(lambda: getattr(self.api, method)(*arguments))
+    def _call(self, method: str, *arguments: Any) -> Awaitable[Any]:
+        raise NotImplementedError
 
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
@@ -136,6 +117,32 @@ class FaultyMachines:
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
         await self._call("release_lease", machine_id, nonce)
+
+
+class FaultyMachines(CallingMachines):
+    """
+    Passes calls on to an API, except where a fault is due, and writes them down.
+
+    `faults` holds, for a method, what happens to its next calls; `always` what happens to all others.
+    """
+
+    def __init__(self, api: MachinesAPI) -> None:
+        self.api = api
+        self.calls: list[tuple[str, Any]] = []
+        self.faults: dict[str, deque[Fault]] = {}
+        self.always: dict[str, Fault] = {}
+
+    def next(self, method: str, *faults: Fault) -> None:
+        self.faults.setdefault(method, deque()).extend(faults)
+
+    def count(self, method: str) -> int:
+        return sum(name == method for name, _ in self.calls)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        self.calls.append((method, arguments[0] if arguments else None))
+        due = self.faults.get(method)
+        fault = due.popleft() if due else self.always.get(method, self.always.get("*", Fault()))
+        return await fault.strike(lambda: getattr(self.api, method)(*arguments))
 
 
 _check: type[MachinesAPI] = FaultyMachines

@@ -18,9 +18,9 @@ from bfaas.machines.api import (
     NotFoundError,
     RateLimitedError,
     RefusedError,
-    State,
     UnavailableError,
 )
+from tests.faults import CallingMachines
 
 if TYPE_CHECKING:
     from tests.sim.nodes import Node
@@ -58,7 +58,7 @@ class _Call:
             self.work.cancel()
 
 
-class Network:
+class Network(CallingMachines):
     """The Machines API, as one coordinator sees it."""
 
     def __init__(self, world: World, node: Node) -> None:
@@ -176,50 +176,6 @@ class Network:
 
     def config_of(self, machine_id: str) -> MachineConfig:
         return self._world.machines.config_of(machine_id)
-
-    async def create(
-        self, name: str, region: str, config: MachineConfig, lease_ttl: int
-    ) -> tuple[Machine, Lease]:
-        created: tuple[Machine, Lease] = await self._call("create", name, region, config, lease_ttl)
-        return created
-
-    async def list(self) -> list[Machine]:
-        machines: list[Machine] = await self._call("list")
-        return machines
-
-    async def get(self, machine_id: str) -> Machine:
-        machine: Machine = await self._call("get", machine_id)
-        return machine
-
-    async def start(self, machine_id: str, nonce: str | None) -> None:
-        await self._call("start", machine_id, nonce)
-
-    async def stop(self, machine_id: str, nonce: str | None) -> None:
-        await self._call("stop", machine_id, nonce)
-
-    async def suspend(self, machine_id: str, nonce: str | None) -> None:
-        await self._call("suspend", machine_id, nonce)
-
-    async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        await self._call("wait", machine, state, timeout)
-
-    async def destroy(self, machine_id: str, nonce: str | None) -> None:
-        await self._call("destroy", machine_id, nonce)
-
-    async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
-        lease: Lease = await self._call("acquire_lease", machine_id, ttl, description)
-        return lease
-
-    async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
-        lease: Lease = await self._call("refresh_lease", machine_id, nonce, ttl)
-        return lease
-
-    async def get_lease(self, machine_id: str) -> Lease:
-        lease: Lease = await self._call("get_lease", machine_id)
-        return lease
-
-    async def release_lease(self, machine_id: str, nonce: str) -> None:
-        await self._call("release_lease", machine_id, nonce)
 
 
 def _short(arguments: tuple[Any, ...]) -> str:
