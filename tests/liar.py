@@ -43,7 +43,7 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     """A whole request, the last on its connection."""
     lines = [
         f"POST {path} HTTP/1.1",
-        "Host: there",
+        "Host: localhost",
         "Connection: close",
         f"Content-Length: {len(body)}",
         *headers,

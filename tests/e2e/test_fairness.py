@@ -112,14 +112,9 @@ async def test_scripts_that_call_their_own_coordinator_share_one_share(tmp_path:
     assert await stop(coordinator) == 0
 
 
-def no_text(request: bytes) -> bytes:
-    """Let a request hold bytes that are not UTF-8."""
-    return request.replace("\xff".encode(), b"\xff")
-
-
 async def refusal(there: Stage, *headers: str) -> tuple[int, str]:
     """Send a request that is not to be served; tell its status and line."""
-    heard, _ = await there.ask(no_text(post("/run", b"another", *headers)))
+    heard, _ = await there.ask(post("/run", b"another", *headers))
     answer, line = parse_answer(heard)
     assert 1 <= int(answer.getheader("retry-after") or 0) <= 30
     return answer.status, line.decode().strip()
@@ -147,7 +142,7 @@ async def test_on_fly_clients_are_told_apart_by_what_the_proxy_says() -> None:
         assert await refusal(there, "Fly-Client-IP: 2001:db8::2") == no_more
         others = [
             refusal(there, "Fly-Client-IP: 2001:db8:0:1::1"),
-            refusal(there, "Fly-Client-IP: \xff"),
+            refusal(there, "Fly-Client-IP: nobody"),
             refusal(there),
         ]
         told = await gatherResults([Deferred.fromCoroutine(other) for other in others])
@@ -172,16 +167,3 @@ async def test_elsewhere_the_header_is_nobodys_word() -> None:
     await coordinator.settle()
     assert (await coordinator.run("true")).status == 200
     assert await stop(coordinator) == 0
-
-
-@with_twisted
-async def test_what_is_no_text_says_nothing_of_a_replay() -> None:
-    async with stage(POOLSIZE="1", FLY_REPLAY="on") as there:
-        over: Deferred[None] = Deferred()
-        holding = await hold(there, over)
-        heard, _ = await there.ask(no_text(post("/run", b"another", "Fly-Replay-Src: state=\xff")))
-
-        answer, _ = parse_answer(heard)
-        assert (answer.status, answer.getheader("fly-replay")) == (503, "elsewhere=true;state=bfaas-replayed")
-        over.callback(None)
-        await holding.hear_out()
