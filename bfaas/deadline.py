@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_INSTANT = 1e-6  # seconds: a timer so short may leave the clock where it is
+
 
 class DeadlineExceededError(Exception):
     """Time ran out, and the work was cancelled."""
@@ -36,8 +38,9 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds that are left; 0 when there are none."""
-        return max(0.0, self._at - self._clock.seconds())
+        """Seconds that are left; 0 when there are none, or less than a clock can tell."""
+        left = self._at - self._clock.seconds()
+        return left if left > _INSTANT else 0.0
 
     async def run(self, work: Coroutine[Deferred[Any], Any, T] | Deferred[T]) -> T:
         """

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from bfaas.machines.api import Lease, Machine, MachineConfig
 
 
+CLEANING_PERIOD = 300.0
+"""Seconds between two cleanings, give or take a fifth."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """
@@ -40,8 +44,8 @@ class PoolSettings:
     """
     Which machines a pool makes, and how many.
 
-    `max_req_time` and `lease_ttl` are seconds. `config` is given the metadata that says whose it is.
-    `standby` machines are kept ready ahead of requests, suspended if `suspends` says so.
+    Spans of time are in seconds. `config` is given the metadata that says whose it is. `standby` machines are
+    kept ready ahead of requests, suspended if `suspends` says so.
     """
 
     name: str
@@ -52,6 +56,7 @@ class PoolSettings:
     lease_ttl: int
     standby: int = 0
     suspends: bool = False
+    cleaning_period: float = CLEANING_PERIOD
     limits: Limits = field(default_factory=Limits)
 
     @property

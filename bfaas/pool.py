@@ -20,7 +20,7 @@ from bfaas.deadline import Deadline, DeadlineExceededError, sleep
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError
-from bfaas.member import Member, Phase, PoolSettings, machine_name
+from bfaas.member import CLEANING_PERIOD, Member, Phase, PoolSettings, machine_name
 from bfaas.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
     from bfaas.life import Probe
-
-CLEANING_PERIOD = 300.0
-"""Seconds between two cleanings, give or take a fifth."""
 
 
 class PoolClosedError(Exception):
@@ -307,7 +304,7 @@ class Pool:
     # Cleaning.
 
     async def _clean(self) -> None:
-        failures = 0
+        failures, period = 0, self._settings.cleaning_period
         while True:
             try:
                 await Deadline(self._clock, CLEANING_PERIOD).run(self._sweep.sweep())
@@ -317,7 +314,7 @@ class Pool:
                 failures += 1
             else:
                 failures = 0
-                await sleep(self._clock, CLEANING_PERIOD * self._random.uniform(0.8, 1.2))
+                await sleep(self._clock, period * self._random.uniform(0.8, 1.2))
 
     def _know(self, machines: list[Machine]) -> None:
         """

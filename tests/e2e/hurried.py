@@ -12,7 +12,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from bfaas import coord, pool
+from bfaas import coord
 from bfaas.process import run_role
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ def _pool_settings(settings: CoordSettings) -> PoolSettings:
             chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=1.5
         )
         chosen = replace(chosen, lease_ttl=lease, limits=limits)
-    return chosen
+    period = float(os.environ.get("CLEANING_PERIOD", chosen.cleaning_period))
+    return replace(chosen, cleaning_period=period)
 
 
 if __name__ == "__main__":
-    pool.CLEANING_PERIOD = float(os.environ.get("CLEANING_PERIOD", pool.CLEANING_PERIOD))
     coord.pool_settings = _pool_settings
     run_role(coord.Options(), coord.makeService)

@@ -110,12 +110,6 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        "        self._members |= places\n        for member, gone in places.items():\n",
-        "        for member, gone in places.items():\n            self._members[member] = gone\n",
-        "a machine is made while those of before are half counted",
-    ),
-    Mutant(
-        "pool",
         "return self._reclaimed and not (self._retry is not None and self._retry.active())",
         "return self._reclaimed",
         "requests that come do not wait for the pause after a failure",
@@ -168,12 +162,6 @@ MUTANTS = [
         "ceil(min(self._pool.expected_wait, longest))",
         "ceil(100 * self._pool.expected_wait)",
         "clients are sent away for good",
-    ),
-    Mutant(
-        "pool",
-        "            keeping.cancel()\n",
-        "            pass\n",
-        "a machine in use is still looked after as one that stands by",
     ),
     Mutant(
         "pool",

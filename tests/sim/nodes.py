@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from twisted.internet.defer import Deferred
 from bfaas.auth import Signer, genkey
 from bfaas.coord import Coordinator, pool_settings
 from bfaas.machines.fly import FlyMachines
+from bfaas.member import CLEANING_PERIOD
 from bfaas.pool import Pool
 from bfaas.proxy import Proxy
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
@@ -77,7 +79,10 @@ class Node:
             proxy.wait_until_ready,
             self.clock,
             Random(random.getrandbits(64)),
-            pool_settings(self.settings),
+            replace(
+                pool_settings(self.settings),
+                cleaning_period=40.0 if world.has("cleans-often") else CLEANING_PERIOD,
+            ),
         )
         tell_own = self.pool._sweep._tell_own
 

@@ -246,7 +246,7 @@ class Run:
     def _exit(self, exit_: wire.Exit) -> None:
         self._say(self._writer.end(exit_))
         self._end(None)
-        if self._world.random.random() < 0.7:  # a worker ends after its run
+        if self._world.random.random() < 0.5:  # a worker ends after its run
             self._world.clock.call_later(0.02, self._world.ledger.die, self._boot)
 
     def _say(self, data: bytes) -> None:

@@ -19,8 +19,7 @@ from zope.interface import provider
 
 from bfaas.machines.api import State
 from bfaas.machines.memory import Timing
-from bfaas.member import Phase, owner
-from bfaas.pool import CLEANING_PERIOD
+from bfaas.member import CLEANING_PERIOD, Phase, owner
 from tests.sim.client import Client, Sender
 from tests.sim.clock import HeapClock, NodeClock
 from tests.sim.ledger import BrokenPromiseError, Ledger, SimMachines
@@ -51,7 +50,7 @@ EVENTS = {
 TRAITS = {
     # name: how likely it is, for each world
     "drift": 0.2, "skew": 0.2, "overlap": 0.2, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
-    "standby": 0.5, "suspended": 0.3,
+    "standby": 0.5, "suspended": 0.3, "cleans-often": 0.4,
     "over-http": 0.1,
 }  # fmt: skip
 HOW = (
