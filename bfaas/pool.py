@@ -239,7 +239,7 @@ class Pool:
             if self._settings.suspends:
                 member.phase = Phase.SUSPENDED
                 await self._life.suspend(member)
-            if not (len(self._line) > 0 or await self._rest_ready(member)):
+            if not await self._rest_ready(member):
                 return False
             if self._settings.suspends:
                 member.phase = Phase.STARTING
@@ -253,6 +253,9 @@ class Pool:
         return not unwanted and len(others) < self._settings.standby
 
     async def _rest_ready(self, member: Member) -> bool:
+        is_over = self._closing or member.tainted
+        if is_over or len(self._line) > 0:  # since its suspension began, during which nobody could wake it
+            return not is_over
         keeping = Deferred.fromCoroutine(self._life.keep(member))
         keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
         keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=member.name))

@@ -22,7 +22,7 @@ from bfaas.machines.api import (
 from bfaas.machines.memory import MemoryMachines, Timing
 from bfaas.member import Limits, Phase, PoolSettings, lease_ttl, owner
 from bfaas.pool import Allocation, Pool, PoolClosedError
-from tests.faults import FaultyMachines, Hang, LoseAnswer, Refuse, Slow
+from tests.faults import Fault, FaultyMachines, Hang, LoseAnswer, Refuse, Slow
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -369,6 +369,36 @@ class StandbyTests(PoolCase):
 
             self.assertEqual([State.STOPPED, State.STOPPED], self.states())
             self.assert_nothing_pending()
+
+    def test_close_at_any_moment_of_a_suspension(self) -> None:
+        for method in ("suspend", "wait"):
+            for moment in range(24):
+                self.world = World()
+                self.pool, self.api = self.world.pool(standby=1, suspends=True, start=False)
+                self.addCleanup(self.end, self.pool)
+                slow = Slow(self.world.clock, 0.5)
+                self.api.next(method, *([slow] if method == "suspend" else [Fault(), slow]))
+                self.pool.start()
+                self.world.advance(0.5 + moment * 0.05)
+                self.close(within=5)
+
+                self.assertEqual([State.STOPPED], self.states())
+                self.assert_nothing_pending()
+
+    def test_one_that_is_found_out_while_it_is_suspended_is_gone_at_once(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(standby=1, suspends=True, start=False)
+        self.addCleanup(self.end, self.pool)
+        self.api.next("suspend", Slow(self.world.clock, 3.0))
+        self.pool.start()
+        self.world.advance(2)
+        [tampered] = self.machines()
+        for member in self.pool._members:
+            member.tainted = True  # as a sweep that comes in just now would have it
+            member.wake(wanted=False)
+        self.world.advance(10)
+
+        self.assertNotIn(tampered.id, [machine.id for machine in self.machines()])
 
 
 class LeaseTests(PoolCase):
