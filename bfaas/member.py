@@ -121,6 +121,7 @@ class Phase(enum.Enum):
     STARTING = "starting"  # on its way to a request, or to stand by
     READY = "ready"  # started and answering, no request yet
     SUSPENDED = "suspended"  # the same, but frozen, or about to be
+    THAWING = "thawing"  # on its way from there to a request
     BUSY = "busy"  # a request has it
     STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
     LEAVING = "leaving"  # being destroyed; has its place until that is done

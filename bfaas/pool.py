@@ -143,11 +143,11 @@ class Pool:
             return
         for member in self._in(Phase.READY)[: len(self._line)]:
             member.wake(wanted=True)
-        on_their_way = self._in(Phase.CREATING, Phase.RECLAIMING, Phase.STARTING)
-        asleep = self._in(Phase.SUSPENDED)
-        for member in asleep[: max(0, len(self._line) - len(on_their_way))]:
+        asleep = sorted(self._in(Phase.SUSPENDED), key=lambda member: member.woken is None)
+        for member in asleep[: max(0, len(self._line) - self.count(Phase.THAWING))]:
             member.wake(wanted=True)
-        ready = len(on_their_way) + len(asleep) + len(self._in(Phase.READY))
+        on_their_way = (Phase.CREATING, Phase.RECLAIMING, Phase.STARTING, Phase.THAWING)
+        ready = len(self._in(*on_their_way, Phase.READY, Phase.SUSPENDED))
         short = len(self._line) + self._settings.standby - ready
         idle = self._in(Phase.IDLE)
         for member in sorted(idle, key=lambda member: -member.lease_end)[: max(0, short)]:
@@ -242,7 +242,7 @@ class Pool:
             if not await self._rest_ready(member):
                 return False
             if self._settings.suspends:
-                member.phase = Phase.STARTING
+                member.phase = Phase.THAWING
                 await self._life.resume(member)
             member.phase = Phase.READY
         return True

@@ -354,6 +354,26 @@ class StandbyTests(PoolCase):
         self.assertEqual([State.STOPPED, State.SUSPENDED], self.states())
         self.assertEqual((2, 1), (suspended, self.api.count("stop")))
 
+    def test_a_suspended_one_is_thawed_though_others_are_on_their_way(self) -> None:
+        self.standing_by(2, size=3, suspends=True)
+        self.api.always["create"] = Slow(self.world.clock, 60)
+        self.allocated()
+        self.assertEqual(1, self.pool.count(Phase.CREATING))
+
+        self.allocated()
+        self.assertEqual([State.STARTED, State.STARTED], self.states())
+
+    def test_one_that_is_suspended_goes_before_one_that_is_about_to_be(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(standby=2, suspends=True, start=False)
+        self.addCleanup(self.end, self.pool)
+        self.api.next("suspend", Slow(self.world.clock, 15))
+        self.pool.start()
+        self.world.advance(5)
+        self.assertEqual([State.STARTED, State.SUSPENDED], self.states())
+
+        self.allocated()
+
     def test_a_tampered_one_serves_nobody(self) -> None:
         self.standing_by()
         [machine] = self.machines()
