@@ -215,7 +215,9 @@ class Pool:
         began = self._clock.seconds()
         await self._life.become_ready(member)
         self._failures = 0
+        ready_at = self._clock.seconds()
         wanted = await self._stand_by(member)
+        began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
         is_good = not member.tainted and self._is_leased(member, self._settings.max_req_time)
         if serves := wanted and is_good and len(self._line) > 0:
             member.phase = Phase.BUSY

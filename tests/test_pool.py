@@ -354,6 +354,16 @@ class StandbyTests(PoolCase):
         self.assertEqual([State.STOPPED, State.SUSPENDED], self.states())
         self.assertEqual((2, 1), (suspended, self.api.count("stop")))
 
+    def test_the_time_for_which_it_stands_by_is_no_part_of_a_turn(self) -> None:
+        self.standing_by(size=1)
+        for _ in range(30):
+            self.allocated(within=2).release()
+            self.world.advance(60)
+        self.allocated(within=2)
+
+        # A second of a start, two of a run, half a second of a stop.
+        self.assertApproximates(3.5, self.pool.expected_wait, 0.2)
+
     def test_a_suspended_one_is_thawed_though_others_are_on_their_way(self) -> None:
         self.standing_by(2, size=3, suspends=True)
         self.api.always["create"] = Slow(self.world.clock, 60)
