@@ -175,11 +175,20 @@ class Life:
         await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))
         await self._within(self._limits.ready, self._probe(member.machine))
 
-    async def suspend(self, member: Member) -> None:
-        """Freeze a machine that is ready; never one that has run a script, since that wipes nothing."""
+    async def suspend(self, member: Member) -> bool:
+        """
+        Freeze a machine that is ready; never one that has run a script, since that wipes nothing.
+
+        False when it may not be frozen, since not every machine can be; a stop helps.
+        """
         limit = self._limits.stop
-        await self._within(limit, self._api.suspend(member.machine.id, member.nonce))
-        await self._within(limit + 1, self._api.wait(member.machine, State.SUSPENDED, limit))
+        try:
+            await self._within(limit, self._api.suspend(member.machine.id, member.nonce))
+            await self._within(limit + 1, self._api.wait(member.machine, State.SUSPENDED, limit))
+        except (MachinesError, DeadlineExceededError) as error:
+            self._log.warn("{name} is not suspended: {error}", name=member.name, error=error)
+            return False
+        return True
 
     async def resume(self, member: Member) -> None:
         """Thaw a frozen machine, until it is ready as before."""

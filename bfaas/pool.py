@@ -146,11 +146,10 @@ class Pool:
         asleep = sorted(self._in(Phase.SUSPENDED), key=lambda member: member.woken is None)
         for member in asleep[: max(0, len(self._line) - self.count(Phase.THAWING))]:
             member.wake(wanted=True)
-        on_their_way = (Phase.CREATING, Phase.RECLAIMING, Phase.STARTING, Phase.THAWING)
-        ready = len(self._in(*on_their_way, Phase.READY, Phase.SUSPENDED))
-        short = len(self._line) + self._settings.standby - ready
-        idle = self._in(Phase.IDLE)
-        for member in sorted(idle, key=lambda member: -member.lease_end)[: max(0, short)]:
+        others = self._in(Phase.IDLE, Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
+        ready = len(self._members) - len(others)  # or on their way
+        short = len(self._line) + (0 if self._pauses() else self._settings.standby) - ready
+        for member in sorted(self._in(Phase.IDLE), key=lambda member: -member.lease_end)[: max(0, short)]:
             member.wake(wanted=True)
             short -= 1
         while short > 0 and len(self._members) < self._settings.size and self._may_create():
@@ -162,12 +161,14 @@ class Pool:
 
     def _may_create(self) -> bool:
         """Not before we know what is there already, and not in the pause after a failure."""
-        return self._reclaimed and not (self._retry is not None and self._retry.active())
+        return self._reclaimed and not self._pauses()
+
+    def _pauses(self) -> bool:
+        return self._retry is not None and self._retry.active()
 
     def _add(self, *members: Member) -> None:
         """Give each a place, and only then let them begin to live."""
-        places = {member: Deferred[None]() for member in members}
-        self._members |= places
+        self._members |= (places := {member: Deferred[None]() for member in members})
         for member, gone in places.items():
             self._begin(member, gone)
 
@@ -182,7 +183,7 @@ class Pool:
         life.addCallback(leave)
 
     def _failed(self) -> None:
-        """Wait before the next machine is made, the longer the more often in a row it went wrong."""
+        """Wait before the next machine is made or stands by, longer the more often in a row it went wrong."""
         pause = self._life.pause(self._failures)
         self._failures += 1
         if not self._closing and self._may_create():
@@ -214,9 +215,11 @@ class Pool:
         """Give the machine to the request that is next, until it is released; then wipe it."""
         began = self._clock.seconds()
         await self._life.become_ready(member)
-        self._failures = 0
         ready_at = self._clock.seconds()
-        wanted = await self._stand_by(member)
+        if wanted := await self._stand_by(member):
+            self._failures = 0
+        else:
+            self._failed()
         began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
         is_good = not member.tainted and self._is_leased(member, self._settings.max_req_time)
         if serves := wanted and is_good and len(self._line) > 0:
@@ -240,7 +243,8 @@ class Pool:
         while self._is_kept_ready(member):
             if self._settings.suspends:
                 member.phase = Phase.SUSPENDED
-                await self._life.suspend(member)
+                if not await self._life.suspend(member):
+                    return False
             if not await self._rest_ready(member):
                 return False
             if self._settings.suspends:
@@ -255,9 +259,8 @@ class Pool:
         return not unwanted and len(others) < self._settings.standby
 
     async def _rest_ready(self, member: Member) -> bool:
-        is_over = self._closing or member.tainted
-        if is_over or len(self._line) > 0:  # since its suspension began, during which nobody could wake it
-            return not is_over
+        if self._closing or member.tainted or len(self._line) > 0:  # since its suspension began
+            return not (self._closing or member.tainted)
         keeping = Deferred.fromCoroutine(self._life.keep(member))
         keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
         keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=member.name))

@@ -15,6 +15,7 @@ from bfaas.machines.api import (
     MachineConfig,
     NotFoundError,
     NotReadyError,
+    RefusedError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -340,6 +341,32 @@ class StandbyTests(PoolCase):
 
         self.successResultOf(place)
         self.assertEqual(1, self.pool.count(Phase.READY))
+
+    def test_suspensions_that_fail_are_spaced_out_and_requests_are_served_all_the_while(self) -> None:
+        self.standing_by(suspends=True)
+        self.allocated().release()
+        self.api.always["suspend"] = Refuse(RefusedError("it has too much memory"))
+        self.world.advance(5)
+        for _ in range(20):
+            self.world.advance(57)
+            suspended, created = self.api.count("suspend"), self.api.count("create")
+            self.allocated(within=5).release()
+            self.assertLess(created, 5)
+
+        self.world.advance(120)
+        self.assertLess(self.api.count("suspend") - suspended, 20)
+
+    def test_one_that_stops_by_itself_again_and_again_is_started_later_and_later(self) -> None:
+        self.standing_by()
+        for _ in range(600):
+            self.world.advance(0.5)
+            for machine in self.machines():
+                if machine.state is State.STARTED:
+                    lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+                    self.successResultOf(self.begin(self.world.machines.stop(machine.id, lease.nonce)))
+
+        self.assertLess(self.api.count("refresh_lease"), 30)
+        self.assertEqual(1, self.api.count("create"))
 
     def test_suspended_ones_are_thawed_for_a_request_and_never_frozen_after_one(self) -> None:
         self.standing_by(suspends=True)
