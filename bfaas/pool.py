@@ -80,6 +80,7 @@ class Pool:
         """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
         self._cleaning = Deferred.fromCoroutine(self._clean())
         self._cleaning.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        self._cleaning.addErrback(lambda failure: self._log.failure("in cleaning", failure))
 
     # What requests see.
 

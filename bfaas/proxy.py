@@ -52,6 +52,7 @@ class Proxy:
     _log = Logger()
     _PROBE_LIMIT = 2.0
     _PROBE_PAUSES = (0.005, 0.25)
+    _AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of a ticket's life
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Proxy:
             told = parsedate_to_datetime(response.headers.getRawHeaders("date", [""])[0]).timestamp()
         except (ValueError, OverflowError):
             return True
-        return abs(told - self._wall()) < SLACK
+        return -SLACK < told - self._wall() < self._AHEAD
 
     async def relay(
         self,

@@ -110,7 +110,7 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        "return self._reclaimed and not (self._retry is not None and self._retry.active())",
+        "return self._reclaimed and not self._pauses()",
         "return self._reclaimed",
         "requests that come do not wait for the pause after a failure",
     ),
