@@ -260,8 +260,10 @@ class Pool:
         return not unwanted and len(others) < self._settings.standby
 
     async def _rest_ready(self, member: Member) -> bool:
-        if self._closing or member.tainted or len(self._line) > 0:  # since its suspension began
-            return not (self._closing or member.tainted)
+        if self._closing or member.tainted:  # since its suspension began
+            return False
+        if len(self._line) > 0:
+            return True
         keeping = Deferred.fromCoroutine(self._life.keep(member))
         keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
         keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=member.name))

@@ -11,8 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bfaas.machines.api import State
-from bfaas.machines.memory import MemoryMachines
+from bfaas.machines.memory import MemoryMachines, _is_gone
 from bfaas.member import owner
 
 if TYPE_CHECKING:
@@ -223,17 +222,12 @@ class SimMachines(MemoryMachines):
 
     def now(self) -> list[Machine]:
         """Tell the machines that there are."""
-        return [
-            entry.machine
-            for entry in self._entries.values()
-            if entry.machine.state not in (State.DESTROYING, State.DESTROYED)
-        ]
+        return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
 
     def find(self, machine_id: str) -> Machine | None:
         """Tell one that there is."""
         entry = self._entries.get(machine_id)
-        gone = entry is None or entry.machine.state in (State.DESTROYING, State.DESTROYED)
-        return None if gone or entry is None else entry.machine
+        return None if entry is None or _is_gone(entry) else entry.machine
 
     def lease_of(self, machine_id: str) -> Lease | None:
         """Tell the lease in force, if any."""
