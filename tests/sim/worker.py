@@ -190,7 +190,8 @@ class Run:
         values = [None, "", "somebody//else", f"{world.random.choice(world.nodes).pool_name}//i1"]
         value = world.random.choice(values)
         if world.machines.find(machine.id) and value != machine.metadata.get("pool_id"):
-            world.ledger.records[machine.id].tampered = True
+            # One tamperer may undo what another did: then there is nothing left to be seen.
+            world.ledger.records[machine.id].tampered = value != self._boot.config.metadata["pool_id"]
             world.machines.set_metadata(machine.id, "pool_id", value)
 
     def _answer(self, code: int) -> None:
