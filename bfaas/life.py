@@ -14,6 +14,7 @@ from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import (
+    Lease,
     LeaseHeldError,
     Machine,
     MachinesAPI,
@@ -114,8 +115,8 @@ class Life:
         settings, asked = self._settings, self._clock.seconds()
         create = self._api.create(member.name, settings.region, settings.labelled(), settings.lease_ttl)
         try:
-            member.known_machine, member.lease = await self._within(self._limits.create, create)
-            member.lease_end = asked + settings.trusted_ttl
+            member.known_machine, lease = await self._within(self._limits.create, create)
+            self._hold(member, lease, asked)
         except NameTakenError as taken:
             found = await self._find(member) if taken.machine_id is None else None
             machine_id = found.id if found else taken.machine_id
@@ -160,8 +161,7 @@ class Life:
         await self._within(self._limits.lease, self._api.release_lease(machine_id, old.nonce))
         asked = self._clock.seconds()
         acquire = self._api.acquire_lease(machine_id, self._settings.lease_ttl, self._settings.pool_id)
-        member.lease = await self._within(self._limits.lease, acquire)
-        member.lease_end = asked + self._settings.trusted_ttl
+        self._hold(member, await self._within(self._limits.lease, acquire), asked)
         self._log.info("reclaimed {name}, {id}", name=member.name, id=machine_id)
 
     async def start(self, member: Member) -> None:
@@ -307,7 +307,11 @@ class Life:
     async def _extend(self, machine_id: str, member: Member) -> None:
         asked, ttl = self._clock.seconds(), self._settings.lease_ttl
         refresh = self._api.refresh_lease(machine_id, member.nonce or "", ttl)
-        member.lease = await self._within(self._limits.lease, refresh)
+        self._hold(member, await self._within(self._limits.lease, refresh), asked)
+
+    def _hold(self, member: Member, lease: Lease, asked: float) -> None:
+        """Note a lease; it lasts from when it was asked for at the least."""
+        member.lease = lease
         member.lease_end = asked + self._settings.trusted_ttl
 
     def _within(self, seconds: float, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:

@@ -16,17 +16,19 @@ from typing import TYPE_CHECKING
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.logger import Logger
 
+from bfaas.backoff import Backoff
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError
-from bfaas.member import CLEANING_PERIOD, Member, Phase, PoolSettings, machine_name
+from bfaas.member import Member, Phase, PoolSettings, machine_name
+from bfaas.standby import Call, Standby
 from bfaas.sweep import Sweep
 
 if TYPE_CHECKING:
     from random import Random
 
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IReactorTime
 
     from bfaas.life import Probe
 
@@ -72,8 +74,9 @@ class Pool:
         self._turn = settings.max_req_time
         self._cleaning: Deferred[None] | None = None
         self._reclaimed = False
-        self._failures = 0
-        self._retry: IDelayedCall | None = None
+        self._creating = Backoff(clock, self._life.pause, self._balance)
+        self._standing = Backoff(clock, self._life.pause, self._balance)
+        self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
         self._closing = False
 
     def start(self) -> None:
@@ -121,8 +124,8 @@ class Pool:
         self._life.close()
         if self._cleaning is not None:
             self._cleaning.cancel()
-        if self._retry is not None and self._retry.active():
-            self._retry.cancel()
+        self._creating.close()
+        self._standing.close()
         self._line.close(PoolClosedError)
         for member in list(self._members):
             member.wake(wanted=False)
@@ -149,7 +152,8 @@ class Pool:
             member.wake(wanted=True)
         others = self._in(Phase.IDLE, Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
         ready = len(self._members) - len(others)  # or on their way
-        short = len(self._line) + (0 if self._pauses() else self._settings.standby) - ready
+        holds_back = self._creating.pauses or self._standing.pauses
+        short = len(self._line) + (0 if holds_back else self._settings.standby) - ready
         for member in sorted(self._in(Phase.IDLE), key=lambda member: -member.lease_end)[: max(0, short)]:
             member.wake(wanted=True)
             short -= 1
@@ -162,10 +166,7 @@ class Pool:
 
     def _may_create(self) -> bool:
         """Not before we know what is there already, and not in the pause after a failure."""
-        return self._reclaimed and not self._pauses()
-
-    def _pauses(self) -> bool:
-        return self._retry is not None and self._retry.active()
+        return self._reclaimed and not self._creating.pauses
 
     def _add(self, *members: Member) -> None:
         """Give each a place, and only then let them begin to live."""
@@ -183,13 +184,6 @@ class Pool:
         life.addErrback(lambda failure: self._log.failure("in the life of {name}", failure, name=member.name))
         life.addCallback(leave)
 
-    def _failed(self) -> None:
-        """Wait before the next machine is made or stands by, longer the more often in a row it went wrong."""
-        pause = self._life.pause(self._failures)
-        self._failures += 1
-        if not self._closing and self._may_create():
-            self._retry = self._clock.callLater(pause, self._balance)
-
     # A machine's life.
 
     async def _live(self, member: Member) -> None:
@@ -206,7 +200,7 @@ class Pool:
                 await self._serve(member)
         except (MachinesError, DeadlineExceededError) as error:
             self._log.warn("gives up {name}: {error}", name=member.name, error=error)
-            self._failed()
+            self._creating.failed()
         else:
             if self._closing and not member.tainted:
                 return
@@ -216,14 +210,12 @@ class Pool:
         """Give the machine to the request that is next, until it is released; then wipe it."""
         began = self._clock.seconds()
         await self._life.become_ready(member)
+        self._creating.succeeded()
         ready_at = self._clock.seconds()
-        if wanted := await self._stand_by(member):
-            self._failures = 0
-        else:
-            self._failed()
+        wanted = await self._standby.hold(member)
         began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
-        is_good = not member.tainted and self._is_leased(member, self._settings.max_req_time)
-        if serves := wanted and is_good and len(self._line) > 0:
+        is_leased = self._is_leased(member, self._settings.max_req_time)
+        if serves := wanted and is_leased and len(self._line) > 0:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.serve(Allocation(member.machine, released))
@@ -234,45 +226,14 @@ class Pool:
         if serves:
             self._took_turn(self._clock.seconds() - began)
 
-    async def _stand_by(self, member: Member) -> bool:
-        """
-        Keep the machine ready until a request wants it, unless enough others are.
-
-        False when it is to serve nobody, for it is no good any more, or the pool closes.
-        """
-        member.phase = Phase.READY
-        while self._is_kept_ready(member):
-            if self._settings.suspends:
-                member.phase = Phase.SUSPENDED
-                if not await self._life.suspend(member):
-                    return False
-            if not await self._rest_ready(member):
-                return False
-            if self._settings.suspends:
-                member.phase = Phase.THAWING
-                await self._life.resume(member)
-            member.phase = Phase.READY
-        return True
-
-    def _is_kept_ready(self, member: Member) -> bool:
+    def _call(self, member: Member) -> Call:
+        """Say what a machine that is ready is to do."""
+        if self._closing or member.tainted:
+            return Call.END
         others = [other for other in self._in(Phase.READY, Phase.SUSPENDED) if other is not member]
-        unwanted = self._closing or member.tainted or len(self._line) > 0
-        return not unwanted and len(others) < self._settings.standby
-
-    async def _rest_ready(self, member: Member) -> bool:
-        if self._closing or member.tainted:  # since its suspension began
-            return False
-        if len(self._line) > 0:
-            return True
-        keeping = Deferred.fromCoroutine(self._life.keep(member))
-        keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=member.name))
-        woken = member.rest()
-        keeping.addCallback(lambda _: member.wake(wanted=False))
-        try:
-            return await woken
-        finally:
-            keeping.cancel()
+        if len(self._line) > 0 or len(others) >= self._settings.standby:
+            return Call.COME
+        return Call.STAND_BY
 
     def _took_turn(self, seconds: float) -> None:
         longest = self._settings.max_req_time + self._settings.limits.stop
@@ -318,7 +279,7 @@ class Pool:
         failures, period = 0, self._settings.cleaning_period
         while True:
             try:
-                await Deadline(self._clock, CLEANING_PERIOD).run(self._sweep.sweep())
+                await Deadline(self._clock, period).run(self._sweep.sweep())
             except (MachinesError, DeadlineExceededError) as error:
                 self._log.warn("cleaning is not done: {error}", error=error)
                 await sleep(self._clock, self._life.pause(failures))
@@ -336,8 +297,9 @@ class Pool:
         """
         known = {member.name: member for member in self._members}
         strangers: list[Member] = []
-        for machine in sorted(machines, key=self._settings.recognizes, reverse=True):
-            fit, member = self._settings.recognizes(machine), known.get(machine.name)
+        judged = [(self._settings.recognizes(machine), machine) for machine in machines]
+        for fit, machine in sorted(judged, key=lambda pair: not pair[0]):
+            member = known.get(machine.name)
             if member is None:
                 too_many = len(known) + len(strangers) >= self._settings.size
                 strangers.append(Member(machine.name, Phase.RECLAIMING, machine, tainted=too_many or not fit))

@@ -356,6 +356,19 @@ class StandbyTests(PoolCase):
         self.world.advance(120)
         self.assertLess(self.api.count("suspend") - suspended, 20)
 
+    def test_suspensions_that_fail_hold_no_creation_back(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(size=4, standby=1, suspends=True, start=False)
+        self.addCleanup(self.end, self.pool)
+        self.api.always["suspend"] = Refuse(RefusedError("it has too much memory"))
+        self.pool.start()
+        self.world.advance(120)
+        self.assertLess(self.api.count("create"), 4)
+
+        for _ in range(4):
+            self.allocated(within=2)
+        self.assertEqual(4, self.api.count("create"))
+
     def test_one_that_stops_by_itself_again_and_again_is_started_later_and_later(self) -> None:
         self.standing_by()
         for _ in range(600):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-MODULES = ("pool", "life", "sweep")
+MODULES = ("pool", "life", "standby", "backoff", "sweep")
 
 EXEMPT = (
     'raise RuntimeError(f"machine {self.machine.id} was released before")',  # what a coordinator never does

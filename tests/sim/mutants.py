@@ -51,7 +51,12 @@ MUTANTS = [
         "                await self._life.adopt(member)\n",
         "a reclaimed machine is used as it is",
     ),
-    Mutant("pool", "is_good = not member.tainted and ", "is_good = ", "a tampered machine serves"),
+    Mutant(
+        "pool",
+        "        if self._closing or member.tainted:\n            return Call.END\n",
+        "        if self._closing:\n            return Call.END\n",
+        "a tampered machine serves",
+    ),
     Mutant("pool", "                member.tainted = True\n", "", "tampering is not remembered"),
     Mutant("pool", "tainted=too_many or not fit", "tainted=too_many", "a machine of another image is used"),
     Mutant("pool", "tainted=too_many or not fit", "tainted=not fit", "a pool that shrank keeps too many"),
@@ -70,9 +75,9 @@ MUTANTS = [
     ),
     Mutant("pool", "- 2 * self._settings.max_req_time\n", "+ 1e6\n", "an idle machine outlives its lease"),
     Mutant(
-        "pool",
-        "pause = self._life.pause(self._failures)",
-        "pause = 0.0",
+        "backoff",
+        "seconds = self._pause(self._failures)",
+        "seconds = 0.0",
         "failing creations follow without a pause",
     ),
     Mutant(
@@ -98,8 +103,8 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        " and self._is_leased(member, self._settings.max_req_time)\n",
-        "\n",
+        "is_leased = self._is_leased(member, self._settings.max_req_time)",
+        "is_leased = True",
         "a lease that ran out in a pause is used",
     ),
     Mutant(
@@ -110,7 +115,7 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        "return self._reclaimed and not self._pauses()",
+        "return self._reclaimed and not self._creating.pauses",
         "return self._reclaimed",
         "requests that come do not wait for the pause after a failure",
     ),
@@ -177,9 +182,21 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        "return not unwanted and len(others) < self._settings.standby",
-        "return not unwanted",
+        "if len(self._line) > 0 or len(others) >= self._settings.standby:",
+        "if len(self._line) > 0:",
         "all machines stand by",
+    ),
+    Mutant(
+        "standby",
+        "if call is Call.END or (call is Call.STAND_BY and not await self._rest(member)):",
+        "if not await self._rest(member):",
+        "a machine that is called while it is being suspended sleeps on",
+    ),
+    Mutant(
+        "standby",
+        "                    self._backoff.failed()\n",
+        "                    pass\n",
+        "what cannot stand by is tried again without a pause",
     ),
     # The steps of a machine's life.
     Mutant(
@@ -202,16 +219,14 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "        member.lease = await self._within(self._limits.lease, acquire)\n",
-        "        member.lease = old\n",
+        "self._hold(member, await self._within(self._limits.lease, acquire), asked)",
+        "self._hold(member, old, asked)",
         "a reclaimed machine is leased to nobody",
     ),
     Mutant(
         "life",
-        "        member.lease = await self._within(self._limits.lease, refresh)\n"
-        "        member.lease_end = asked + self._settings.trusted_ttl\n",
-        "        member.lease = await self._within(self._limits.lease, refresh)\n"
-        "        member.lease_end = asked + 1000 + ttl\n",
+        "member.lease_end = asked + self._settings.trusted_ttl",
+        "member.lease_end = asked + 1000 + self._settings.lease_ttl",
         "a lease is taken for longer than it is",
     ),
     Mutant(
