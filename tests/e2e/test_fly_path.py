@@ -8,6 +8,7 @@ import re
 import signal
 from typing import TYPE_CHECKING, Any
 
+import pytest
 import pytest_twisted
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
@@ -89,6 +90,33 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
         assert used[pool] <= seen[pool]
         assert await stop(coordinator) == 0
         assert set((await fly.of_pool(pool)).values()) == {State.STOPPED}
+
+
+@with_twisted
+@pytest.mark.parametrize("state", [State.STARTED, State.SUSPENDED])
+async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly: Fly, state: State) -> None:
+    coordinator = await start_coordinator(
+        **fly.settings("s", POOL_STANDBY="1", POOL_STANDBY_STATE=state.value)
+    )
+
+    async def stands_by() -> str:
+        while True:
+            states = await fly.of_pool("s")
+            if standing := [machine for machine, its_state in states.items() if its_state is state]:
+                return standing[0]
+            await sleep(reactor, 0.05)
+
+    for code in (3, 4, 5):
+        machine = await Deadline(reactor, PATIENCE).run(stands_by())
+        answer = await coordinator.run(SCRIPT.format(work="true", code=code))
+        assert answer.exit["code"] == code
+        assert "DIRTY" not in answer.output("stdout")
+        assert answer.headers["worker"] == machine or state is State.STARTED
+
+    processes = coordinator.processes()
+    assert await stop(coordinator) == 0
+    assert not tree.alive(processes)
+    assert set((await fly.of_pool("s")).values()) == {State.STOPPED}
 
 
 @with_twisted
