@@ -219,9 +219,9 @@ class Pool:
             member.phase = Phase.BUSY
             released: Deferred[None] = Deferred()
             self._line.serve(Allocation(member.machine, released))
-            self._balance()
             await released
         member.phase = Phase.STOPPING
+        self._balance()
         await self._life.stop(member)
         if serves:
             self._took_turn(self._clock.seconds() - began)

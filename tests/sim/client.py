@@ -194,6 +194,8 @@ class Client:
             self._world.ledger.broken(f"4: {self.script.request} ends without an exit: {whole[-200:]!r}")
             return
         lines = text.splitlines()
+        if exit_.reason == "output-limit":
+            del lines[-1:]  # which is cut wherever the limit was
         if self.script.how != "floods" and not self._are_mine(lines):
             self._world.ledger.broken(f"3: {self.script.request} got {lines[:3]}")
         honest = exit_.reason is None and self.script.how not in ("two-exits", "babbles")

@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant("pool", "            del self._members[member]\n", "", "a failure keeps its place for ever"),
     Mutant(
         "pool",
-        "        member.phase = Phase.STOPPING\n        await self._life.stop(member)\n",
-        "        member.phase = Phase.STOPPING\n",
+        "        self._balance()\n        await self._life.stop(member)\n",
+        "        self._balance()\n",
         "a machine is used again without a stop",
     ),
     Mutant(
@@ -170,8 +170,8 @@ MUTANTS = [
     ),
     Mutant(
         "pool",
-        "            self._balance()\n            await released\n",
-        "            await released\n",
+        "short = len(self._line) + (0 if holds_back else self._settings.standby) - ready",
+        "short = max(len(self._line), 0 if holds_back else self._settings.standby) - ready",
         "nobody stands by in place of a machine that is in use",
     ),
     Mutant(

@@ -209,6 +209,7 @@ class World:
             self._heal()
             self._run(SERVED_AGAIN)
             self._check_standby()
+            self._check_refill()
             self._check_service()
             self._check_succession()
             self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
@@ -423,6 +424,18 @@ class World:
             ready = node.pool.count(Phase.READY) + node.pool.count(Phase.SUSPENDED)
             if ready != node.settings.standby:
                 self.ledger.broken(f"22: {node} has {ready} machines ready, of {node.settings.standby}")
+
+    def _check_refill(self) -> None:
+        """While a machine that stood by is in use, another is on its way to stand by."""
+        nodes = [node for node in self._settled_nodes() if 0 < node.settings.standby < node.size]
+        for node in nodes:
+            self._send(node, 20, 0.1, 0)
+        self._run(1.0)
+        for node in nodes:
+            coming = sum(map(node.pool.count, (Phase.READY, Phase.SUSPENDED, Phase.STARTING, Phase.CREATING)))
+            if coming < node.settings.standby:
+                self.ledger.broken(f"22: {node} has {coming} machines on their way to stand by")
+        self._run(self.max_req_time if nodes else 0.0)
 
     def _check_succession(self) -> None:
         """Every coordinator's next instance takes over what is left, within its own size and image."""
