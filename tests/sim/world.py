@@ -200,7 +200,7 @@ class World:
     def live(self) -> None:
         """Live through all phases. Raises `BrokenPromiseError`."""
         if self.seed % 64 == 0:
-            gc.collect()  # what earlier worlds have left is theirs
+            gc.freeze()  # what earlier worlds have left is theirs
         observer = self._observer()
         globalLogPublisher.addObserver(observer)
         try:
