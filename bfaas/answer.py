@@ -32,17 +32,22 @@ class Answer:
         self._last_write = 0.0
         self._beat: IDelayedCall | None = None
         self._producing = False
-        self.begun = False
+        self.begun_at: float | None = None
         self.closed = False
         self.bytes_written = 0
         request.notifyFinish().addErrback(self._lost)
+
+    @property
+    def begun(self) -> bool:
+        """Whether its head is sent: from then on an error can only be an exit."""
+        return self.begun_at is not None
 
     def begin(self, producer: IPushProducer, headers: dict[str, str]) -> None:
         """Send the head at once; from here on the client's pace is the producer's."""
         if self.closed:
             producer.stopProducing()
             return
-        self.begun = True
+        self.begun_at = self._clock.seconds()
         request = self._request
         request.setHeader("Content-Type", self._format.value)
         request.setHeader("Cache-Control", "no-store")

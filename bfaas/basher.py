@@ -7,6 +7,7 @@ The worker: takes one authenticated script in its life, runs it, streams its out
 from __future__ import annotations
 
 import os
+import re
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,7 +25,7 @@ from bfaas.bash import BashRun, script_environment
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.process import prepare, run_role, settings_or_exit, stop_at_end_of_input
 from bfaas.settings import BasherSettings
-from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
+from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +66,7 @@ class Basher:
     @app.route(wire.HEALTH_PATH, methods=["GET"])
     def healthz(self, request: Request) -> bytes:
         """Tell that we listen."""
-        request.setHeader("Content-Type", "text/plain; charset=utf-8")
-        return b"ok\n"
+        return tell(request, "ok")
 
     @app.route(wire.RUN_PATH, methods=["POST"])
     async def run(self, request: Request) -> None:
@@ -91,7 +91,9 @@ class Basher:
             run.start(self._reactor, script, environment, settings.sandbox, settings.run_as)
             self._run = run
             answer.begin(run, {wire.WORKER: settings.machine_id})
-            answer.end(await self._within_time(run))
+            exit_ = await self._within_time(run)
+            self._log.info("run {run}: {exit}", run=_run_id(request), exit=exit_)
+            answer.end(exit_)
         except OSError as error:
             self._log.error("bash cannot be started: {error}", error=error)
             raise RefusalError(500, "bash cannot be started") from None
@@ -124,6 +126,12 @@ class Basher:
         if self._run is not None:
             self._run.kill()
             await self._run.when_ended()
+
+
+def _run_id(request: Request) -> str:
+    """Read what the coordinator calls the run; nothing else that comes in the header is for the log."""
+    told = request.getHeader(wire.RUN_ID) or ""
+    return told if re.fullmatch("[0-9a-f]{16}", told) else "of no name"
 
 
 class Worker(MultiService):

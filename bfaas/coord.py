@@ -7,6 +7,7 @@ The coordinator: takes scripts from anyone, runs each on a worker of its own, wi
 from __future__ import annotations
 
 import gc
+import json
 import time
 from math import ceil
 from random import SystemRandom
@@ -28,12 +29,13 @@ from bfaas.exchange import lasting_agent
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
-from bfaas.member import PoolSettings, lease_ttl
+from bfaas.member import Phase, PoolSettings, lease_ttl
 from bfaas.pool import Pool, PoolClosedError
 from bfaas.process import prepare, room_for_connections, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError
+from bfaas.runs import Run, Runs
 from bfaas.settings import CoordSettings
-from bfaas.site import MAX_CONNECTIONS, BoundedSite, RefusalError, answer_errors_in_text, body
+from bfaas.site import MAX_CONNECTIONS, BoundedSite, RefusalError, answer_errors_in_text, body, tell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -70,12 +72,14 @@ class Coordinator:
         pool: Pool,
         proxy: Proxy,
         wall: Callable[[], float],
+        runs: Runs,
     ) -> None:
         self._clock = clock
         self._settings = settings
         self._pool = pool
         self._proxy = proxy
         self._wall = wall
+        self._runs = runs
         self._draining = False
         self._running: set[Deferred[None]] = set()
         self._shares = Shares(settings.max_per_client)
@@ -87,6 +91,8 @@ class Coordinator:
 
         A request of a script counts as any other: among those of the address that it comes from.
         """
+        run_id = self._runs.new_id()
+        request.setHeader(wire.RUN_ID, run_id)
         script = body(request)
         if b"\0" in script:
             raise RefusalError(400, "a script cannot contain a NUL byte")
@@ -97,17 +103,56 @@ class Coordinator:
             raise self._refusal(429, "too many requests of yours are under way")
         done: Deferred[None] = Deferred()
         self._running.add(done)
+        run = self._runs.begin(run_id, client)
         try:
             self._replay_elsewhere(request, script)
             allocation = await self._allocate(client)
+            self._runs.served(run, allocation.machine.id)
             try:
-                await self._answer(request, script, allocation.machine)
+                await self._answer(request, script, run, allocation.machine)
             finally:
                 allocation.release()
+        except RefusalError as refusal:
+            run.ending = str(refusal.code)
+            raise
         finally:
+            self._runs.end(run)
             self._shares.give_back(client)
             self._running.remove(done)
             done.callback(None)
+
+    @app.route(wire.HEALTH_PATH, methods=["GET"])
+    def healthz(self, request: Request) -> bytes:
+        """Tell that we are alive."""
+        return tell(request, "ok")
+
+    @app.route("/readyz", methods=["GET"])
+    def readyz(self, request: Request) -> bytes:
+        """Tell whether a run that came now would find a machine, as far as we know; 503 and why if not."""
+        trouble = "shutting down" if self._draining else self._pool.trouble
+        if trouble is not None:
+            raise RefusalError(503, trouble)
+        return tell(request, "ready")
+
+    @app.route("/status", methods=["GET"])
+    def status(self, request: Request) -> bytes:
+        """Tell, as JSON, what the pool and the line look like, and what became of the latest runs."""
+        settings, pool = self._settings, self._pool
+        phases = {phase.value: count for phase in Phase if (count := pool.count(phase))}
+        told = {
+            "pool": {
+                "name": settings.machine_id, "size": settings.pool_size, "standby": settings.standby,
+                "machines": phases,
+            },
+            "queue": {
+                "waiting": pool.waiting, "limit": settings.max_queue,
+                "expected_wait_ms": round(1000 * pool.expected_wait),
+            },
+            "max_req_time_ms": round(1000 * settings.max_req_time),
+            "draining": self._draining,
+            "runs": self._runs.status(),
+        }  # fmt: skip
+        return tell(request, json.dumps(told), "application/json")
 
     async def drain(self) -> None:
         """Take no more runs, and wait until those that are under way have ended."""
@@ -151,7 +196,7 @@ class Coordinator:
         retry = max(1, ceil(min(self._pool.expected_wait, longest)))
         return RefusalError(code, line, {"Retry-After": str(retry)})
 
-    async def _answer(self, request: Request, script: bytes, machine: Machine) -> None:
+    async def _answer(self, request: Request, script: bytes, run: Run, machine: Machine) -> None:
         """Relay one run within its time; whatever happens, the answer has one ending."""
         settings = self._settings
         started = self._clock.seconds()
@@ -160,24 +205,23 @@ class Coordinator:
         answer = Answer(request, format_, self._clock)
         headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
         ticket = settings.signer.sign(machine.id, self._wall())
-        outcome: object = "cancelled"
         try:
-            relay = self._proxy.relay(machine, ticket, script, format_, answer, headers)
-            outcome = await deadline.run(relay)
+            relay = self._proxy.relay(machine, ticket, run.id, script, format_, answer, headers)
+            exit_ = await deadline.run(relay)
+            run.ending = exit_.reason or f"exit {exit_.code}"
         except DeadlineExceededError:
-            outcome = wire.Reason.TIMEOUT
+            run.ending = wire.Reason.TIMEOUT
             if not answer.begun:
                 raise RefusalError(504, "the worker did not answer in time") from None
             answer.end(wire.Exit.because(wire.Reason.TIMEOUT, self._since(started)))
         except WorkerError as error:
-            outcome = error
+            self._log.warn(
+                "run {run}: {machine} failed: {error}", run=run.id, machine=machine.id, error=error
+            )
             raise RefusalError(502, "the worker failed") from None
         finally:
             answer.close()
-            self._log.info(
-                "ran on {machine}: {outcome}, {bytes} bytes in {ms} ms",
-                machine=machine.id, outcome=outcome, bytes=answer.bytes_written, ms=self._since(started),
-            )  # fmt: skip
+            run.answered, run.bytes = answer.begun_at, answer.bytes_written
 
     def _since(self, moment: float) -> int:
         """Milliseconds since then."""
@@ -251,7 +295,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
     proxy = Proxy(reactor, worker_url, settings.max_output)
     pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_settings(settings))
-    coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
+    coordinator = Coordinator(reactor, settings, pool, proxy, time.time, Runs(reactor, time.time, random))
     most = min(MAX_CONNECTIONS, room_for_connections())
     site = BoundedSite(
         reactor, coordinator.app.resource(), settings.max_body, max_connections=most,

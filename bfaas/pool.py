@@ -74,6 +74,7 @@ class Pool:
         self._turn = settings.max_req_time
         self._cleaning: Deferred[None] | None = None
         self._reclaimed = False
+        self._looks = True  # whether cleaning saw all machines when it last tried
         self._creating = Backoff(clock, self._life.pause, self._balance)
         self._standing = Backoff(clock, self._life.pause, self._balance)
         self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
@@ -103,6 +104,22 @@ class Pool:
         and a stop at the most.
         """
         return self._turn * self.next_in_line / self._settings.size
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a machine."""
+        return len(self._line)
+
+    @property
+    def trouble(self) -> str | None:
+        """What speaks against a machine for a request that comes now; None where nothing is known to."""
+        if self._in(Phase.READY, Phase.SUSPENDED):
+            return None
+        if not self._reclaimed:
+            return "it is not known yet which machines there are"
+        if self._creating.pauses or any(member.lost is not None for member in self._in(Phase.CREATING)):
+            return "machines cannot be started"
+        return None if self._looks else "the Machines API does not answer"
 
     def count(self, phase: Phase) -> int:
         """How many members are in a phase."""
@@ -282,10 +299,11 @@ class Pool:
                 await Deadline(self._clock, period).run(self._sweep.sweep())
             except (MachinesError, DeadlineExceededError) as error:
                 self._log.warn("cleaning is not done: {error}", error=error)
+                self._looks = False
                 await sleep(self._clock, self._life.pause(failures))
                 failures += 1
             else:
-                failures = 0
+                failures, self._looks = 0, True
                 await sleep(self._clock, period * self._random.uniform(0.8, 1.2))
 
     def _know(self, machines: list[Machine]) -> None:

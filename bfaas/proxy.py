@@ -103,6 +103,7 @@ class Proxy:
         self,
         machine: Machine,
         ticket: str,
+        run_id: str,
         script: bytes,
         format_: wire.Format,
         answer: Answer,
@@ -111,12 +112,14 @@ class Proxy:
         """
         Run the script on the machine, and answer with what comes; returns how the run ended.
 
+        The worker is told the run's id, for its log.
+
         The request is sent once. Raises `WorkerError` as long as the answer has not begun; what goes wrong
         after that is an exit. Cancelling closes the connection to the worker, and leaves the answer to the
         caller.
         """
         query = "?raw=1" if format_ is wire.Format.RAW else ""
-        request = Headers({wire.AUTHORIZATION: [ticket]})
+        request = Headers({wire.AUTHORIZATION: [ticket], wire.RUN_ID: [run_id]})
         try:
             response = await self._request("POST", machine, wire.RUN_PATH + query, request, script)
         except CancelledError:

@@ -28,6 +28,7 @@ HEALTH_PATH = "/healthz"
 AUTHORIZATION = "Authorization"
 WORKER = "Worker"
 COORD = "Coord"
+RUN_ID = "Run-Id"
 FORCE_INSTANCE = "fly-force-instance-id"
 
 KEEPALIVE = 15.0

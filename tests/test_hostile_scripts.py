@@ -28,6 +28,7 @@ from bfaas.machines.api import MachineConfig, State
 from bfaas.machines.local import WORKER, LocalMachines, find_sandbox
 from bfaas.pool import Pool
 from bfaas.proxy import Proxy
+from bfaas.runs import Runs
 from bfaas.settings import CoordSettings
 from bfaas.site import BoundedSite
 from tests.hostile import AS_ANOTHER_USER, IN_A_SANDBOX, ON_THE_HOST, SECRET, SNOOPING, Hostile
@@ -325,7 +326,9 @@ def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordSer
     usual = pool_settings(settings)
     wanted = replace(usual, config=replace(usual.config, env={**usual.config.env, **env}))
     pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), wanted)
-    coordinator = Coordinator(reactor, settings, pool, proxy, time.time)
+    coordinator = Coordinator(
+        reactor, settings, pool, proxy, time.time, Runs(reactor, time.time, SystemRandom())
+    )
     site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
     listener = listening(f"tcp:{port}:interface=127.0.0.1", site, reactor)
     return CoordService(coordinator, site, listener, pool, machines.shutdown)

@@ -255,6 +255,43 @@ class AllocationTests(PoolCase):
         second.release()
 
 
+class TroubleTests(PoolCase):
+    def test_none_is_known_of_once_the_pool_has_seen_its_machines(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(start=False)
+        self.addCleanup(self.close)
+        self.assertEqual("it is not known yet which machines there are", self.pool.trouble)
+        self.pool.start()
+        self.world.advance(1)
+        self.assertIsNone(self.pool.trouble)
+
+    def test_it_is_told_while_machines_cannot_be_made_and_no_longer(self) -> None:
+        self.api.always["create"] = Refuse(CapacityError("full"))
+        place = self.pool.allocate("c")
+        self.world.advance(60)
+        self.assertEqual("machines cannot be started", self.pool.trouble)
+
+        del self.api.always["create"]
+        self.world.advance(40)
+        self.successResultOf(place)
+        self.assertIsNone(self.pool.trouble)
+
+    def test_it_is_told_while_the_api_does_not_answer_and_no_machine_stands_by(self) -> None:
+        for standby, trouble in ((0, "the Machines API does not answer"), (1, None)):
+            world = World()
+            pool, api = world.pool(standby=standby)
+            world.advance(5)
+            api.always["list"] = Refuse(UnavailableError("down"))
+            world.advance(400)
+            self.assertEqual(trouble, pool.trouble)
+
+            del api.always["list"]
+            world.advance(60)
+            self.assertIsNone(pool.trouble)
+            self.begin(pool.close())
+            world.advance(5)
+
+
 class StandbyTests(PoolCase):
     def standing_by(self, standby: int = 1, *, size: int = 2, suspends: bool = False) -> None:
         self.world = World()

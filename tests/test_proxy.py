@@ -65,7 +65,9 @@ class Front(Resource):
     def render_POST(self, request: Request) -> int:
         self.answer = Answer(request, self.format, self._clock)
         headers = {"Worker": "m1", "Coord": "c1"}
-        relay = self._proxy.relay(machine(self.url), "ticket", b"script", self.format, self.answer, headers)
+        relay = self._proxy.relay(
+            machine(self.url), "ticket", "0" * 16, b"script", self.format, self.answer, headers
+        )
         self.relay = running = Deferred.fromCoroutine(relay)
         request.notifyFinish().addErrback(lambda _: running.cancel())
         return NOT_DONE_YET
@@ -184,6 +186,7 @@ class RelayTests(ProxyTestCase):
                 "Content-Length: 6",
                 "Fly-Force-Instance-Id: m1",
                 f"Host: {str(self.front.url).removeprefix('http://')}",
+                f"Run-Id: {'0' * 16}",
             ]
             self.assertEqual((expected, b"script"), ([head[0], *sorted(head[1:])], body))
 

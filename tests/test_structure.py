@@ -48,6 +48,7 @@ ROOMS = [
     "bfaas.basher",
     "bfaas.proxy",
     "bfaas.clients",
+    "bfaas.runs",
     "bfaas.coord",
     "bfaas.operate",
     "bfaas.cli",

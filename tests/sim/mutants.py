@@ -186,18 +186,6 @@ MUTANTS = [
         "if len(self._line) > 0:",
         "all machines stand by",
     ),
-    Mutant(
-        "standby",
-        "if call is Call.END or (call is Call.STAND_BY and not await self._rest(member)):",
-        "if not await self._rest(member):",
-        "a machine that is called while it is being suspended sleeps on",
-    ),
-    Mutant(
-        "standby",
-        "                    self._backoff.failed()\n",
-        "                    pass\n",
-        "what cannot stand by is tried again without a pause",
-    ),
     # The steps of a machine's life.
     Mutant(
         "life",

@@ -14,6 +14,7 @@ from bfaas.machines.fly import FlyMachines
 from bfaas.member import CLEANING_PERIOD
 from bfaas.pool import Pool
 from bfaas.proxy import Proxy
+from bfaas.runs import Runs
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
 from tests.sim.clock import NodeClock
 from tests.sim.fairness import Fairness
@@ -91,7 +92,9 @@ class Node:
             tell_own(machines)
 
         self.pool._sweep._tell_own = told
-        self.coordinator = Coordinator(self.clock, self.settings, self.pool, proxy, self._wall)
+        self.coordinator = Coordinator(
+            self.clock, self.settings, self.pool, proxy, self._wall, Runs(self.clock, self._wall, Random(0))
+        )
 
     def __str__(self) -> str:
         return self._name

@@ -1,0 +1,97 @@
+"""The runs of one coordinator: what each is called, a line in the log for each, what became of the latest."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from twisted.logger import Logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from random import Random
+
+    from twisted.internet.interfaces import IReactorTime
+
+LATEST = 50
+"""Runs that are remembered after their end."""
+
+
+@dataclass(eq=False)
+class Run:
+    """
+    A request for a run, from its coming to its end; moments are by the coordinator's clock.
+
+    `answered` is when the worker began to answer. `ending` is for people: `exit 0`, a reason of ours, the
+    status of a refusal, or `left` for a client that went away.
+    """
+
+    id: str
+    client: str
+    came: float
+    machine: str | None = None
+    served: float | None = None
+    answered: float | None = None
+    ended: float | None = None
+    bytes: int = 0
+    ending: str = "left"
+
+
+class Runs:
+    """
+    Keeps count of runs.
+
+    `wall` tells the time in seconds since the epoch; `random` makes identifiers, of 16 hex digits.
+    """
+
+    _log = Logger()
+
+    def __init__(self, clock: IReactorTime, wall: Callable[[], float], random: Random) -> None:
+        self._clock = clock
+        self._wall = wall
+        self._random = random
+        self._under_way: set[Run] = set()
+        self._latest: deque[dict[str, object]] = deque(maxlen=LATEST)
+
+    def new_id(self) -> str:
+        """Make an identifier that no run has had."""
+        return f"{self._random.getrandbits(64):016x}"
+
+    def begin(self, run_id: str, client: str) -> Run:
+        """Note that a request has come, and waits for a machine."""
+        run = Run(run_id, client, self._clock.seconds())
+        self._under_way.add(run)
+        return run
+
+    def served(self, run: Run, machine_id: str) -> None:
+        """Note that it has a machine that is ready."""
+        run.machine, run.served = machine_id, self._clock.seconds()
+
+    def end(self, run: Run) -> None:
+        """Note its end; one that had a machine has its line in the log."""
+        self._under_way.remove(run)
+        run.ended = self._clock.seconds()
+        served = run.ended if run.served is None else run.served
+        wait_ms, run_ms = _ms(served - run.came), _ms(run.ended - served)
+        answer_ms = None if run.answered is None else _ms(run.answered - served)
+        self._latest.append(
+            {"run": run.id, "ended": round(self._wall()), "wait_ms": wait_ms, "run_ms": run_ms,
+             "ending": run.ending}
+        )  # fmt: skip
+        if run.machine is not None:
+            self._log.info(
+                "run {run} of {client} on {machine}: {ending}, {bytes} bytes; waited {wait_ms} ms, answered "
+                "after {answer_ms} ms, ran {run_ms} ms",
+                run=run.id, client=run.client, machine=run.machine, ending=run.ending, bytes=run.bytes,
+                wait_ms=wait_ms, answer_ms=answer_ms, run_ms=run_ms,
+            )  # fmt: skip
+
+    def status(self) -> dict[str, object]:
+        """Tell how many have a machine now, and what became of the latest, newest last."""
+        running = sum(run.machine is not None for run in self._under_way)
+        return {"running": running, "recent": list(self._latest)}
+
+
+def _ms(seconds: float) -> int:
+    return round(1000 * seconds)

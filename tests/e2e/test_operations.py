@@ -1,0 +1,96 @@
+"""What those who run a coordinator see of it: whether it is well, what it does, what became of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from typing import Any
+
+import pytest_twisted
+from twisted.internet.defer import Deferred
+
+from bfaas.deadline import Deadline, sleep
+from tests.e2e.coordinator import PATIENCE, Answer, Running, reactor, start_coordinator, stop
+from tests.e2e.fly import start_fly
+
+with_twisted = pytest_twisted.ensureDeferred
+
+
+async def status(coordinator: Running) -> Any:
+    answer = await coordinator.get("/status")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "application/json"
+    return json.loads(answer.body)
+
+
+async def until(coordinator: Running, code: int) -> Answer:
+    """Ask whether it is ready until it says so."""
+
+    async def ask() -> Answer:
+        while (answer := await coordinator.get("/readyz")).status != code:
+            await sleep(reactor, 0.05)
+        return answer
+
+    return await Deadline(reactor, PATIENCE).run(ask())
+
+
+@with_twisted
+async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> None:
+    coordinator = await start_coordinator(POOLSIZE="1", MAXREQTIME="20s", MAXQUEUE="7")
+    await until(coordinator, 200)
+    told = await status(coordinator)
+    assert told["pool"] == {"name": "mock", "size": 1, "standby": 0, "machines": {}}
+    assert (told["queue"]["waiting"], told["queue"]["limit"]) == (0, 7)
+    assert (told["max_req_time_ms"], told["draining"]) == (20_000, False)
+    assert told["runs"] == {"running": 0, "recent": []}
+
+    busy = await coordinator.begin("echo begun; sleep 1000")
+    waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
+    await sleep(reactor, 0.3)
+    told = await status(coordinator)
+    assert told["pool"]["machines"] == {"busy": 1}
+    assert (told["queue"]["waiting"], told["runs"]["running"]) == (1, 1)
+    busy.leave()
+    await waiting
+
+    recent = (await status(coordinator))["runs"]["recent"]
+    assert [run["ending"] for run in recent] == ["left", "exit 3"]
+    assert recent[1]["wait_ms"] > 0
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_each_answer_names_its_run_and_the_log_has_a_line_for_it() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="2s")
+    answers = {
+        "exit 7": await coordinator.run("exit 7"),
+        "timeout": await coordinator.run("echo SECRET; sleep 1000"),
+        None: await coordinator.run(b"echo \0"),
+    }
+    assert await stop(coordinator) == 0
+    said = coordinator.program.said.decode()
+    ids = {answer.headers["run-id"] for answer in answers.values()}
+    assert len(ids) == len(answers)
+    for ending, answer in answers.items():
+        run_id = answer.headers["run-id"]
+        assert re.fullmatch("[0-9a-f]{16}", run_id)
+        lines = [line for line in said.splitlines() if f"run {run_id} of 127.0.0.1 on " in line]
+        assert [f": {ending}, " in line for line in lines] == ([True] if ending else [])
+    assert "SECRET" not in said
+
+
+@with_twisted
+async def test_it_is_alive_but_not_ready_while_the_api_is_down() -> None:
+    fly = await start_fly()
+    coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="1s"))
+    assert (await until(coordinator, 200)).body == b"ready\n"
+    os.kill(fly.machines.pid, signal.SIGKILL)
+    refused = await coordinator.run("echo fine")
+    assert refused.status == 503
+
+    assert (await until(coordinator, 503)).body == b"machines cannot be started\n"
+    assert (await coordinator.get("/healthz")).body == b"ok\n"
+    coordinator.kill(signal.SIGKILL)
+    await coordinator.program.ended
