@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos overshoot lint format clean
+.PHONY: run fly test load soak proof chaos overshoot lock images lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -58,6 +58,15 @@ chaos: $(VENV)/installed-test
 # How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
 overshoot: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.overshoot
+
+# What the images are made of, from what is installed here.
+lock: $(VENV)/installed-test
+	$(BIN)/python -m tests.lock > requirements.lock
+
+# The images, with whatever builds them: docker, or buildah with BUILD="buildah build --isolation chroot".
+images:
+	$(or $(BUILD),docker build) --target coord --tag bfaas-coord .
+	$(or $(BUILD),docker build) --target basher --tag bfaas-basher .
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -231,7 +231,7 @@ class Coordinator:
 class CoordService(MultiService):
     """The coordinator as a service: on stopping it drains, then closes its pool."""
 
-    _FLUSH_LIMIT = 5.0
+    FLUSH_LIMIT = 5.0
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class CoordService(MultiService):
         # Requests that wait in line are told now; the pool waits for machines that are in use.
         closing = Deferred.fromCoroutine(self._pool.close())
         await self._coordinator.drain()
-        await self._site.drain(self._FLUSH_LIMIT)
+        await self._site.drain(self.FLUSH_LIMIT)
         await closing
         await self._shut_down_machines()
 

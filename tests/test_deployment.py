@@ -1,0 +1,135 @@
+"""What a deployment is made of: the images' recipe, Fly's files, the script that brings out a new worker."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from bfaas.auth import genkey
+from bfaas.coord import CoordService
+from bfaas.member import Limits
+from bfaas.settings import CoordSettings
+from tests.lock import needed
+
+ROOT = Path(__file__).parents[1]
+
+FAKE_FLY = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case $1 in
+deploy)
+    echo "--> Pushing image done"
+    [ -z "${IMAGE:-}" ] || echo "image: $IMAGE"
+    exit "${STATUS:-0}" ;;
+esac
+"""
+
+
+def read(name: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / name).read_text())
+
+
+class FlyFileTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.fly, self.basher = read("fly.toml"), read("fly.toml.basher")
+        secrets = {"PRIVATE": genkey().private, "FLY_TOKEN": "t", "WORKER_IMAGE": "i"}
+        given = {"FLY_MACHINE_ID": "m1", "FLY_REGION": "ams"}
+        self.settings = CoordSettings.from_environment({**self.fly["env"], **secrets, **given})
+
+    def test_its_environment_and_the_secrets_are_all_that_a_coordinator_needs(self) -> None:
+        assert self.settings.fly is not None
+        self.assertEqual(self.basher["app"], self.settings.fly.api.worker_app)
+        self.assertGreater(self.settings.pool_size, self.settings.standby)
+        self.assertGreater(self.settings.standby, 0)
+
+    def test_every_variable_of_it_is_in_the_readme(self) -> None:
+        readme = (ROOT / "README.md").read_text()
+        for name in self.fly["env"]:
+            self.assertIn(f"`{name}`", readme)
+
+    def test_a_coordinator_has_the_time_to_end_in_order(self) -> None:
+        needs = self.settings.max_req_time + Limits().stop + CoordService.FLUSH_LIMIT
+        self.assertEqual("SIGTERM", self.fly["kill_signal"])
+        self.assertGreater(self.fly["kill_timeout"], needs)
+        self.assertLessEqual(self.fly["kill_timeout"], 300)
+
+    def test_its_own_refusals_come_before_those_of_the_proxy(self) -> None:
+        concurrency = self.fly["http_service"]["concurrency"]
+        self.assertEqual("requests", concurrency["type"])
+        self.assertGreater(concurrency["hard_limit"], self.settings.pool_size + self.settings.max_queue)
+
+    def test_the_port_is_the_one_that_it_listens_on(self) -> None:
+        ports = {self.fly["http_service"]["internal_port"], self.fly["checks"]["ready"]["port"]}
+        self.assertEqual({8000}, ports)
+
+    def test_workers_have_no_address_of_their_own_and_no_settings(self) -> None:
+        self.assertEqual({"app", "primary_region", "build"}, set(self.basher))
+
+    def test_the_targets_are_there(self) -> None:
+        targets = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+        for app in (self.fly, self.basher):
+            self.assertIn(app["build"]["build-target"], targets)
+
+
+class LockTests(SynchronousTestCase):
+    def test_it_names_all_that_is_needed_and_nothing_else_one_version_each(self) -> None:
+        lines = (ROOT / "requirements.lock").read_text().splitlines()[1:]
+        names = [line.split("==")[0] for line in lines]
+
+        self.assertEqual(sorted(needed(), key=str.lower), names)
+        for line in lines:
+            self.assertRegex(line, r"^[\w.-]+==[\d.]+$")
+
+
+class UpdateWorkerTests(SynchronousTestCase):
+    def update(self, *options: str, **env: str) -> tuple[int, str, list[str]]:
+        """Run it with a flyctl that takes notes; tells the exit code, what was said, and the notes."""
+        home = Path(self.mktemp()).absolute()
+        home.mkdir(parents=True)
+        (home / "fly").write_text(FAKE_FLY)
+        (home / "fly").chmod(0o755)
+        calls = home / "calls"
+        environment = {"PATH": f"{home}:{os.environ['PATH']}", "CALLS": str(calls), **env}
+        done = subprocess.run(
+            [ROOT / "updateWorker.sh", *options], env=environment, capture_output=True, text=True, check=False
+        )
+        called = calls.read_text().splitlines() if calls.exists() else []
+        return done.returncode, done.stdout + done.stderr, called
+
+    def test_it_builds_pushes_and_tells_the_coordinators(self) -> None:
+        status, said, called = self.update("--label", "v1", IMAGE="example.invalid/bfaas-basher:v1")
+
+        expected = [
+            "deploy --config fly.toml.basher --app bfaas-basher --build-only --push --image-label v1",
+            "secrets set --app bfaas-coord WORKER_IMAGE=example.invalid/bfaas-basher:v1",
+        ]
+        self.assertEqual((0, expected), (status, called))
+        self.assertIn("of bfaas-coord now use example.invalid/bfaas-basher:v1\n", said)
+
+    def test_other_apps_can_be_named(self) -> None:
+        _, _, called = self.update("--worker-app", "w", "--coord-app", "c", IMAGE="i")
+        self.assertRegex(called[0], "--app w --build-only --push --image-label [0-9]{8}-[0-9]{6}")
+        self.assertEqual("secrets set --app c WORKER_IMAGE=i", called[1])
+
+    def test_nothing_is_set_after_a_failure(self) -> None:
+        for env, why in (({"IMAGE": "i", "STATUS": "3"}, "Pushing"), ({}, "nothing was set")):
+            status, said, called = self.update("--label", "v1", **env)
+            self.assertNotEqual(0, status)
+            self.assertIn(why, said)
+            self.assertEqual(1, len(called))
+
+    def test_it_can_be_tried_without_doing_anything(self) -> None:
+        status, said, called = self.update("--dry-run", "--label", "v1")
+        self.assertEqual((0, []), (status, called))
+        self.assertIn("--image-label v1\nfly secrets set --app bfaas-coord WORKER_IMAGE=IMAGE\n", said)
+
+    def test_what_it_does_not_know_is_refused(self) -> None:
+        for options in (["--nonsense"], ["--label"]):
+            status, said, called = self.update(*options)
+            self.assertEqual((2, []), (status, called))
+            self.assertIn("updateWorker.sh", said)
