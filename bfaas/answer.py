@@ -58,7 +58,7 @@ class Answer:
         request.write(b"")
         self._producing = True
         request.registerProducer(producer, True)
-        if self._format is wire.Format.EVENTS:
+        if self._format in wire.HEARTBEATS:
             self._last_write = self._clock.seconds()
             self._beat = self._clock.callLater(wire.KEEPALIVE, self._keep_alive)
 
@@ -101,6 +101,6 @@ class Answer:
     def _keep_alive(self) -> None:
         silent = self._clock.seconds() - self._last_write
         if silent >= wire.KEEPALIVE:
-            self.write(wire.COMMENT)
+            self.write(wire.HEARTBEATS[self._format])
             silent = 0.0
         self._beat = self._clock.callLater(wire.KEEPALIVE - silent, self._keep_alive)

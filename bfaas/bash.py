@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorProcess, IReactorTime
     from twisted.python.failure import Failure
 
+    from bfaas.ask import Ask
     from bfaas.confine import User
 
     class BashReactor(IReactorProcess, IReactorTime):
@@ -42,7 +43,8 @@ _MAX_ARGUMENT = 128 * 1024 - 1
 """Bytes that Linux takes as one argument of a program (MAX_ARG_STRLEN in linux/binfmts.h, less the NUL)."""
 
 # Expansion comes first, so descriptor 3 is closed with the whole script read, and lines keep their numbers.
-_LONG_SCRIPT = 'eval "exec 3<&-; $(cat <&3)"'
+# By its path, since PATH can be the client's.
+_LONG_SCRIPT = 'eval "exec 3<&-; $(/bin/cat <&3)"'
 
 _STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 
@@ -96,13 +98,16 @@ class BashRun(ProcessProtocol):
     def start(
         self,
         reactor: BashReactor,
-        script: bytes,
+        ask: Ask,
         environment: Mapping[str, str],
         sandbox: Sequence[str] = (),
         user: User | None = None,
     ) -> None:
         """
         Start bash, in a session of its own, behind the sandbox's command prefix, as a user or as ourselves.
+
+        The client's variables come over `environment` as the last step: set any earlier, PATH or LD_PRELOAD
+        would have the programs that confine the script (the first of them root's) do the client's bidding.
 
         Raises `OSError` when it cannot be started, `ValueError` for a script with a NUL in it.
         """
@@ -111,20 +116,26 @@ class BashRun(ProcessProtocol):
         with ExitStack() as files:
             null = os.open(os.devnull, os.O_RDONLY)
             files.callback(os.close, null)
-            descriptors: dict[int, int | str] = {0: null, 1: "r", 2: "r"}
-            command = script
-            if len(script) > _MAX_ARGUMENT:
-                descriptors[3] = memory = _in_memory(script)
+            descriptors: dict[int, int | str] = {0: "w" if ask.stdin else null, 1: "r", 2: "r"}
+            command = ask.script
+            if len(command) > _MAX_ARGUMENT:
+                descriptors[3] = memory = _in_memory(command)
                 files.callback(os.close, memory)
                 command = _LONG_SCRIPT.encode()
+            variables = [f"{name}={value}".encode() for name, value in ask.env.items()]
+            setting = [b"/usr/bin/env", *variables] if variables else []
             reactor.spawnProcess(
                 self,
                 "setsid",
-                [*command_prefix(user, sandbox), "/bin/bash", "-c", "--", command],
+                [*command_prefix(user, sandbox), *setting, "/bin/bash", "-c", "--", command],
                 env=environment,
                 childFDs=descriptors,
             )
         if self._status is None:  # it may have ended already
+            if ask.stdin:
+                # Written as the script reads, beside its output; what it never reads goes with the pipe.
+                self.transport.write(ask.stdin)
+                self.transport.closeStdin()
             self._reap()
 
     def when_ended(self) -> Deferred[Exit]:

@@ -20,12 +20,13 @@ from twisted.python.usage import Options as UsageOptions
 
 from bfaas import tree, wire
 from bfaas.answer import Answer
+from bfaas.ask import asked
 from bfaas.auth import AuthError
 from bfaas.bash import BashRun, script_environment
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.process import prepare, run_role, settings_or_exit, stop_at_end_of_input
 from bfaas.settings import BasherSettings
-from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body, tell
+from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from twisted.application.service import IService
     from twisted.web.server import Request
 
+    from bfaas.ask import Ask
     from bfaas.bash import BashReactor
 
 
@@ -70,7 +72,7 @@ class Basher:
 
     @app.route(wire.RUN_PATH, methods=["POST"])
     async def run(self, request: Request) -> None:
-        """Run the script that is the body."""
+        """Run the script that is the body, or in it."""
         settings = self._settings
         try:
             ticket = request.getHeader(wire.AUTHORIZATION) or ""
@@ -80,18 +82,17 @@ class Basher:
             raise RefusalError(401, "unauthorized") from None
         if self._used:
             raise RefusalError(409, "this worker has had its run")
-        script = body(request)
-        if b"\0" in script:
-            raise RefusalError(400, "a script cannot contain a NUL byte")
-        answer = Answer(request, wire.requested_format(request.args), self._reactor)
+        ask = asked(request)
+        format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
+        answer = Answer(request, format_, self._reactor)
         run = BashRun(self._reactor, answer.output, settings.max_output)
         environment = script_environment(settings.home, settings.machine_id, settings.region)
         try:
             self._used = True
-            run.start(self._reactor, script, environment, settings.sandbox, settings.run_as)
+            run.start(self._reactor, ask, environment, settings.sandbox, settings.run_as)
             self._run = run
             answer.begin(run, {wire.WORKER: settings.machine_id})
-            exit_ = await self._within_time(run)
+            exit_ = await self._within_time(run, self._limit(ask))
             self._log.info("run {run}: {exit}", run=_run_id(request), exit=exit_)
             answer.end(exit_)
         except OSError as error:
@@ -108,9 +109,13 @@ class Basher:
             last = " (others will not be told)" if self._refused == self._REFUSALS_TOLD else ""
             self._log.warn("refused a request: {reason}{last}", reason=reason, last=last)
 
-    async def _within_time(self, run: BashRun) -> wire.Exit:
+    def _limit(self, ask: Ask) -> float | None:
+        """Tell how long a run may take: what was asked for, and no more than any may."""
+        most = self._settings.max_req_time
+        return ask.timeout if most is None else ask.limit(most)
+
+    async def _within_time(self, run: BashRun, limit: float | None) -> wire.Exit:
         """Wait for the run's end; kill it at the deadline, and at once when nobody waits any more."""
-        limit = self._settings.max_req_time
         try:
             if limit is not None:
                 try:

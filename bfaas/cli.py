@@ -1,4 +1,4 @@
-"""The `bfaas` command."""
+"""The `bfaas` command: runs scripts, and helps those who run coordinators."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from argparse import ArgumentParser
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bfaas.auth import KeyFormatError, Signer, genkey
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+
+_URL = "http://127.0.0.1:8000"
 
 
 class CommandError(Exception):
@@ -45,8 +48,22 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 
 def _parser() -> ArgumentParser:
     """Describe the commands; each names, as `command`, the function that does it."""
-    parser = ArgumentParser(prog="bfaas", description="Keys and headers for coordinators and workers.")
+    parser = ArgumentParser(
+        prog="bfaas", description="Runs scripts at a coordinator; keys and machines for its owner."
+    )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("run", help="have a coordinator run a script, and exit as it did")
+    command.add_argument("--url", metavar="URL", help=f"the coordinator; $BFAAS_URL, or else {_URL}")
+    command.add_argument("--timeout", metavar="5s", help="a time of its own, below the coordinator's")
+    command.add_argument("--stdin", action="store_true", help="give the script this standard input")
+    command.add_argument("--json", action="store_true", help="print events, one JSON object a line")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("-f", "--file", metavar="FILE", help="a file that holds the script")
+    which.add_argument(
+        "script", metavar="SCRIPT", nargs="?", help="the script; - reads it from standard input"
+    )
+    command.set_defaults(command=_run)
 
     command = commands.add_parser("genkey", help="make a pair of keys, as shell variables")
     command.set_defaults(command=_genkey)
@@ -54,6 +71,9 @@ def _parser() -> ArgumentParser:
     command = commands.add_parser("genauth", help="sign a header with the key in $PRIVATE, good for a minute")
     command.add_argument("machine", metavar="MACHINE", help="the machine that will accept it")
     command.set_defaults(command=_genauth)
+
+    command = commands.add_parser("doctor", help="try all that a coordinator with these settings needs")
+    command.set_defaults(command=_doctor)
 
     command = commands.add_parser("machines", help="list the machines of the app $WORKER_APP")
     command.set_defaults(command=_machines)
@@ -64,6 +84,34 @@ def _parser() -> ArgumentParser:
     command.set_defaults(command=_destroy)
 
     return parser
+
+
+def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas import client  # noqa: PLC0415 - what the keys' commands can do without
+    from bfaas.settings import parse_duration  # noqa: PLC0415
+
+    if arguments.stdin and arguments.script == "-":
+        raise CommandError("standard input cannot be both the script and its input")
+    try:
+        if arguments.timeout is not None:
+            parse_duration(arguments.timeout)
+        if arguments.file is not None:
+            script = Path(arguments.file).read_bytes()
+        else:
+            script = sys.stdin.buffer.read() if arguments.script == "-" else os.fsencode(arguments.script)
+        errand = client.Errand(
+            arguments.url or environ.get("BFAAS_URL", "").strip() or _URL,
+            script,
+            sys.stdin.buffer.read() if arguments.stdin else None,
+            arguments.timeout,
+            arguments.json,
+        )
+        errand.request()
+    except UnicodeDecodeError:
+        raise CommandError("with --stdin or --timeout, script and input must be UTF-8") from None
+    except (OSError, ValueError) as error:
+        raise CommandError(str(error)) from None
+    return client.run(errand)
 
 
 def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:
@@ -82,6 +130,12 @@ def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
         raise CommandError(f"PRIVATE: {error}") from None
     sys.stdout.write(f"{signer.sign(arguments.machine, time.time())}\n")
     return 0
+
+
+def _doctor(_arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas import doctor  # noqa: PLC0415 - what the keys' commands can do without
+
+    return doctor.examine(environ)
 
 
 def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:

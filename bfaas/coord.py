@@ -22,6 +22,7 @@ from twisted.python.usage import Options as UsageOptions
 
 from bfaas import wire
 from bfaas.answer import Answer
+from bfaas.ask import asked
 from bfaas.browser import foreign_page
 from bfaas.clients import Shares, client_of
 from bfaas.deadline import Deadline, DeadlineExceededError
@@ -35,7 +36,7 @@ from bfaas.process import prepare, room_for_connections, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError
 from bfaas.runs import Run, Runs
 from bfaas.settings import CoordSettings
-from bfaas.site import MAX_CONNECTIONS, BoundedSite, RefusalError, answer_errors_in_text, body, tell
+from bfaas.site import MAX_CONNECTIONS, BoundedSite, RefusalError, answer_errors_in_text, tell
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
+    from bfaas.ask import Ask
     from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.pool import Allocation
 
@@ -87,15 +89,13 @@ class Coordinator:
     @app.route(wire.RUN_PATH, methods=["POST"])
     async def run(self, request: Request) -> None:
         """
-        Run the script that is the body, on a machine from the pool.
+        Run the script that is the body, or in it, on a machine from the pool.
 
         A request of a script counts as any other: among those of the address that it comes from.
         """
         run_id = self._runs.new_id()
         request.setHeader(wire.RUN_ID, run_id)
-        script = body(request)
-        if b"\0" in script:
-            raise RefusalError(400, "a script cannot contain a NUL byte")
+        ask = asked(request)
         if self._draining:
             raise self._refusal(503, "shutting down")
         client = client_of(request, on_fly=self._settings.fly is not None)
@@ -105,11 +105,11 @@ class Coordinator:
         self._running.add(done)
         run = self._runs.begin(run_id, client)
         try:
-            self._replay_elsewhere(request, script)
+            self._replay_elsewhere(request, ask)
             allocation = await self._allocate(client)
             self._runs.served(run, allocation.machine.id)
             try:
-                await self._answer(request, script, run, allocation.machine)
+                await self._answer(request, ask, run, allocation.machine)
             finally:
                 allocation.release()
         except RefusalError as refusal:
@@ -170,14 +170,14 @@ class Coordinator:
         except PoolClosedError:
             raise self._refusal(503, "shutting down") from None
 
-    def _replay_elsewhere(self, request: Request, script: bytes) -> None:
+    def _replay_elsewhere(self, request: Request, ask: Ask) -> None:
         """
         Where that is wanted, let Fly's proxy take the request to a coordinator that may have a machine.
 
         Once: the proxy tells the next coordinator in `fly-replay-src` the state that this one gave it.
         """
         settings = self._settings
-        if not settings.replay or len(script) > MAX_REPLAYED or self._pool.next_in_line == 0:
+        if not settings.replay or ask.size > MAX_REPLAYED or self._pool.next_in_line == 0:
             return
         source = request.getHeader(b"fly-replay-src") or b""
         if f"state={REPLAYED}".encode() not in [part.strip() for part in source.split(b";")]:
@@ -196,17 +196,17 @@ class Coordinator:
         retry = max(1, ceil(min(self._pool.expected_wait, longest)))
         return RefusalError(code, line, {"Retry-After": str(retry)})
 
-    async def _answer(self, request: Request, script: bytes, run: Run, machine: Machine) -> None:
+    async def _answer(self, request: Request, ask: Ask, run: Run, machine: Machine) -> None:
         """Relay one run within its time; whatever happens, the answer has one ending."""
         settings = self._settings
         started = self._clock.seconds()
-        deadline = Deadline(self._clock, settings.max_req_time)
-        format_ = wire.requested_format(request.args)
+        deadline = Deadline(self._clock, ask.limit(settings.max_req_time))
+        format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
         answer = Answer(request, format_, self._clock)
         headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
         ticket = settings.signer.sign(machine.id, self._wall())
         try:
-            relay = self._proxy.relay(machine, ticket, run.id, script, format_, answer, headers)
+            relay = self._proxy.relay(machine, ticket, run.id, ask, format_, answer, headers)
             exit_ = await deadline.run(relay)
             run.ending = exit_.reason or f"exit {exit_.code}"
         except DeadlineExceededError:

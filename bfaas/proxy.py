@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from twisted.web.iweb import IAgent, IResponse
 
     from bfaas.answer import Answer
+    from bfaas.ask import Ask
     from bfaas.machines.api import Machine
     from bfaas.reader import RunReader
 
@@ -104,13 +105,13 @@ class Proxy:
         machine: Machine,
         ticket: str,
         run_id: str,
-        script: bytes,
+        ask: Ask,
         format_: wire.Format,
         answer: Answer,
         headers: dict[str, str],
     ) -> wire.Exit:
         """
-        Run the script on the machine, and answer with what comes; returns how the run ended.
+        Run what is asked for on the machine, and answer with what comes; returns how the run ended.
 
         The worker is told the run's id, for its log.
 
@@ -118,16 +119,20 @@ class Proxy:
         after that is an exit. Cancelling closes the connection to the worker, and leaves the answer to the
         caller.
         """
-        query = "?raw=1" if format_ is wire.Format.RAW else ""
+        # Workers write events or raw runs; lines are made here.
+        written = wire.Format.RAW if format_ is wire.Format.RAW else wire.Format.EVENTS
+        query = "?raw=1" if written is wire.Format.RAW else ""
         request = Headers({wire.AUTHORIZATION: [ticket], wire.RUN_ID: [run_id]})
+        if ask.content_type is not None:
+            request.setRawHeaders("Content-Type", [ask.content_type])
         try:
-            response = await self._request("POST", machine, wire.RUN_PATH + query, request, script)
+            response = await self._request("POST", machine, wire.RUN_PATH + query, request, ask.body)
         except CancelledError:
             raise
         except Exception as error:
             raise WorkerError(f"no answer: {error!r}") from error
         try:
-            _check_head(response, machine, format_)
+            _check_head(response, machine, written)
         except WorkerError:
             discard(response)
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from bfaas.wire import Exit, Format, WireError, is_code, read_json
+from bfaas.wire import Exit, Format, WireError, is_code, read_json, write_event
 
 MAX_EVENT = 512 * 1024
 """Bytes of one event that a reader takes: a full pipe (64 KiB) of what JSON writes in six bytes each."""
@@ -24,7 +24,7 @@ class OutputLimitError(WireError):
 
 class RunReader(Protocol):
     """
-    Reads one run, piece by piece, and passes its output on in the same format.
+    Reads one run, piece by piece, and passes its output on in the client's format.
 
     What is well-formed is passed on up to the first byte that is not, however the run was cut; then there is
     an `error`, and what comes after it is thrown away. After the last piece, `exit` is how the run ended, or
@@ -58,12 +58,13 @@ class EventReader:
     Reads events, lets only well-formed output through, and keeps the exit for its owner to tell.
 
     Comments are dropped. What counts towards `max_output` is the bytes that a script must at least have
-    written for the text that came.
+    written for the text that came. What is passed on can be written as lines instead.
     """
 
     exit_passed_on = False
 
-    def __init__(self, max_output: int) -> None:
+    def __init__(self, max_output: int, format_: Format = Format.EVENTS) -> None:
+        self._format = format_
         self.exit: Exit | None = None
         self.error: WireError | None = None
         self._rest = bytearray()
@@ -110,7 +111,7 @@ class EventReader:
         self._room -= _least_output(data)
         if self._room < 0:
             raise OutputLimitError("more output than the limit")
-        return b"event: %b\ndata: %b\n\n" % (name, data)
+        return write_event(self._format, name.decode(), data)
 
 
 def _check_size(size: int) -> None:
@@ -171,5 +172,9 @@ class RawReader:
 
 
 def run_reader(format_: Format, max_output: int) -> RunReader:
-    """Make the reader of a format, for a worker that delivers so many bytes of output at the most."""
-    return EventReader(max_output) if format_ is Format.EVENTS else RawReader(max_output)
+    """
+    Make the reader for a client's format, for a worker that delivers so many bytes of output at the most.
+
+    Lines are made of the events that a worker writes.
+    """
+    return RawReader(max_output) if format_ is Format.RAW else EventReader(max_output, format_)

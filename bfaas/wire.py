@@ -6,7 +6,8 @@ The formats are those of the Go original (superfly/bfaas), so that its clients a
 A run in events (the default) is a stream of server-sent events
 (https://html.spec.whatwg.org/multipage/server-sent-events.html): `stdout` and `stderr`, whose data is a
 JSON string, then one `exit`, whose data is a JSON object. A raw run is the bytes as they come, then
-`\nexit: CODE\n` or `\nexit: CODE REASON\n`.
+`\nexit: CODE\n` or `\nexit: CODE REASON\n`. A run in lines, which no coordinator asks of a worker, is one
+JSON object a line: `{"event": "stdout", "data": "..."}`, and last `{"event": "exit", "code": N, ...}`.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ RUN_ID = "Run-Id"
 FORCE_INSTANCE = "fly-force-instance-id"
 
 KEEPALIVE = 15.0
-"""Seconds of silence after which an event stream carries a comment, for intermediaries that cut idle ones."""
+"""Seconds of silence after which a stream carries a heartbeat, for intermediaries that cut idle ones."""
+
 
 COMMENT = b": \n\n"
 
@@ -65,11 +67,29 @@ class Format(enum.Enum):
 
     EVENTS = "text/event-stream"
     RAW = "application/octet-stream"
+    LINES = "application/x-ndjson"
 
 
-def requested_format(arguments: Mapping[bytes, Sequence[bytes]]) -> Format:
-    """Tell the format that a request's query asks for: `raw`, with any value but an empty one, means raw."""
-    return Format.RAW if any(arguments.get(b"raw", ())) else Format.EVENTS
+# What is written in silence, and means nothing. An empty line would be a fault to many who read JSON.
+HEARTBEATS = {Format.EVENTS: COMMENT, Format.LINES: b'{"event": "heartbeat"}\n'}
+
+
+def requested_format(arguments: Mapping[bytes, Sequence[bytes]], accept: str = "") -> Format:
+    """
+    Tell the format that a request asks for: by its query, or else by its `Accept`.
+
+    `raw` in the query, with any value but an empty one, means raw. Lines are for those who name their type.
+    """
+    if any(arguments.get(b"raw", ())):
+        return Format.RAW
+    for kind in accept.lower().split(","):
+        name, *parameters = (part.replace(" ", "") for part in kind.split(";"))
+        if name == Format.LINES.value:
+            return Format.EVENTS if any(map(_REFUSED.fullmatch, parameters)) else Format.LINES
+    return Format.EVENTS
+
+
+_REFUSED = re.compile(r"q=0(\.0*)?")
 
 
 class WireError(Exception):
@@ -161,10 +181,25 @@ class RunWriter(Protocol):
         ...
 
 
-class EventWriter:
-    """Writes events. A character split over two pieces is held back until it is whole."""
+def write_event(format_: Format, stream: str, data: bytes) -> bytes:
+    """Write an event of output, whose data is a JSON string without line ends: these end the event."""
+    if format_ is Format.LINES:
+        return b'{"event": "%b", "data": %b}\n' % (stream.encode(), data)
+    return b"event: %b\ndata: %b\n\n" % (stream.encode(), data)
 
-    def __init__(self) -> None:
+
+def write_exit(format_: Format, exit_: Exit) -> bytes:
+    """Write the exit's event."""
+    if format_ is Format.LINES:
+        return b'{"event": "exit", ' + exit_.to_json()[1:] + b"\n"
+    return b"event: exit\ndata: " + exit_.to_json() + b"\n\n"
+
+
+class EventWriter:
+    """Writes events, or lines. A character split over two pieces is held back until it is whole."""
+
+    def __init__(self, format_: Format = Format.EVENTS) -> None:
+        self._format = format_
         decoder = codecs.getincrementaldecoder("utf-8")
         self._decoders = {stream: decoder("replace") for stream in Stream}
 
@@ -177,12 +212,11 @@ class EventWriter:
         rest = [
             self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
         ]
-        return b"".join([*rest, b"event: exit\ndata: ", exit_.to_json(), b"\n\n"])
+        return b"".join([*rest, write_exit(self._format, exit_)])
 
-    @staticmethod
-    def _event(stream: Stream, text: str) -> bytes:
+    def _event(self, stream: Stream, text: str) -> bytes:
         # JSON escapes both line ends, the only characters that could end a `data:` line.
-        return f"event: {stream}\ndata: {encode_basestring(text)}\n\n".encode() if text else b""
+        return write_event(self._format, stream, encode_basestring(text).encode()) if text else b""
 
 
 class RawWriter:
@@ -200,4 +234,4 @@ class RawWriter:
 
 def run_writer(format_: Format) -> RunWriter:
     """Make the writer of a format."""
-    return EventWriter() if format_ is Format.EVENTS else RawWriter()
+    return RawWriter() if format_ is Format.RAW else EventWriter(format_)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
@@ -9,6 +10,7 @@ from unittest import skipIf, skipUnless
 
 from twisted.trial.unittest import TestCase
 
+from bfaas.ask import Ask
 from bfaas.bash import BashRun, script_environment
 from bfaas.confine import User
 from bfaas.wire import Exit, Reason, Stream
@@ -62,7 +64,9 @@ class BashRunTests(TestCase):
     ) -> tuple[BashRun, Output]:
         output = Output()
         run = BashRun(reactor, output, max_output)
-        run.start(reactor, script.encode(), script_environment("/", "machine", "ams"), sandbox, user)
+        run.start(
+            reactor, Ask.plain(script.encode()), script_environment("/", "machine", "ams"), sandbox, user
+        )
         return run, output
 
     async def run_script(
@@ -97,6 +101,54 @@ class BashRunTests(TestCase):
         for _ in range(30):
             exit_, out, err = await self.run_script("echo out; echo err >&2; exit 3")
             self.assertEqual((3, None, b"out\n", b"err\n"), (exit_.code, exit_.signal, out, err))
+
+    async def run_with(
+        self, script: str, sandbox: tuple[str, ...] = (), user: User | None = None, **more: object
+    ) -> tuple[Exit, bytes, bytes]:
+        """Run what a request in JSON asks for."""
+        ask, output = Ask.from_json(json.dumps({"script": script, **more}).encode()), Output()
+        run = BashRun(reactor, output, PLENTY)
+        run.start(reactor, ask, script_environment("/", "machine", "ams"), sandbox, user)
+        return await run.when_ended(), *output.both
+
+    async def test_standard_input_is_given_whole_and_ends(self) -> None:
+        much = "0123456789abcdef" * (1 << 16)
+        exit_, out, err = await self.run_with("cat; echo >&2 end", stdin=much)
+        self.assertEqual((0, much.encode(), b"end\n"), (exit_.code, out, err))
+
+    async def test_standard_input_that_is_not_read_is_no_obstacle(self) -> None:
+        much = "x" * (1 << 20)
+        for script, stdout in [
+            ("echo out", b"out\n"),
+            ("exec <&-; echo out", b"out\n"),
+            ("head -c 3", b"xxx"),
+            ("sleep 1000 <&0 & exec <&-; echo out", b"out\n"),
+            ("head -c 100000 /dev/zero | tr '\\0' y; head -c 1", b"y" * 100_000 + b"x"),
+        ]:
+            exit_, out, _ = await self.run_with(script, stdin=much)
+            self.assertEqual((0, stdout, []), (exit_.code, out, self.left()))
+
+    async def test_variables_are_the_scripts_alone(self) -> None:
+        env = {
+            "PATH": "/nowhere",
+            "LD_PRELOAD": "/proc/self/fd/3",
+            "A": "b c\n=\u20ac",
+            "FLY_MACHINE_ID": "x",
+        }
+        for script in ("", ": " + "x" * 200_000 + "\n"):
+            exit_, out, _ = await self.run_with(
+                script + 'printf "%s|" "$PATH" "$A" "$FLY_MACHINE_ID" "$HOME"', env=env
+            )
+            self.assertEqual((0, "/nowhere|b c\n=\u20ac|x|/|"), (exit_.code, out.decode()))
+
+    @skipIf(os.geteuid() != 0, "only root can become another user")
+    async def test_variables_do_not_reach_what_confines_the_script(self) -> None:
+        # The loader complains once for each program that has the variable: bash, and not root's.
+        exit_, out, err = await self.run_with(
+            "echo $EUID", (), User(65534, 65534), env={"LD_PRELOAD": "/no/library.so", "PATH": ""}
+        )
+        self.assertEqual((0, b"65534\n"), (exit_.code, out))
+        self.assertEqual(1, err.count(b"/no/library.so"), err)
 
     async def test_tells_how_bash_ended(self) -> None:
         for script, code, signal in [

@@ -10,6 +10,7 @@ from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
 
 from bfaas.answer import Answer
+from bfaas.ask import Ask
 from bfaas.exchange import single_use_agent
 from bfaas.machines.api import Machine, State
 from bfaas.proxy import Proxy, WorkerError
@@ -37,14 +38,15 @@ EXIT = b'event: exit\ndata: {"code": 3}\n\n'
 LOST = {
     Format.EVENTS: b'event: exit\ndata: {"code": 125, "reason": "worker-lost"}\n\n',
     Format.RAW: b"\nexit: 125 worker-lost\n",
+    Format.LINES: b'{"event": "exit", "code": 125, "reason": "worker-lost"}\n',
 }
 BOTH = ((Format.EVENTS, STDOUT), (Format.RAW, b"\0\xff\nexit: 0\n\n"))
 PIECE = b"x" * 65536
 
 
 def began(format_: Format, *headers: str) -> bytes:
-    """A worker's head."""
-    kind = f"Content-Type: {format_.value}"
+    """A worker's head, for a client's format: lines are made of events."""
+    kind = f"Content-Type: {(Format.EVENTS if format_ is Format.LINES else format_).value}"
     lines = ["HTTP/1.1 200 OK", kind, "Worker: m1", "Transfer-Encoding: chunked", *headers]
     return "\r\n".join([*lines, "", ""]).encode()
 
@@ -66,7 +68,7 @@ class Front(Resource):
         self.answer = Answer(request, self.format, self._clock)
         headers = {"Worker": "m1", "Coord": "c1"}
         relay = self._proxy.relay(
-            machine(self.url), "ticket", "0" * 16, b"script", self.format, self.answer, headers
+            machine(self.url), "ticket", "0" * 16, Ask.plain(b"script"), self.format, self.answer, headers
         )
         self.relay = running = Deferred.fromCoroutine(relay)
         request.notifyFinish().addErrback(lambda _: running.cancel())
@@ -149,6 +151,12 @@ class RelayTests(ProxyTestCase):
         self.clock.advance(KEEPALIVE)
         await client.hear(COMMENT)
 
+    async def test_silence_between_lines_is_broken_by_a_line(self) -> None:
+        client, _ = await self.start(Format.LINES, began(Format.LINES))
+        await client.hear(b"\r\n\r\n")
+        self.clock.advance(KEEPALIVE)
+        await client.hear(b'{"event": "heartbeat"}\n')
+
     async def test_of_the_workers_head_nothing_reaches_the_client(self) -> None:
         client, _ = await self.start(
             Format.EVENTS,
@@ -211,6 +219,13 @@ class LostTests(ProxyTestCase):
                 self.assertEqual(said + LOST[format_], body, end)
                 self.assertEqual(Exit(125, reason="worker-lost"), self.successResultOf(self.front.relay), end)
         await self.until_clean()
+
+    async def test_lines_are_made_of_a_workers_events(self) -> None:
+        head = began(Format.LINES)
+        body, exit_ = await self.run_it(Format.LINES, head, chunk(STDOUT + b": \n\n" + EXIT), LAST_CHUNK)
+
+        line = b'{"event": "stdout", "data": "a\\u001b\xe2\x82\xac"}\n'
+        self.assertEqual((line + b'{"event": "exit", "code": 3}\n', Exit(3)), (body, exit_))
 
     async def test_one_that_says_nothing_at_all_is_lost_too(self) -> None:
         for format_ in Format:

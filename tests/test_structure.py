@@ -32,6 +32,7 @@ ROOMS = [
     "bfaas.process",
     "bfaas.channel",
     "bfaas.site",
+    "bfaas.ask",
     "bfaas.browser",
     "bfaas.machines.routes",
     "bfaas.machines.flycast",
@@ -51,6 +52,8 @@ ROOMS = [
     "bfaas.runs",
     "bfaas.coord",
     "bfaas.operate",
+    "bfaas.client",
+    "bfaas.doctor",
     "bfaas.cli",
 ]
 

@@ -10,6 +10,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from bfaas.reader import RawReader, run_reader
 from bfaas.wire import (
     COMMENT,
+    HEARTBEATS,
     EventWriter,
     Exit,
     Format,
@@ -172,8 +173,40 @@ class FormatTests(SynchronousTestCase):
         for arguments, format_ in cases:
             self.assertEqual(format_, requested_format(arguments))
 
-    def test_every_format_is_read_as_it_is_written(self) -> None:
-        for format_ in Format:
+    def test_who_names_the_type_of_lines_gets_lines(self) -> None:
+        for accept, format_ in [
+            ("application/x-ndjson", Format.LINES),
+            ("text/html, Application/X-NDJSON;q=0.5", Format.LINES),
+            ("application/x-ndjson; q=0.0", Format.EVENTS),
+            ("*/*", Format.EVENTS),
+            ("application/json", Format.EVENTS),
+            (";,;", Format.EVENTS),
+        ]:
+            self.assertEqual(format_, requested_format({}, accept))
+        self.assertEqual(Format.RAW, requested_format({b"raw": [b"1"]}, "application/x-ndjson"))
+
+    def test_lines_and_heartbeats_are_each_an_object_in_a_line(self) -> None:
+        writer = run_writer(Format.LINES)
+        written = [
+            writer.output(Stream.STDOUT, 'a\n\u20ac\u2028"\r'.encode()),
+            HEARTBEATS[Format.LINES],
+            writer.output(Stream.STDERR, b"\xff"),
+            writer.end(Exit(124, reason="timeout")),
+        ]
+
+        self.assertEqual([1] * 4, [piece.count(b"\n") for piece in written])
+        self.assertEqual(
+            [
+                {"event": "stdout", "data": 'a\n\u20ac\u2028"\r'},
+                {"event": "heartbeat"},
+                {"event": "stderr", "data": "\ufffd"},
+                {"event": "exit", "code": 124, "reason": "timeout"},
+            ],
+            [json.loads(piece) for piece in written],
+        )
+
+    def test_events_and_raw_are_read_as_they_are_written(self) -> None:
+        for format_ in (Format.EVENTS, Format.RAW):
             reader = run_reader(format_, MAX_OUTPUT)
             reader.feed(run_writer(format_).end(Exit(3)))
             self.assertEqual(Exit(3), reader.exit)

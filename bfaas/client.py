@@ -1,0 +1,169 @@
+"""
+What `bfaas run` does: have a coordinator run a script, and end as the script did.
+
+Its own exit codes, beside the script's (124 where its time was over, 125 where its worker was lost): 75 where
+the coordinator said to come back later (429, 503), 69 where it refused otherwise or cannot be reached, 125
+where the answer broke off, 130 after Ctrl-C, 141 where nobody reads the output any more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import react
+from twisted.web.http_headers import Headers
+
+from bfaas import wire
+from bfaas.ask import JSON
+from bfaas.exchange import Body, BytesProducer, head, read_body, single_use_agent
+from bfaas.reader import EventReader
+
+if TYPE_CHECKING:
+    from twisted.web.iweb import IResponse
+
+TRY_LATER, UNAVAILABLE, LOST, INTERRUPTED, UNREAD = 75, 69, 125, 130, 141
+
+_OK, _TRY_LATER_STATUSES = 200, (429, 503)
+_MAX_REFUSAL = 4096
+_NO_LIMIT = 1 << 62  # the coordinator has one
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A script to be run at a coordinator's URL, and whether events are wanted instead of its output."""
+
+    url: str
+    script: bytes
+    stdin: bytes | None
+    timeout: str | None
+    as_json: bool
+
+    def request(self) -> tuple[dict[str, str], bytes]:
+        """
+        Make the request's headers and body: as plain as they can be, for coordinators of the Go original.
+
+        Raises `UnicodeDecodeError` for what JSON cannot hold.
+        """
+        if self.stdin is None and self.timeout is None:
+            return {}, self.script
+        told = {"script": self.script.decode()}
+        if self.stdin is not None:
+            told["stdin"] = self.stdin.decode()
+        if self.timeout is not None:
+            told["timeout"] = self.timeout
+        return {"Content-Type": JSON}, json.dumps(told).encode()
+
+
+def run(errand: Errand) -> int:
+    """Do it in a reactor of its own; returns the exit code."""
+    codes: list[int] = []
+
+    async def work(reactor: Any) -> None:
+        codes.append(await _until_interrupted(reactor, errand))
+
+    try:
+        react(lambda reactor: Deferred.fromCoroutine(work(reactor)))
+    except SystemExit:
+        if not codes:
+            raise
+    return codes[0]
+
+
+async def _until_interrupted(reactor: Any, errand: Errand) -> int:
+    """Relay a run; Ctrl-C closes the connection, and with it ends the script."""
+    running = Deferred.fromCoroutine(_relay(reactor, errand))
+
+    def interrupt(*_: object) -> None:
+        reactor.callFromThread(running.cancel)
+
+    reactor.callWhenRunning(signal.signal, signal.SIGINT, interrupt)
+    try:
+        return await running
+    except CancelledError:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python would try to write the rest as it ends, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+
+
+async def _relay(reactor: Any, errand: Errand) -> int:
+    headers, data = errand.request()
+    agent = single_use_agent(reactor)
+    named = Headers({name: [value] for name, value in headers.items()})
+    url = f"{errand.url.rstrip('/')}{wire.RUN_PATH}".encode()
+    try:
+        response = await head(agent.request(b"POST", url, named, BytesProducer(data)))
+    except CancelledError:
+        raise
+    except Exception as error:  # noqa: BLE001 - refused, no such host, no HTTP: whichever
+        return _complain(f"{errand.url} does not answer: {error or type(error).__name__}", UNAVAILABLE)
+    if response.code != _OK:
+        code = TRY_LATER if response.code in _TRY_LATER_STATUSES else UNAVAILABLE
+        return _complain(f"{response.code}: {await _refusal(response)}", code)
+    return await _stream(response, errand)
+
+
+async def _refusal(response: IResponse) -> str:
+    """Read what a refusal says, as one line that does nothing to a terminal."""
+    try:
+        text = (await read_body(response, _MAX_REFUSAL)).decode("ascii", "replace").strip()
+    except CancelledError:
+        raise
+    except Exception:  # noqa: BLE001 - too long, cut off: the status says enough
+        text = ""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    retry = response.headers.getRawHeaders("Retry-After", [""])[0]
+    return f"{line} (try again in {retry} s)" if retry.isdigit() else line
+
+
+async def _stream(response: IResponse, errand: Errand) -> int:
+    """Write what comes as it comes, and tell how the run ended."""
+    reader = EventReader(_NO_LIMIT, wire.Format.LINES)
+
+    def take(data: bytes) -> None:
+        lines = reader.feed(data)
+        if errand.as_json:
+            _write(sys.stdout, lines)
+        else:
+            for line in lines.splitlines():
+                event = json.loads(line)
+                stream = sys.stdout if event["event"] == wire.Stream.STDOUT else sys.stderr
+                _write(stream, event["data"].encode())
+        if reader.error is not None:
+            raise reader.error
+
+    body = Body(take)
+    response.deliverBody(body)
+    broken = ""
+    try:
+        await body.done
+    except (CancelledError, BrokenPipeError):
+        raise
+    except Exception as error:  # noqa: BLE001 - however it broke off
+        broken = str(error)
+    exit_ = reader.exit
+    if exit_ is None:
+        return _complain(f"the answer broke off {broken}".strip(), LOST)
+    if errand.as_json:
+        _write(sys.stdout, wire.write_exit(wire.Format.LINES, exit_))
+        return exit_.code
+    if exit_.truncated:
+        _complain(f"{exit_.dropped_bytes} bytes of output were dropped", exit_.code)
+    return _complain(f"ended by the coordinator: {exit_.reason}", exit_.code) if exit_.reason else exit_.code
+
+
+def _write(stream: Any, data: bytes) -> None:
+    stream.buffer.write(data)
+    stream.buffer.flush()
+
+
+def _complain(line: str, code: int) -> int:
+    sys.stderr.write(f"bfaas: {line}\n")
+    return code

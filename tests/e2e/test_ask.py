@@ -1,0 +1,95 @@
+"""Requests in JSON and answers in lines, through a real coordinator and its workers."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pytest_twisted
+from treq.client import HTTPClient
+from twisted.web.http_headers import Headers
+
+from bfaas.deadline import Deadline
+from bfaas.exchange import BytesProducer, read_body
+from tests.e2e.coordinator import PATIENCE, reactor
+
+if TYPE_CHECKING:
+    from tests.e2e.coordinator import Running
+
+with_twisted = pytest_twisted.ensureDeferred
+
+LINES = {"Accept": "application/x-ndjson"}
+
+
+async def post(running: Running, body: bytes, **headers: str) -> tuple[int, str, str]:
+    """Send a request; its status, content type and body."""
+    client = HTTPClient(running.agent, data_to_body_producer=BytesProducer)
+    named = Headers({name.replace("_", "-"): [value] for name, value in headers.items()})
+    url = f"http://127.0.0.1:{running.port}/run"
+    sent = client.post(url, headers=named, data=body, unbuffered=True, reactor=reactor)
+    response: Any = await Deadline(reactor, PATIENCE).run(sent)
+    text = await Deadline(reactor, PATIENCE).run(read_body(response, 1 << 22))
+    return response.code, response.headers.getRawHeaders("Content-Type")[0], text.decode()
+
+
+async def ask(running: Running, **told: object) -> list[dict[str, Any]]:
+    """Ask in JSON, and read lines."""
+    body = json.dumps(told).encode()
+    status, kind, text = await post(running, body, Content_Type="application/json; charset=utf-8", **LINES)
+    assert (status, kind) == (200, "application/x-ndjson"), text
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def output(lines: list[dict[str, Any]], stream: str = "stdout") -> str:
+    return "".join(line["data"] for line in lines if line["event"] == stream)
+
+
+@with_twisted
+async def test_all_that_a_request_says_reaches_the_script(coordinator: Running) -> None:
+    lines = await ask(
+        coordinator,
+        script='cat; echo "$A" >&2; echo "$FLY_MACHINE_ID"; exit 3',
+        stdin="in\n",
+        env={"A": "\u20ac", "FLY_MACHINE_ID": "mine"},
+        timeout="15s",
+    )
+
+    assert output(lines) == "in\nmine\n"
+    assert output(lines, "stderr") == "\u20ac\n"
+    assert (lines[-1]["event"], lines[-1]["code"]) == ("exit", 3)
+
+
+@with_twisted
+async def test_a_megabyte_of_input_goes_in_while_output_comes_out(coordinator: Running) -> None:
+    stdin = "0123456789abcde\n" * 60_000
+    assert output(await ask(coordinator, script="cat", stdin=stdin)) == stdin
+    assert output(await ask(coordinator, script="echo early", stdin=stdin)) == "early\n"
+
+
+@with_twisted
+async def test_a_timeout_of_its_own_ends_a_run(coordinator: Running) -> None:
+    *lines, end = await ask(coordinator, script="echo up; sleep 1000", timeout="1.5s")
+
+    assert output(lines) == "up\n"
+    assert (end["code"], end["reason"]) == (124, "timeout")
+    assert 1000 <= end["wall_ms"] < 15_000
+
+
+@with_twisted
+async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator: Running) -> None:
+    script = b'echo "{\\"script\\"}"'
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json-seq"):
+        status, told, text = await post(coordinator, script, Content_Type=kind)
+        assert (status, told) == (200, "text/event-stream")
+        assert text.startswith('event: stdout\ndata: "{\\"script\\"}\\n"\n\n')
+
+
+@with_twisted
+async def test_what_is_wrong_is_told_and_no_machine_is_used(coordinator: Running) -> None:
+    for body, told in [
+        (b"echo", "the body is not JSON, at line 1, column 1"),
+        (b'{"script": "", "timeout": "5"}', 'timeout: "5" is not a duration such as 2.5s'),
+        (b'{"script": "\\u0000"}', "a script cannot contain a NUL byte"),
+    ]:
+        status, kind, text = await post(coordinator, body, Content_Type="application/json")
+        assert (status, kind, text) == (400, "text/plain; charset=utf-8", told + "\n")

@@ -1,0 +1,114 @@
+"""docs/openapi.yaml against a real coordinator: what it says of requests and answers is so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest_twisted
+import yaml
+
+from bfaas.ask import Ask, AskError
+from bfaas.wire import Exit, Format, Reason
+from tests.e2e.coordinator import Running, start_coordinator, stop
+from tests.e2e.test_ask import LINES, ask, post
+
+TOLD: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text())
+RUN = TOLD["paths"]["/run"]["post"]
+SCHEMAS = TOLD["components"]["schemas"]
+
+with_twisted = pytest_twisted.ensureDeferred
+
+KINDS = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
+
+
+def documented(status: int) -> dict[str, Any]:
+    answer: dict[str, Any] = RUN["responses"][str(status)]
+    return TOLD["components"]["responses"][answer["$ref"].rpartition("/")[2]] if "$ref" in answer else answer
+
+
+def assert_fits(value: dict[str, Any], schema: dict[str, Any]) -> None:
+    assert set(schema["required"]) <= set(value) <= set(schema["properties"]), value
+    for name, item in value.items():
+        told = schema["properties"][name]
+        if "$ref" in told:
+            assert_fits(item, SCHEMAS[told["$ref"].rpartition("/")[2]])
+            continue
+        assert type(item) is KINDS[told["type"]], (name, item)
+        assert item in told.get("enum", [item]), (name, item)
+
+
+def test_every_key_of_a_request_is_described_and_no_other() -> None:
+    examples: dict[str, Any] = {"script": ":", "stdin": "x", "env": {"A": "b"}, "timeout": "1s"}
+    assert_fits(examples, SCHEMAS["Request"])
+    assert examples.keys() == SCHEMAS["Request"]["properties"].keys()
+    Ask.from_json(json.dumps(examples).encode())
+    for name in examples:
+        wrong = {"script": ":", name: 1}
+        try:
+            Ask.from_json(json.dumps(wrong).encode())
+        except AskError:
+            continue
+        raise AssertionError(f"{name} takes a number")
+
+
+def test_every_field_of_an_exit_and_every_reason_is_described() -> None:
+    full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1)
+    told = json.loads(full.to_json())
+    assert_fits(told, SCHEMAS["Exit"])
+    assert told.keys() == SCHEMAS["Exit"]["properties"].keys()
+    assert set(SCHEMAS["Exit"]["properties"]["reason"]["enum"]) == {str(reason) for reason in Reason}
+    assert RUN["responses"]["200"]["content"].keys() == {format_.value for format_ in Format}
+
+
+@with_twisted
+async def test_answers_are_as_described(coordinator: Running) -> None:
+    *lines, end = await ask(coordinator, script="echo out; echo err >&2")
+    for line in lines:
+        assert_fits(line, SCHEMAS["Line"])
+    assert end.pop("event") == "exit"
+    assert_fits(end, SCHEMAS["Exit"])
+
+    raw = await coordinator.run("echo out", "?raw=1")
+    events = await coordinator.run("echo out")
+    for answer in (raw, events):
+        assert answer.headers["content-type"] in documented(200)["content"]
+        assert {name.lower() for name in documented(200)["headers"]} <= answer.headers.keys()
+    assert events.exit.keys() <= SCHEMAS["Exit"]["properties"].keys()
+
+
+@with_twisted
+async def test_what_it_tells_of_itself_is_as_described(coordinator: Running) -> None:
+    await coordinator.run("exit 3")
+    await coordinator.get("/healthz")
+    status = json.loads((await coordinator.get("/status")).body)
+    assert_fits(status, SCHEMAS["Status"])
+    for run in status["runs"]["recent"]:
+        assert_fits(run, SCHEMAS["Run"])
+    for path, told in TOLD["paths"].items():
+        if "get" in told:
+            answer = await coordinator.get(path)
+            assert str(answer.status) in told["get"]["responses"]
+
+
+@with_twisted
+async def test_refusals_are_as_described() -> None:
+    strict = await start_coordinator(MAXBODY="100", MAXPERCLIENT="1", MAXWAIT="10ms", POOLSIZE="1")
+    seen = set()
+    for body, headers in [
+        (b"{", {"Content_Type": "application/json"}),
+        (b":", {"Origin": "http://elsewhere.example"}),
+        (b"x" * 101, {}),
+        (b":", {}),  # no machine starts in ten milliseconds
+    ]:
+        status, kind, text = await post(strict, body, **headers, **LINES)
+        assert kind.partition(";")[0] in documented(status)["content"], text
+        assert text.count("\n") == 1
+        seen.add(status)
+    assert seen == {400, 403, 413, 503}
+    refused = await strict.run(":")
+    assert refused.status == 503
+    for name in documented(503)["headers"]:
+        assert int(refused.headers[name.lower()]) >= 1
+    assert await stop(strict) == 0
