@@ -83,8 +83,8 @@ class Ask:
 
 def asked(request: Request) -> Ask:
     """Read what a request asks for; refuse it with 400 where that is not clear."""
-    kinds = request.requestHeaders.getRawHeaders("Content-Type", [])
-    is_json = any(kind.partition(";")[0].strip().lower() == JSON for kind in kinds)
+    kind = request.getHeader("Content-Type") or ""
+    is_json = kind.partition(";")[0].strip().lower() == JSON
     try:
         return (Ask.from_json if is_json else Ask.plain)(body_of(request))
     except AskError as error:

@@ -31,6 +31,7 @@ from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.member import Phase, PoolSettings, lease_ttl
+from bfaas.page import serve_page
 from bfaas.pool import Pool, PoolClosedError
 from bfaas.process import prepare, room_for_connections, settings_or_exit
 from bfaas.proxy import Proxy, WorkerError
@@ -65,6 +66,7 @@ class Coordinator:
 
     app = Klein()
     answer_errors_in_text(app)
+    serve_page(app)
     _log = Logger()
 
     def __init__(

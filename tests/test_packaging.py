@@ -47,6 +47,7 @@ class PackagingTests(SynchronousTestCase):
 
         self.assertIn("twisted/plugins/bfaas_plugin.py", names)
         self.assertIn("bfaas/machines/api.py", names)
+        self.assertIn("bfaas/page/index.html", names)
         self.assertEqual(set(), foreign)
 
     def test_plugin_is_found_from_a_plain_and_an_editable_install(self) -> None:

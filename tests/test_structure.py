@@ -50,6 +50,7 @@ ROOMS = [
     "bfaas.proxy",
     "bfaas.clients",
     "bfaas.runs",
+    "bfaas.page",
     "bfaas.coord",
     "bfaas.operate",
     "bfaas.client",
@@ -67,7 +68,7 @@ STRANGERS = {
     "bfaas.machines.routes": {"bfaas.machines.local", "bfaas.machines.memory"},
 }
 
-KLEIN = {"bfaas.coord", "bfaas.basher", "bfaas.machines.routes", "bfaas.site"}
+KLEIN = {"bfaas.coord", "bfaas.basher", "bfaas.machines.routes", "bfaas.page", "bfaas.site"}
 TREQ = {"bfaas.machines.fly", "bfaas.proxy", "bfaas.cli"}
 REACTOR = {"bfaas.coord", "bfaas.basher", "bfaas.machines.server", "bfaas.process", "bfaas.cli"}
 

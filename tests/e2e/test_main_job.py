@@ -219,7 +219,7 @@ async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinat
 
 @with_twisted
 async def test_what_is_no_run_touches_no_machine(coordinator: Running) -> None:
-    assert (await coordinator.get("/")).status == 404
+    assert (await coordinator.get("/nothing")).status == 404
     assert (await coordinator.get("/run")).status == 405
     assert (await coordinator.get("/favicon.ico")).body == b"not found\n"
     assert (await coordinator.run(b"echo \0")).status == 400

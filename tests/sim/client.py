@@ -12,7 +12,6 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
-from twisted.web.http_headers import Headers
 
 from bfaas import wire
 from bfaas.site import RefusalError
@@ -63,7 +62,6 @@ class Client:
         # What a request is to the coordinator.
         self.content = BytesIO(script.encode())
         self.args = {b"raw": [b"1"]} if raw else {}
-        self.requestHeaders = Headers()
         self.channel: object | None = self
         self.code = 200
         self._headers: dict[str, str] = {}
