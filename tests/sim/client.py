@@ -51,7 +51,7 @@ class Client:
 
     def __init__(self, world: World, node: Node, script: Script, sender: Sender, *, raw: bool) -> None:
         self._world = world
-        self._node = node
+        self.node = node
         self._raw = raw
         self._fly_client_ip, self.address = sender.value
         self.script = script
@@ -73,7 +73,7 @@ class Client:
     def send(self) -> None:
         """Send it; from here on the coordinator has it."""
         request: Any = self
-        self.handling = Deferred.fromCoroutine(self._node.coordinator.run(request))
+        self.handling = Deferred.fromCoroutine(self.node.coordinator.run(request))
         self.handling.addErrback(self._refused)
         self.handling.addErrback(self._failed)
 
@@ -163,20 +163,17 @@ class Client:
         self._world.note("ends", self.script.request, ending)
         self._world.endings[ending.split(maxsplit=1)[0]] += 1
         self.ending = ending
-        self._node.forget(self)
+        self.node.forget(self)
         self._check_time()
 
     def _check_time(self) -> None:
-        settings = self._node.settings
-        took = self._node.clock.seconds() - self.began
-        if (
-            took > settings.max_wait + settings.max_req_time + 0.001
-            and self.pauses == self._node.clock.pauses
-        ):
+        settings = self.node.settings
+        took = self.node.clock.seconds() - self.began
+        if took > settings.max_wait + settings.max_req_time + 0.001 and self.pauses == self.node.clock.pauses:
             self._world.ledger.broken(f"10: {self.script.request} took {took:.3f} s: {self.ending}")
 
     def _check_retry(self, after: str) -> None:
-        settings = self._node.settings
+        settings = self.node.settings
         if not 1 <= int(after) <= ceil(settings.max_wait + settings.max_req_time):
             self._world.ledger.broken(f"21: {self.script.request} is to come back after {after} s")
 

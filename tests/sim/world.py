@@ -186,9 +186,9 @@ class World:
         losing = {"body-dies", "vanish", "overlap", "pause", "pause-at-answer"}
         if "over-http" in self.traits:
             losing |= {"zombie-call", "late-call"}  # a stop that was repeated may come once more, later
-        return client.script.how != "honest" or not losing.isdisjoint(
-            {*self.rates, *self.events, *self.traits}
-        )
+        if client.script.how != "honest" or client.node.overlaps:
+            return True
+        return not losing.isdisjoint({*self.rates, *self.events, *self.traits})
 
     def note(self, *what: object) -> None:
         """Keep a line of history."""
