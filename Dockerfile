@@ -23,6 +23,12 @@ RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --no-dep
     && python -m compileall -q -j 0 /opt/bfaas/lib \
     && twistd --help > /dev/null
 
+# The worker speaks no TLS, and asks nobody: without what does, it starts in four fifths of the time.
+FROM built AS worker
+RUN rm -r /opt/bfaas/lib/python3.11/site-packages/OpenSSL \
+        /opt/bfaas/lib/python3.11/site-packages/service_identity \
+        /opt/bfaas/lib/python3.11/site-packages/treq
+
 FROM python AS coord
 RUN useradd --system --no-create-home --shell /usr/sbin/nologin coord
 COPY --from=built /opt/bfaas /opt/bfaas
@@ -39,7 +45,7 @@ RUN apt-get update \
         bc bzip2 curl file gawk git jq less patch procps unzip vim-tiny xz-utils zip \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --create-home --uid 10001 --shell /bin/bash worker
-COPY --from=built /opt/bfaas /opt/bfaas
+COPY --from=worker /opt/bfaas /opt/bfaas
 ENV RUN_AS=worker HOME=/home/worker
 EXPOSE 8001
 STOPSIGNAL SIGTERM

@@ -24,6 +24,7 @@ from bfaas.ask import asked
 from bfaas.auth import AuthError
 from bfaas.bash import BashRun, script_environment
 from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.logs import LOG_FORMAT, logged
 from bfaas.process import prepare, run_role, settings_or_exit, stop_at_end_of_input
 from bfaas.settings import BasherSettings
 from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, tell
@@ -179,6 +180,7 @@ class Options(UsageOptions):
 
     optParameters: ClassVar = [
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
+        LOG_FORMAT,
     ]
     optFlags: ClassVar = [["attached", "a", "End, and kill the run, when standard input ends."]]
 
@@ -191,7 +193,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     prepare(reactor)
     if options["attached"]:
         stop_at_end_of_input(reactor)
-    return Worker(reactor, settings, options["listen"])
+    return logged(Worker(reactor, settings, options["listen"]), options["log-format"])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from bfaas.browser import foreign_page
 from bfaas.clients import Shares, client_of
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.exchange import lasting_agent
+from bfaas.logs import LOG_FORMAT, logged
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
@@ -274,6 +275,7 @@ class Options(UsageOptions):
 
     optParameters: ClassVar = [
         ["listen", "l", None, "Endpoint to take requests on; tcp:8000, on a laptop on loopback alone."],
+        LOG_FORMAT,
     ]
 
 
@@ -305,7 +307,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         max_per_address=most if fly else most // 2, guard=None if fly else foreign_page,
     )  # fmt: skip
     listener = listening(options["listen"] or endpoint, site, reactor)
-    return CoordService(coordinator, site, listener, pool, shut_down)
+    service = CoordService(coordinator, site, listener, pool, shut_down)
+    return logged(service, options["log-format"])
 
 
 def pool_settings(settings: CoordSettings) -> PoolSettings:

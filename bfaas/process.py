@@ -9,17 +9,17 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
-from twisted.logger import globalLogBeginner, textFileLogObserver
+from twisted.logger import globalLogBeginner
 from twisted.python.usage import UsageError
 from zope.interface import implementer
 
+from bfaas.logs import observer_of
 from bfaas.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def run_role(options: Options, make_service: Callable[[Any, Any], IService]) -> 
     except UsageError as error:
         raise SystemExit(str(error)) from None
     service = make_service(options, reactor)
-    globalLogBeginner.beginLoggingTo([textFileLogObserver(sys.stdout)], redirectStandardIO=False)
+    globalLogBeginner.beginLoggingTo([observer_of(options["log-format"])], redirectStandardIO=False)
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)

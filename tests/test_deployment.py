@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,16 @@ class FlyFileTests(SynchronousTestCase):
         targets = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         for app in (self.fly, self.basher):
             self.assertIn(app["build"]["build-target"], targets)
+
+
+class WorkerImageTests(SynchronousTestCase):
+    def test_the_worker_starts_without_what_its_image_lacks(self) -> None:
+        lacks = re.findall(r"/site-packages/(\w+)", (ROOT / "Dockerfile").read_text())
+        self.assertIn("OpenSSL", lacks)
+        missing = f"import sys; sys.modules.update(dict.fromkeys({lacks}))"
+        code = f"{missing}; import bfaas.basher; from twisted.internet import reactor; print('fine')"
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        self.assertEqual((b"fine\n", b""), (said.stdout, said.stderr))
 
 
 class LockTests(SynchronousTestCase):

@@ -29,6 +29,7 @@ ROOMS = [
     "bfaas.exchange",
     "bfaas.machines.documents",
     "bfaas.machines.fly",
+    "bfaas.logs",
     "bfaas.process",
     "bfaas.channel",
     "bfaas.site",

@@ -12,7 +12,16 @@ import pytest_twisted
 from twisted.internet.defer import Deferred
 
 from bfaas.deadline import Deadline, sleep
-from tests.e2e.coordinator import PATIENCE, Answer, Running, reactor, start_coordinator, stop
+from tests.e2e.coordinator import (
+    PATIENCE,
+    Answer,
+    Running,
+    free_port,
+    reactor,
+    start_coordinator,
+    start_listening,
+    stop,
+)
 from tests.e2e.fly import start_fly
 
 with_twisted = pytest_twisted.ensureDeferred
@@ -79,6 +88,19 @@ async def test_each_answer_names_its_run_and_the_log_has_a_line_for_it() -> None
         lines = [line for line in said.splitlines() if f"run {run_id} of 127.0.0.1 on " in line]
         assert [f": {ending}, " in line for line in lines] == ([True] if ending else [])
     assert "SECRET" not in said
+
+
+@with_twisted
+async def test_the_log_can_be_an_object_a_line() -> None:
+    settings = {"WORKER_APP": "mock", "MAXREQTIME": "20s"}
+    coordinator = await start_listening("bfaas-coord", free_port(), ["--log-format", "json"], settings)
+    answer = await coordinator.run("exit 7")
+    assert await stop(coordinator) == 0
+    lines = [json.loads(line) for line in coordinator.program.said.splitlines()]
+    [line] = [line for line in lines if line.get("run") == answer.headers["run-id"]]
+    assert (line["level"], line["ending"], line["client"]) == ("info", "exit 7", "127.0.0.1")
+    assert line["machine"] == answer.headers["worker"]
+    assert line["message"].startswith(f"run {line['run']} of 127.0.0.1 on {line['machine']}: exit 7, ")
 
 
 @with_twisted
