@@ -316,7 +316,7 @@ MUTANTS = [
         "            else:\n                allocation.release()\n",
         "a failing request keeps its machine",
     ),
-    Mutant("coord", "outcome = await deadline.run(relay)", "outcome = await relay", "a run has no deadline"),
+    Mutant("coord", "exit_ = await deadline.run(relay)", "exit_ = await relay", "a run has no deadline"),
     Mutant(
         "coord",
         "return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))",
