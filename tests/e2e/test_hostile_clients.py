@@ -188,7 +188,7 @@ CASES = [
     Case("two slashes", asks(b"POST", b"//run"), NOT_FOUND),
     Case("a path that climbs", asks(b"POST", b"/run/../run"), NOT_FOUND),
     Case("a path that is no UTF-8", asks(b"POST", b"/run%ff"), NOT_FOUND),
-    Case("a path of a worker", asks(b"GET", b"/healthz"), NOT_FOUND),
+    Case("a path of a worker, the wrong way", asks(b"POST", b"/healthz"), NOT_ALLOWED),
     # One run, and nothing more.
     Case("another request behind", once(LASTING + SMUGGLED), FINE, 1),
     Case("a hundred requests behind", once(LASTING + SMUGGLED * 100), FINE, 1),
@@ -225,6 +225,7 @@ SLOW = [
 
 HEADERS = {
     "accept-encoding", "authorization", "connection", "content-length", "fly-force-instance-id", "host",
+    "run-id",
 }  # fmt: skip
 
 
