@@ -67,8 +67,8 @@ def tell_endings() -> Callable[[LogEvent], None]:
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
-        if "outcome" in event:
-            told = {key: str(event[key]) for key in ("machine", "outcome", "bytes", "ms")}
+        if "run_ms" in event:
+            told = {"run": event["run"], "run_ms": event["run_ms"]}
             out.write(_MARK + json.dumps({**told, "at": time.monotonic()}) + "\n")
         else:
             out.write(formatEventAsClassicLogText(event) or "")
@@ -148,23 +148,19 @@ async def _run(reactor: Any, coordinator: Running, script: str, max_req_time: fl
 
 
 def _compare(seen: list[Run], said: str, max_req_time: float) -> Measured:
-    """Find each run in the coordinator's log: the runs of one machine follow each other."""
-    told = defaultdict(list)
-    for line in said.splitlines():
-        if line.startswith(_MARK):
-            ending = json.loads(line.removeprefix(_MARK))
-            if ending["bytes"] != "0":
-                told[ending["machine"]].append(ending)
+    """Find each run in the coordinator's log, by its id."""
+    lines = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
+    told = {ending["run"]: ending for ending in map(json.loads, lines)}
     measured = Measured(max_req_time)
     for run in sorted(seen, key=lambda run: run.end_at):
         if run.answer.status != 200:  # noqa: PLR2004 - OK
             measured.others[str(run.answer.status)] += 1
             continue
-        ending = told[run.answer.headers["worker"]].pop(0)
+        ending = told[run.answer.headers["run-id"]]
         if run.answer.exit.get("reason") != Reason.TIMEOUT:
             measured.others[json.dumps(run.answer.exit)] += 1
             continue
-        over_at = ending["at"] - int(ending["ms"]) / 1000 + max_req_time
+        over_at = ending["at"] - ending["run_ms"] / 1000 + max_req_time
         moments = {
             "overshoot": run.end_at - over_at,
             "decided": ending["at"] - over_at,
