@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from klein import Klein
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listening
-from twisted.internet.defer import Deferred, DeferredList
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 from twisted.python.usage import Options as UsageOptions
 
@@ -86,7 +86,6 @@ class Coordinator:
         self._wall = wall
         self._runs = runs
         self._draining = False
-        self._running: set[Deferred[None]] = set()
         self._shares = Shares(settings.max_per_client)
 
     @app.route(wire.RUN_PATH, methods=["POST"])
@@ -104,8 +103,6 @@ class Coordinator:
         client = client_of(request, on_fly=self._settings.fly is not None)
         if not self._shares.take(client):
             raise self._refusal(429, "too many requests of yours are under way")
-        done: Deferred[None] = Deferred()
-        self._running.add(done)
         run = self._runs.begin(run_id, client)
         try:
             self._replay_elsewhere(request, ask)
@@ -119,10 +116,8 @@ class Coordinator:
             run.ending = str(refusal.code)
             raise
         finally:
-            self._runs.end(run)
             self._shares.give_back(client)
-            self._running.remove(done)
-            done.callback(None)
+            self._runs.end(run)
 
     @app.route(wire.HEALTH_PATH, methods=["GET"])
     def healthz(self, request: Request) -> bytes:
@@ -160,7 +155,7 @@ class Coordinator:
     async def drain(self) -> None:
         """Take no more runs, and wait until those that are under way have ended."""
         self._draining = True
-        await DeferredList(list(self._running))
+        await self._runs.until_gone()
 
     async def _allocate(self, client: str) -> Allocation:
         settings = self._settings

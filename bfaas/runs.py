@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Run:
     A request for a run, from its coming to its end; moments are by the coordinator's clock.
 
     `answered` is when the worker began to answer. `ending` is for people: `exit 0`, a reason of ours, the
-    status of a refusal, or `left` for a client that went away.
+    status of a refusal, or `left` for a client that went away. `gone` fires at its end.
     """
 
     id: str
@@ -33,9 +34,9 @@ class Run:
     machine: str | None = None
     served: float | None = None
     answered: float | None = None
-    ended: float | None = None
     bytes: int = 0
     ending: str = "left"
+    gone: Deferred[None] = field(default_factory=Deferred)
 
 
 class Runs:
@@ -71,9 +72,9 @@ class Runs:
     def end(self, run: Run) -> None:
         """Note its end; one that had a machine has its line in the log."""
         self._under_way.remove(run)
-        run.ended = self._clock.seconds()
-        served = run.ended if run.served is None else run.served
-        wait_ms, run_ms = _ms(served - run.came), _ms(run.ended - served)
+        ended = self._clock.seconds()
+        served = ended if run.served is None else run.served
+        wait_ms, run_ms = _ms(served - run.came), _ms(ended - served)
         answer_ms = None if run.answered is None else _ms(run.answered - served)
         self._latest.append(
             {"run": run.id, "ended": round(self._wall()), "wait_ms": wait_ms, "run_ms": run_ms,
@@ -86,6 +87,11 @@ class Runs:
                 run=run.id, client=run.client, machine=run.machine, ending=run.ending, bytes=run.bytes,
                 wait_ms=wait_ms, answer_ms=answer_ms, run_ms=run_ms,
             )  # fmt: skip
+        run.gone.callback(None)
+
+    async def until_gone(self) -> None:
+        """Wait until all that are under way now have ended."""
+        await DeferredList([run.gone for run in self._under_way])
 
     def status(self) -> dict[str, object]:
         """Tell how many have a machine now, and what became of the latest, newest last."""

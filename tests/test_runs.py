@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from random import Random
 
+from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
@@ -62,6 +63,16 @@ class RunsTests(SynchronousTestCase):
         [told] = json.loads(json.dumps(self.runs.status()))["recent"]
         self.assertEqual((2000, 0, "left"), (told["wait_ms"], told["run_ms"], told["ending"]))
         self.assertEqual([], self.said)
+
+    def test_a_drain_waits_for_those_that_are_under_way(self) -> None:
+        one, other = self.runs.begin("1" * 16, "c"), self.runs.begin("2" * 16, "c")
+        waiting = Deferred.fromCoroutine(self.runs.until_gone())
+        self.runs.end(one)
+        self.assertNoResult(waiting)
+        self.runs.end(other)
+        self.successResultOf(waiting)
+
+        self.successResultOf(Deferred.fromCoroutine(self.runs.until_gone()))
 
     def test_the_latest_are_remembered_and_no_more(self) -> None:
         for number in range(LATEST + 5):
