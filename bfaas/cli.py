@@ -99,14 +99,13 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
             script = Path(arguments.file).read_bytes()
         else:
             script = sys.stdin.buffer.read() if arguments.script == "-" else os.fsencode(arguments.script)
-        errand = client.Errand(
+        errand = client.Errand.of(
             arguments.url or environ.get("BFAAS_URL", "").strip() or _URL,
             script,
             sys.stdin.buffer.read() if arguments.stdin else None,
             arguments.timeout,
-            arguments.json,
+            as_json=arguments.json,
         )
-        errand.request()
     except UnicodeDecodeError:
         raise CommandError("with --stdin or --timeout, script and input must be UTF-8") from None
     except (OSError, ValueError) as error:

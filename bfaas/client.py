@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import react
 from twisted.web.http_headers import Headers
 
 from bfaas import wire
 from bfaas.ask import JSON
 from bfaas.exchange import Body, BytesProducer, head, read_body, single_use_agent
+from bfaas.process import in_own_reactor
 from bfaas.reader import EventReader
 
 if TYPE_CHECKING:
@@ -36,43 +36,35 @@ _NO_LIMIT = 1 << 62  # the coordinator has one
 
 @dataclass(frozen=True)
 class Errand:
-    """A script to be run at a coordinator's URL, and whether events are wanted instead of its output."""
+    """A request for a run, to a coordinator's URL, and whether events are wanted instead of its output."""
 
     url: str
-    script: bytes
-    stdin: bytes | None
-    timeout: str | None
+    headers: dict[str, str]
+    body: bytes
     as_json: bool
 
-    def request(self) -> tuple[dict[str, str], bytes]:
+    @classmethod
+    def of(
+        cls, url: str, script: bytes, stdin: bytes | None, timeout: str | None, *, as_json: bool
+    ) -> Errand:
         """
-        Make the request's headers and body: as plain as they can be, for coordinators of the Go original.
+        Make the request as plain as it can be, for coordinators of the Go original.
 
         Raises `UnicodeDecodeError` for what JSON cannot hold.
         """
-        if self.stdin is None and self.timeout is None:
-            return {}, self.script
-        told = {"script": self.script.decode()}
-        if self.stdin is not None:
-            told["stdin"] = self.stdin.decode()
-        if self.timeout is not None:
-            told["timeout"] = self.timeout
-        return {"Content-Type": JSON}, json.dumps(told).encode()
+        if stdin is None and timeout is None:
+            return cls(url, {}, script, as_json)
+        told = {"script": script.decode()}
+        if stdin is not None:
+            told["stdin"] = stdin.decode()
+        if timeout is not None:
+            told["timeout"] = timeout
+        return cls(url, {"Content-Type": JSON}, json.dumps(told).encode(), as_json)
 
 
 def run(errand: Errand) -> int:
     """Do it in a reactor of its own; returns the exit code."""
-    codes: list[int] = []
-
-    async def work(reactor: Any) -> None:
-        codes.append(await _until_interrupted(reactor, errand))
-
-    try:
-        react(lambda reactor: Deferred.fromCoroutine(work(reactor)))
-    except SystemExit:
-        if not codes:
-            raise
-    return codes[0]
+    return in_own_reactor(lambda reactor: _until_interrupted(reactor, errand))
 
 
 async def _until_interrupted(reactor: Any, errand: Errand) -> int:
@@ -94,12 +86,11 @@ async def _until_interrupted(reactor: Any, errand: Errand) -> int:
 
 
 async def _relay(reactor: Any, errand: Errand) -> int:
-    headers, data = errand.request()
     agent = single_use_agent(reactor)
-    named = Headers({name: [value] for name, value in headers.items()})
+    named = Headers({name: [value] for name, value in errand.headers.items()})
     url = f"{errand.url.rstrip('/')}{wire.RUN_PATH}".encode()
     try:
-        response = await head(agent.request(b"POST", url, named, BytesProducer(data)))
+        response = await head(agent.request(b"POST", url, named, BytesProducer(errand.body)))
     except CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - refused, no such host, no HTTP: whichever

@@ -14,8 +14,7 @@ from dataclasses import replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import react
+from twisted.internet.defer import CancelledError
 from twisted.web.http_headers import Headers
 
 from bfaas import wire
@@ -33,12 +32,15 @@ from bfaas.machines.api import (
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.member import machine_name
+from bfaas.process import in_own_reactor
 from bfaas.proxy import Proxy
 from bfaas.settings import CoordSettings, SettingsError
 from bfaas.sweep import destroy_own
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
+
+    from twisted.internet.defer import Deferred
 
     from bfaas.machines.api import Machine, MachinesAPI
 
@@ -64,17 +66,7 @@ def examine(environ: Mapping[str, str]) -> int:
         _tell("", "", "set these as the README's table of settings says; nothing else was tried")
         return 1
     _tell("ok", "settings", f"a pool of {settings.pool_size}, in {settings.region}")
-    healthy: list[bool] = []
-
-    async def work(reactor: Any) -> None:
-        healthy.append(await _examine(reactor, settings))
-
-    try:
-        react(lambda reactor: Deferred.fromCoroutine(work(reactor)))
-    except SystemExit:
-        if not healthy:
-            raise
-    return 0 if healthy[0] else 1
+    return 0 if in_own_reactor(lambda reactor: _examine(reactor, settings)) else 1
 
 
 async def _examine(reactor: Any, settings: CoordSettings) -> bool:

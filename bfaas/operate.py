@@ -6,17 +6,17 @@ import time
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import Deferred
-from twisted.internet.task import react
-
 from bfaas.exchange import lasting_agent
 from bfaas.machines.api import MachinesError, NotFoundError
 from bfaas.machines.fly import FlyMachines
 from bfaas.member import owner
+from bfaas.process import in_own_reactor
 from bfaas.sweep import destroy_own
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+    from twisted.internet.defer import Deferred
 
     from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.settings import ApiSettings
@@ -28,27 +28,21 @@ _HEADINGS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
 
 def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]) -> T:
     """Do something with the Machines API, in a reactor of its own. Raises `MachinesError`."""
-    outcome: list[T] = []
-    errors: list[MachinesError] = []
 
-    async def run(reactor: Any) -> None:
+    async def run(reactor: Any) -> T | MachinesError:
         agent, connections = lasting_agent(reactor)
         api = FlyMachines(reactor, agent, SystemRandom(), settings.url, settings.worker_app, settings.token)
         try:
-            outcome.append(await work(api))
+            return await work(api)
         except MachinesError as error:
-            errors.append(error)
+            return error
         finally:
             await connections.closeCachedConnections()
 
-    try:
-        react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
-    except SystemExit:
-        if errors:
-            raise errors[0] from None
-        if not outcome:
-            raise
-    return outcome[0]
+    outcome = in_own_reactor(run)
+    if isinstance(outcome, MachinesError):
+        raise outcome
+    return outcome
 
 
 async def table(api: MachinesAPI) -> str:

@@ -1,7 +1,7 @@
 """
 What a role needs of the process it is: its settings, a steady clock, an exit status, an end.
 
-Only composition roots (`makeService`) call this.
+Only composition roots (`makeService`) and the `bfaas` command call this.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.task import react
 from twisted.logger import globalLogBeginner
 from twisted.python.usage import UsageError
 from zope.interface import implementer
@@ -23,7 +25,7 @@ from bfaas.logs import observer_of
 from bfaas.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from twisted.application.service import IService
     from twisted.python.failure import Failure
@@ -97,6 +99,21 @@ def run_role(options: Options, make_service: Callable[[Any, Any], IService]) -> 
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)
     reactor.run()
+
+
+def in_own_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, S]]) -> S:
+    """Do a command's work, and return what it comes to. What it raises is logged, and ends the program."""
+    outcome: list[S] = []
+
+    async def run(reactor: Any) -> None:
+        outcome.append(await work(reactor))
+
+    try:
+        react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
+    except SystemExit:
+        if not outcome:
+            raise
+    return outcome[0]
 
 
 @implementer(IReadDescriptor)
