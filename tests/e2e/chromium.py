@@ -12,8 +12,8 @@ from typing import Any
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 
-from bfaas.deadline import Deadline, sleep
-from tests.e2e.coordinator import PATIENCE, reactor
+from bfaas.deadline import Deadline
+from tests.e2e.coordinator import PATIENCE, reactor, until
 
 PROGRAM = shutil.which("chromium")
 
@@ -72,12 +72,7 @@ class Chromium(ProcessProtocol):
 
     async def until(self, condition: str) -> None:
         """Wait until something is so."""
-
-        async def look() -> None:
-            while not await self.ask(condition):
-                await sleep(reactor, 0.05)
-
-        await Deadline(reactor, PATIENCE).run(look())
+        await until(lambda: self.ask(condition))
 
     async def screenshot(self, width: int, height: int, *, dark: bool = False) -> bytes:
         """Draw the page, as a PNG, as it is on a screen of so many pixels."""

@@ -10,21 +10,24 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from treq.client import HTTPClient
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.protocol import ProcessProtocol
+from twisted.web.http_headers import Headers
 
 from bfaas import tree
 from bfaas.deadline import Deadline, sleep
 from bfaas.exchange import Body, BytesProducer, single_use_agent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 
     from twisted.python.failure import Failure
+
+T = TypeVar("T")
 
 reactor: Any = installed_reactor
 
@@ -109,31 +112,40 @@ class Running:
         path: str,
         data: bytes | None = None,
         take: Callable[[bytes], None] = lambda _: None,
+        headers: Mapping[str, str] | None = None,
     ) -> Exchange:
         """Send a request; `take` gets the answer's body as it comes."""
         client = HTTPClient(self.agent, data_to_body_producer=BytesProducer)
         url = f"http://127.0.0.1:{self.port}{path}"
-        sent = client.request(method, url, data=data, unbuffered=True, reactor=reactor, allow_redirects=False)
+        named = Headers({name: [value] for name, value in (headers or {}).items()})
+        sent = client.request(
+            method, url, headers=named, data=data, unbuffered=True, reactor=reactor, allow_redirects=False,
+        )  # fmt: skip
         response: Any = await Deadline(reactor, PATIENCE).run(sent)
-        headers = {
+        told = {
             name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
         }
         body = Body(take)
         response.deliverBody(body)
-        return Exchange(response.code, headers, body)
+        return Exchange(response.code, told, body)
 
     async def begin(
-        self, script: str | bytes, query: str = "", take: Callable[[bytes], None] = lambda _: None
+        self,
+        script: str | bytes,
+        query: str = "",
+        take: Callable[[bytes], None] = lambda _: None,
+        headers: Mapping[str, str] | None = None,
     ) -> Exchange:
         """Send a script, and return when its answer begins."""
-        return await self.request(
-            "POST", f"/run{query}", script.encode() if isinstance(script, str) else script, take
-        )
+        data = script.encode() if isinstance(script, str) else script
+        return await self.request("POST", f"/run{query}", data, take, headers)
 
-    async def run(self, script: str | bytes, query: str = "") -> Answer:
+    async def run(
+        self, script: str | bytes, query: str = "", headers: Mapping[str, str] | None = None
+    ) -> Answer:
         """Send a script, read everything."""
         pieces: list[bytes] = []
-        exchange = await self.begin(script, query, pieces.append)
+        exchange = await self.begin(script, query, pieces.append, headers)
         await exchange.end()
         return Answer(exchange.status, exchange.headers, b"".join(pieces))
 
@@ -208,6 +220,17 @@ def marked(mark: str) -> set[int]:
         if mark.encode() in environment:
             found.add(int(entry.name))
     return found
+
+
+async def until(look: Callable[[], Awaitable[T]]) -> T:
+    """Look again and again, until what is seen is true; returns it."""
+
+    async def keep_looking() -> T:
+        while not (seen := await look()):
+            await sleep(reactor, 0.05)
+        return seen
+
+    return await Deadline(reactor, PATIENCE).run(keep_looking())
 
 
 async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:

@@ -6,12 +6,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
-from treq.client import HTTPClient
-from twisted.web.http_headers import Headers
-
-from bfaas.deadline import Deadline
-from bfaas.exchange import BytesProducer, read_body
-from tests.e2e.coordinator import PATIENCE, reactor
 
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
@@ -23,13 +17,9 @@ LINES = {"Accept": "application/x-ndjson"}
 
 async def post(running: Running, body: bytes, **headers: str) -> tuple[int, str, str]:
     """Send a request; its status, content type and body."""
-    client = HTTPClient(running.agent, data_to_body_producer=BytesProducer)
-    named = Headers({name.replace("_", "-"): [value] for name, value in headers.items()})
-    url = f"http://127.0.0.1:{running.port}/run"
-    sent = client.post(url, headers=named, data=body, unbuffered=True, reactor=reactor)
-    response: Any = await Deadline(reactor, PATIENCE).run(sent)
-    text = await Deadline(reactor, PATIENCE).run(read_body(response, 1 << 22))
-    return response.code, response.headers.getRawHeaders("Content-Type")[0], text.decode()
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    answer = await running.run(body, headers=named)
+    return answer.status, answer.headers["content-type"], answer.body.decode()
 
 
 async def ask(running: Running, **told: object) -> list[dict[str, Any]]:

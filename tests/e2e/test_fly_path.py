@@ -25,6 +25,7 @@ from tests.e2e.coordinator import (
     start,
     start_coordinator,
     stop,
+    until,
 )
 from tests.e2e.fly import Fly, start_fly
 
@@ -99,15 +100,11 @@ async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly:
         **fly.settings("s", POOL_STANDBY="1", POOL_STANDBY_STATE=state.value)
     )
 
-    async def stands_by() -> str:
-        while True:
-            states = await fly.of_pool("s")
-            if standing := [machine for machine, its_state in states.items() if its_state is state]:
-                return standing[0]
-            await sleep(reactor, 0.05)
+    async def standing_by() -> list[str]:
+        return [machine for machine, its_state in (await fly.of_pool("s")).items() if its_state is state]
 
     for code in (3, 4, 5):
-        machine = await Deadline(reactor, PATIENCE).run(stands_by())
+        machine = (await until(standing_by))[0]
         answer = await coordinator.run(SCRIPT.format(work="true", code=code))
         assert answer.exit["code"] == code
         assert "DIRTY" not in answer.output("stdout")

@@ -11,9 +11,8 @@ from typing import Any
 import pytest_twisted
 from twisted.internet.defer import Deferred
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import sleep
 from tests.e2e.coordinator import (
-    PATIENCE,
     Answer,
     Running,
     free_port,
@@ -21,6 +20,7 @@ from tests.e2e.coordinator import (
     start_coordinator,
     start_listening,
     stop,
+    until,
 )
 from tests.e2e.fly import start_fly
 
@@ -34,21 +34,22 @@ async def status(coordinator: Running) -> Any:
     return json.loads(answer.body)
 
 
-async def until(coordinator: Running, code: int) -> Answer:
-    """Ask whether it is ready until it says so."""
+async def readiness(coordinator: Running, code: int) -> Answer:
+    """Ask whether it is ready until it says so, or that it is not."""
 
-    async def ask() -> Answer:
-        while (answer := await coordinator.get("/readyz")).status != code:
-            await sleep(reactor, 0.05)
-        return answer
+    async def ask() -> Answer | None:
+        answer = await coordinator.get("/readyz")
+        return answer if answer.status == code else None
 
-    return await Deadline(reactor, PATIENCE).run(ask())
+    seen = await until(ask)
+    assert seen is not None
+    return seen
 
 
 @with_twisted
 async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXREQTIME="20s", MAXQUEUE="7")
-    await until(coordinator, 200)
+    await readiness(coordinator, 200)
     told = await status(coordinator)
     assert told["pool"] == {"name": "mock", "size": 1, "standby": 0, "machines": {}}
     assert (told["queue"]["waiting"], told["queue"]["limit"]) == (0, 7)
@@ -107,12 +108,12 @@ async def test_the_log_can_be_an_object_a_line() -> None:
 async def test_it_is_alive_but_not_ready_while_the_api_is_down() -> None:
     fly = await start_fly()
     coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="1s"))
-    assert (await until(coordinator, 200)).body == b"ready\n"
+    assert (await readiness(coordinator, 200)).body == b"ready\n"
     os.kill(fly.machines.pid, signal.SIGKILL)
     refused = await coordinator.run("echo fine")
     assert refused.status == 503
 
-    assert (await until(coordinator, 503)).body == b"machines cannot be started\n"
+    assert (await readiness(coordinator, 503)).body == b"machines cannot be started\n"
     assert (await coordinator.get("/healthz")).body == b"ok\n"
     coordinator.kill(signal.SIGKILL)
     await coordinator.program.ended
