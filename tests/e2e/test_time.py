@@ -204,7 +204,7 @@ async def test_the_lease_alone_ends_a_machine() -> None:
     async with fly_on_one_host() as fly:
         other = await start_program(HURRIED, free_port(), fly.settings("q", 1, **more))
         lost = await start_program(HURRIED, free_port(), fly.settings("p", 1, UNTIMED="1", **more))
-        async with given_up(lost):
+        async with given_up(lost), given_up(other):
             script = Script()
             exchange = await lost.begin(script.text)
             lost.kill(signal.SIGSTOP)  # with its connections open, so that its worker waits with it
@@ -221,6 +221,7 @@ async def test_the_lease_alone_ends_a_machine() -> None:
             assert time.time() >= lease_end
             assert seen >= 10, "the other pool had no time to be wrong"
             await until(lambda: not script.left(), SLACK)
-            assert re.search(rb"destroyed worker-p-\w+, whose lease had run out", other.program.said)
+            told = re.compile(rb"destroyed worker-p-\w+, whose lease had run out")
+            await until(lambda: told.search(other.program.said) is not None)  # after its answer
             exchange.leave()
-        assert await stop(other) == 0
+            assert await stop(other) == 0
