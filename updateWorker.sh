@@ -48,8 +48,12 @@ if [ "$dry_run" ]; then
     echo "fly secrets set --app $coord_app WORKER_IMAGE=IMAGE"
     exit
 fi
-# flyctl tells where it pushed to in a line of its own.
-image=$("${build[@]}" 2>&1 | tee /dev/stderr | sed -n 's/^image: //p' | tail -n 1)
+# flyctl tells where it pushed to in a line of its own. All it says is passed on, but not by tee: that opens
+# /dev/stderr anew, and so empties a log that this is appended to.
+image=$("${build[@]}" 2>&1 | while IFS= read -r line; do
+    printf '%s\n' "$line" >&2
+    case $line in "image: "*) echo "${line#image: }" ;; esac
+done | tail -n 1)
 [ "$image" ] || { echo "updateWorker.sh: flyctl did not say what it pushed; nothing was set" >&2; exit 1; }
 fly secrets set --app "$coord_app" "WORKER_IMAGE=$image"
 echo "the coordinators of $coord_app now use $image"

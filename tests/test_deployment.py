@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -98,8 +98,14 @@ class LockTests(SynchronousTestCase):
 
 
 class UpdateWorkerTests(SynchronousTestCase):
-    def update(self, *options: str, **env: str) -> tuple[int, str, list[str]]:
-        """Run it with a flyctl that takes notes; tells the exit code, what was said, and the notes."""
+    def update(
+        self, *options: str, output: IO[bytes] | None = None, **env: str
+    ) -> tuple[int, str, list[str]]:
+        """
+        Run it with a flyctl that takes notes; tells the exit code, what was said, and the notes.
+
+        What is said to a file, `output`, is not told.
+        """
         home = Path(self.mktemp()).absolute()
         home.mkdir(parents=True)
         (home / "fly").write_text(FAKE_FLY)
@@ -107,10 +113,14 @@ class UpdateWorkerTests(SynchronousTestCase):
         calls = home / "calls"
         environment = {"PATH": f"{home}:{os.environ['PATH']}", "CALLS": str(calls), **env}
         done = subprocess.run(
-            [ROOT / "updateWorker.sh", *options], env=environment, capture_output=True, text=True, check=False
+            [ROOT / "updateWorker.sh", *options],
+            env=environment,
+            stdout=output or subprocess.PIPE,
+            stderr=output or subprocess.PIPE,
+            check=False,
         )
         called = calls.read_text().splitlines() if calls.exists() else []
-        return done.returncode, done.stdout + done.stderr, called
+        return done.returncode, ((done.stdout or b"") + (done.stderr or b"")).decode(), called
 
     def test_it_builds_pushes_and_tells_the_coordinators(self) -> None:
         status, said, called = self.update("--label", "v1", IMAGE="example.invalid/bfaas-basher:v1")
@@ -129,10 +139,20 @@ class UpdateWorkerTests(SynchronousTestCase):
 
     def test_nothing_is_set_after_a_failure(self) -> None:
         for env, why in (({"IMAGE": "i", "STATUS": "3"}, "Pushing"), ({}, "nothing was set")):
-            status, said, called = self.update("--label", "v1", **env)
+            status, said, called = self.update("--label", "v1", output=None, **env)
             self.assertNotEqual(0, status)
             self.assertIn(why, said)
             self.assertEqual(1, len(called))
+
+    def test_a_log_that_it_is_appended_to_is_kept(self) -> None:
+        log = Path(self.mktemp())
+        log.write_text("before\n")
+        with log.open("ab") as end:
+            self.update("--label", "v1", output=end, IMAGE="i")
+        self.assertEqual(
+            ["before", "--> Pushing image done", "image: i", "the coordinators of bfaas-coord now use i"],
+            log.read_text().splitlines(),
+        )
 
     def test_it_can_be_tried_without_doing_anything(self) -> None:
         status, said, called = self.update("--dry-run", "--label", "v1")
