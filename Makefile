@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos overshoot lock images lint format clean
+.PHONY: run fly test load soak proof chaos overshoot lock images image-test lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -67,6 +67,10 @@ lock: $(VENV)/installed-test
 images:
 	$(or $(BUILD),docker build) --target coord --tag bfaas-coord .
 	$(or $(BUILD),docker build) --target basher --tag bfaas-basher .
+
+# What buildah has built: who runs there, and what a script finds. As root.
+image-test: $(VENV)/installed-test
+	$(BIN)/python -m tests.images
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
