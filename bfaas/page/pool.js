@@ -32,7 +32,7 @@ export class PoolView {
     const asked = (this.#asked += 1);
     let wait = CALM;
     try {
-      const response = await fetch("status", {cache: "no-store", signal: AbortSignal.timeout(10_000)});
+      const response = await ask();
       if (response.status === 404) wait = WITHOUT;
       if (!response.ok) throw new Error(`the coordinator answers ${response.status}`);
       const status = await response.json();
@@ -51,6 +51,14 @@ export class PoolView {
   }
 }
 
+async function ask() {
+  try {
+    return await fetch("status", {cache: "no-store", signal: AbortSignal.timeout(10_000)});
+  } catch {
+    throw new Error("the coordinator could not be reached");
+  }
+}
+
 /** Milliseconds, for a person. */
 export function duration(ms) {
   if (!Number.isFinite(ms)) return "?";
@@ -65,7 +73,7 @@ function show({pool, queue, runs, max_req_time_ms: limit, draining}) {
   const standby = pool.standby ? `, ${pool.standby} kept ready` : "";
   at("pool-state").textContent = draining
     ? "Shutting down: takes no more runs."
-    : `${pool.size} at the most${standby}. A run may take ${duration(limit)}.`;
+    : `${pool.size} at the most${standby}. A run may take ${duration(limit).replace(/\.?0+ s$/, " s")}.`;
   showMachines(pool);
   const line = [["Running", runs.running], ["Waiting", `${queue.waiting} of ${queue.limit}`]];
   if (queue.waiting) line.push(["Expected wait", duration(queue.expected_wait_ms)]);

@@ -74,6 +74,17 @@ class Chromium(ProcessProtocol):
         """Wait until something is so."""
         await until(lambda: self.ask(condition))
 
+    async def press(self, key: str, code: int, *, ctrl: bool = False) -> None:
+        """Press a key on the keyboard, by its name and its number, and let it go."""
+        press: dict[str, Any] = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": code,
+            "modifiers": 2 if ctrl else 0,
+        }
+        await self._call("Input.dispatchKeyEvent", type="keyDown", **press)
+        await self._call("Input.dispatchKeyEvent", type="keyUp", **press)
+
     async def screenshot(self, width: int, height: int, *, dark: bool = False) -> bytes:
         """Draw the page, as a PNG, as it is on a screen of so many pixels."""
         metrics: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -101,6 +102,84 @@ async def test_a_refusal_is_told_with_when_to_try_again() -> None:
         assert problem.startswith("503: no worker within 1 s. Try again in "), problem
         assert await browser.ask(STATE) == "Not run"
     busy.leave()
+    assert await stop(coordinator) == 0
+
+
+@needs_a_browser
+@with_twisted
+async def test_a_connection_that_breaks_is_told_and_what_came_is_kept() -> None:
+    coordinator = await start_coordinator()
+    async with shown(coordinator) as browser:
+        await run(browser, "echo begun; sleep 1000")
+        await browser.until(f"{OUTPUT}.includes('begun')")
+        coordinator.kill(signal.SIGKILL)
+        await browser.until(f"{STATE} === 'Broken off'")
+        assert "The connection broke." in await browser.ask("document.querySelector('#problem').textContent")
+        assert "begun" in await browser.ask(OUTPUT)
+
+        await run(browser, "true")
+        await browser.until(f"{STATE} === 'Not run'")
+        assert "could not be reached" in await browser.ask("document.querySelector('#problem').textContent")
+        await browser.until("document.querySelector('#pool-state').textContent.includes('not be reached')")
+
+
+SHOWN = {
+    r"\e]0;title\a<i>x</i>\e]8;;http://a\e\\link\e]8;;\e\\\e[2J\e[9;9H\e(B\e7!\n": "<i>x</i>link!",
+    r"12345\rab\n": "ab345",
+    r"12345\r\e[Kab\n": "ab",
+    r"12345\r\e[2Kab\n": "ab",
+    r"abc\bX\r\n": "abX",
+    r"\e[1;38;2;1;2;3mtrue\e[38:2::9:8:7mtrue\e[38;5;200mone of many\e[0m\n": "truetrueone of many",
+    r"caf\xc3\xa9\x00\x7f\n": "café",
+}
+"""Format strings of bash's `printf`, and the row that each makes."""
+
+COLORS = ["rgb(1, 2, 3)", "rgb(9, 8, 7)", "rgb(255, 0, 215)"]
+
+
+@needs_a_browser
+@with_twisted
+async def test_what_terminals_know_is_shown_as_text_or_dropped() -> None:
+    coordinator = await start_coordinator()
+    async with shown(coordinator) as browser:
+        await run(
+            browser,
+            "\n".join([f"printf '{text}'" for text in SHOWN] + [r"printf '\e['; sleep .3; echo 31mred"]),
+        )
+        await browser.until(f"{STATE}.startsWith('Done')")
+        await browser.until(f"{OUTPUT}.includes('red')")
+        rows = await browser.ask(
+            "[...document.querySelectorAll('#output .row')].map((row) => row.textContent)"
+        )
+        assert rows == [*SHOWN.values(), "red"]
+        spans = "[...document.querySelectorAll('#output span')]"
+        assert await browser.ask(f"{spans}.map((span) => span.style.color).filter(Boolean)") == COLORS
+        assert await browser.ask("document.querySelector('#output .front-1').textContent") == "red"
+    assert await stop(coordinator) == 0
+
+
+@needs_a_browser
+@with_twisted
+async def test_keys_are_enough_and_so_is_a_phone() -> None:
+    coordinator = await start_coordinator()
+    focused = "document.activeElement.id"
+    async with shown(coordinator) as browser:
+        await browser.ask("document.querySelector('#script').focus()")
+        await browser.press("Enter", 13, ctrl=True)
+        await browser.until(f"{STATE}.startsWith('Done')")
+        await browser.press("Tab", 9)
+        assert await browser.ask(focused) == "run"
+
+        await run(browser, "sleep 1000")
+        assert await browser.ask(focused) == "cancel"
+        await browser.press(" ", 32)
+        await browser.until(f"{STATE}.startsWith('Cancelled')")
+        assert await browser.ask(focused) == "run"
+        await browser.until("document.querySelector('[role=status]').textContent.startsWith('Cancelled')")
+
+        await browser.screenshot(390, 844)
+        assert await browser.ask("document.documentElement.scrollWidth") == 390
+        assert await browser.ask("document.querySelector('#script').offsetWidth") > 300
     assert await stop(coordinator) == 0
 
 
