@@ -23,7 +23,7 @@ RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --no-dep
     && python -m compileall -q -j 0 /opt/bfaas/lib \
     && twistd --help > /dev/null
 
-# The worker speaks no TLS, and asks nobody: without what does, it starts in four fifths of the time.
+# The worker speaks no TLS, and asks nobody.
 FROM built AS worker
 RUN rm -r /opt/bfaas/lib/python3.11/site-packages/OpenSSL \
         /opt/bfaas/lib/python3.11/site-packages/service_identity \

@@ -2,163 +2,118 @@
 The worker: takes one authenticated script in its life, runs it, streams its output, then ends.
 
 `twistd bfaas-basher`, or `python -m bfaas.basher` without twistd's start-up.
+
+A machine boots for every run, and somebody may wait for it. So it listens as soon as it can, and what only a
+run needs (`bfaas.runner`, klein) is loaded once it has told that it listens.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import gc
+    import sys
+
+    # Imports leave next to no garbage; looking for it takes some 10 ms.
+    gc.disable()
+    # A worker speaks no TLS. Twisted can do without; with it, the reactor takes a third longer to load.
+    sys.modules["OpenSSL"] = sys.modules["ssl"] = None  # type: ignore[assignment]  # how to say "not here"
+
+import gc
 import os
-import re
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from klein import Klein
-from twisted.application.service import MultiService
-from twisted.application.strports import service as listening
-from twisted.internet.defer import Deferred
-from twisted.logger import Logger
+from twisted.application.service import Service
+from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.endpoints import serverFromString
 from twisted.python.usage import Options as UsageOptions
+from twisted.web.resource import Resource
 
 from bfaas import tree, wire
-from bfaas.answer import Answer
-from bfaas.ask import asked
-from bfaas.auth import AuthError
-from bfaas.bash import BashRun, script_environment
-from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.logs import LOG_FORMAT, logged
 from bfaas.process import prepare, run_role, settings_or_exit, stop_at_end_of_input
 from bfaas.settings import BasherSettings
-from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, tell
+from bfaas.site import BoundedSite, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twisted.application.service import IService
+    from twisted.internet.interfaces import IListeningPort, IReactorTime
+    from twisted.python.failure import Failure
     from twisted.web.server import Request
 
-    from bfaas.ask import Ask
-    from bfaas.bash import BashReactor
+    from bfaas.runner import Runner
 
 
-class Basher:
+class Front(Resource):
     """
-    The worker's resource. `finished` is called once, when its one run is over and answered.
+    Stands before a resource that takes its time to load, and tells meanwhile that we listen.
 
-    `wall` tells the time that tickets are checked against, in seconds since the epoch.
+    It is loaded behind the answer to the first `GET /healthz`, after which a run is to be expected; or for
+    the first request that is anything else.
     """
 
-    app = Klein()
-    answer_errors_in_text(app)
-    _log = Logger()
-    _REFUSALS_TOLD = 3
+    isLeaf = True
 
-    def __init__(
-        self,
-        reactor: BashReactor,
-        settings: BasherSettings,
-        wall: Callable[[], float],
-        finished: Callable[[], None],
-    ) -> None:
-        self._reactor = reactor
-        self._settings = settings
-        self._wall = wall
-        self._finished = finished
-        self._refused = 0
-        self._used = False
-        self._run: BashRun | None = None
+    def __init__(self, clock: IReactorTime, load: Callable[[], Resource]) -> None:
+        super().__init__()
+        self._clock = clock
+        self._load = load
+        self._loaded: Resource | None = None
 
-    @app.route(wire.HEALTH_PATH, methods=["GET"])
-    def healthz(self, request: Request) -> bytes:
-        """Tell that we listen."""
-        return tell(request, "ok")
+    def render(self, request: Request) -> Any:
+        """Answer that we listen, or have the resource answer."""
+        if self._loaded is None and (request.method, request.path) == (b"GET", wire.HEALTH_PATH.encode()):
+            request.notifyFinish().addBoth(self._answered)
+            return tell(request, "ok")
+        return self._resource().render(request)
 
-    @app.route(wire.RUN_PATH, methods=["POST"])
-    async def run(self, request: Request) -> None:
-        """Run the script that is the body, or in it."""
-        settings = self._settings
-        try:
-            ticket = request.getHeader(wire.AUTHORIZATION) or ""
-            settings.verifier.verify(ticket, settings.machine_id, self._wall())
-        except AuthError as error:
-            self._tell_refusal(str(error))
-            raise RefusalError(401, "unauthorized") from None
-        if self._used:
-            raise RefusalError(409, "this worker has had its run")
-        ask = asked(request)
-        format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
-        answer = Answer(request, format_, self._reactor)
-        run = BashRun(self._reactor, answer.output, settings.max_output)
-        environment = script_environment(settings.home, settings.machine_id, settings.region)
-        try:
-            self._used = True
-            run.start(self._reactor, ask, environment, settings.sandbox, settings.run_as)
-            self._run = run
-            answer.begin(run, {wire.WORKER: settings.machine_id})
-            exit_ = await self._within_time(run, self._limit(ask))
-            self._log.info("run {run}: {exit}", run=_run_id(request), exit=exit_)
-            answer.end(exit_)
-        except OSError as error:
-            self._log.error("bash cannot be started: {error}", error=error)
-            raise RefusalError(500, "bash cannot be started") from None
-        finally:
-            answer.close()
-            self._finished()
+    def _answered(self, _: object) -> None:
+        # The reactor sends what was written at the end of its next turn: load in the one after that.
+        self._clock.callLater(0, self._clock.callLater, 0, self._resource)
 
-    def _tell_refusal(self, reason: str) -> None:
-        """Log the first few: a script can ask its own worker as often as it likes."""
-        self._refused += 1
-        if self._refused <= self._REFUSALS_TOLD:
-            last = " (others will not be told)" if self._refused == self._REFUSALS_TOLD else ""
-            self._log.warn("refused a request: {reason}{last}", reason=reason, last=last)
-
-    def _limit(self, ask: Ask) -> float | None:
-        """Tell how long a run may take: what was asked for, and no more than any may."""
-        most = self._settings.max_req_time
-        return ask.timeout if most is None else ask.limit(most)
-
-    async def _within_time(self, run: BashRun, limit: float | None) -> wire.Exit:
-        """Wait for the run's end; kill it at the deadline, and at once when nobody waits any more."""
-        try:
-            if limit is not None:
-                try:
-                    return await Deadline(self._reactor, limit).run(run.when_ended())
-                except DeadlineExceededError:
-                    run.kill(wire.Reason.TIMEOUT)
-            return await run.when_ended()
-        finally:
-            run.kill()
-
-    async def stop(self) -> None:
-        """Kill what runs, and wait until nothing of it is left."""
-        if self._run is not None:
-            self._run.kill()
-            await self._run.when_ended()
+    def _resource(self) -> Resource:
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
 
 
-def _run_id(request: Request) -> str:
-    """Read what the coordinator calls the run; nothing else that comes in the header is for the log."""
-    told = request.getHeader(wire.RUN_ID) or ""
-    return told if re.fullmatch("[0-9a-f]{16}", told) else "of no name"
-
-
-class Worker(MultiService):
+class Worker(Service):
     """The worker as a service: listens until its run is over and delivered, then stops the reactor."""
 
     _FLUSH_LIMIT = 60.0
 
     def __init__(self, reactor: Any, settings: BasherSettings, endpoint: str) -> None:
-        super().__init__()
         self._reactor = reactor
         self._settings = settings
-        self._basher = Basher(reactor, settings, time.time, self._end)
-        self._site = BoundedSite(reactor, self._basher.app.resource(), settings.max_body)
-        listening(endpoint, self._site, reactor).setServiceParent(self)
+        self._runner: Runner | None = None
+        self._site = BoundedSite(reactor, Front(reactor, self._load), settings.max_body)
+        self._endpoint = serverFromString(reactor, endpoint)
+        self._listening: Deferred[IListeningPort | None] | None = None
+
+    def _load(self) -> Resource:
+        from bfaas.runner import Runner  # noqa: PLC0415 - see above
+
+        self._runner = Runner(self._reactor, self._settings, time.time, self._end)
+        resource: Resource = self._runner.app.resource()
+        # The first look for a route sorts them all, and imports an encoding.
+        self._runner.app.url_map.bind("localhost").match(wire.HEALTH_PATH)
+        # All of this stays, so nobody needs to look for garbage in it.
+        gc.freeze()
+        gc.enable()
+        return resource
 
     def startService(self) -> None:
-        """Begin to listen."""
+        """Begin to listen, or raise what is against it."""
         os.chdir(self._settings.home)
         tree.become_subreaper()
         tree.become_opaque()
         super().startService()
+        failures: list[Failure] = []
+        self._listening = self._endpoint.listen(self._site).addErrback(failures.append)
+        for failure in failures:  # Twisted's own endpoints fail at once, or not at all
+            failure.raiseException()
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, kill what runs, deliver what was written."""
@@ -169,8 +124,14 @@ class Worker(MultiService):
             self._reactor.callLater(0, self._reactor.stop)
 
     async def _stop(self) -> None:
-        await MultiService.stopService(self)
-        await self._basher.stop()
+        super().stopService()
+        if self._listening is not None:
+            self._listening.cancel()
+            port = await self._listening
+            if port is not None:
+                await maybeDeferred(port.stopListening)
+        if self._runner is not None:
+            await self._runner.stop()
         # A client that reads slowly still gets everything, for as long as its run may take.
         await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
 

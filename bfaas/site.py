@@ -16,7 +16,6 @@ from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.web.server import Request, Site
-from werkzeug.exceptions import HTTPException
 from zope.interface import implementer
 
 from bfaas.channel import Channel
@@ -69,6 +68,8 @@ def body(request: Request) -> bytes:
 
 def answer_errors_in_text(app: Klein) -> None:
     """Let the routes of an app raise `RefusalError`, and make its 404 and 405 one line of text."""
+    # Not at the top: a worker listens before it loads klein, which has loaded this.
+    from werkzeug.exceptions import HTTPException  # noqa: PLC0415
 
     @app.handle_errors(RefusalError)
     def refused(self: object, request: Any, failure: Failure) -> bytes:  # noqa: ARG001 - a method

@@ -16,7 +16,7 @@ from twisted.web.server import Site
 
 from bfaas import tree
 from bfaas.auth import Signer, genkey
-from bfaas.basher import Basher
+from bfaas.runner import Runner
 from bfaas.settings import BasherSettings
 from tests.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
 
@@ -58,8 +58,8 @@ class PlayedRunTests(SynchronousTestCase):
         self.clock_error = 0.0
         settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
         played: Any = self.reactor
-        basher = Basher(played, settings, lambda: time.time() + self.clock_error, self.finish)
-        self.site = Site(basher.app.resource(), reactor=self.reactor)
+        runner = Runner(played, settings, lambda: time.time() + self.clock_error, self.finish)
+        self.site = Site(runner.app.resource(), reactor=self.reactor)
 
     def finish(self) -> None:
         self.finished += 1

@@ -82,7 +82,7 @@ class WorkerImageTests(SynchronousTestCase):
         lacks = re.findall(r"/site-packages/(\w+)", (ROOT / "Dockerfile").read_text())
         self.assertIn("OpenSSL", lacks)
         missing = f"import sys; sys.modules.update(dict.fromkeys({lacks}))"
-        code = f"{missing}; import bfaas.basher; from twisted.internet import reactor; print('fine')"
+        code = f"{missing}; import bfaas.basher, bfaas.runner, twisted.internet.reactor; print('fine')"
         said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
         self.assertEqual((b"fine\n", b""), (said.stdout, said.stderr))
 

@@ -47,6 +47,7 @@ ROOMS = [
     "bfaas.pool",
     "bfaas.bash",
     "bfaas.answer",
+    "bfaas.runner",
     "bfaas.basher",
     "bfaas.proxy",
     "bfaas.clients",
@@ -61,6 +62,7 @@ ROOMS = [
 
 # What a room must not know of, beyond the order.
 STRANGERS = {
+    "bfaas.runner": {"bfaas.pool", "bfaas.life", "bfaas.machines.api", "bfaas.proxy"},
     "bfaas.basher": {"bfaas.pool", "bfaas.life", "bfaas.machines.api", "bfaas.proxy"},
     "bfaas.pool": {"bfaas.site", "bfaas.exchange", "bfaas.machines.fly", "bfaas.machines.local"},
     "bfaas.life": {"bfaas.site", "bfaas.exchange", "bfaas.machines.fly", "bfaas.machines.local"},
@@ -69,7 +71,7 @@ STRANGERS = {
     "bfaas.machines.routes": {"bfaas.machines.local", "bfaas.machines.memory"},
 }
 
-KLEIN = {"bfaas.coord", "bfaas.basher", "bfaas.machines.routes", "bfaas.page", "bfaas.site"}
+KLEIN = {"bfaas.coord", "bfaas.runner", "bfaas.machines.routes", "bfaas.page", "bfaas.site"}
 TREQ = {"bfaas.machines.fly", "bfaas.proxy", "bfaas.cli"}
 REACTOR = {"bfaas.coord", "bfaas.basher", "bfaas.machines.server", "bfaas.process", "bfaas.cli"}
 

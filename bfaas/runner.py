@@ -1,0 +1,131 @@
+"""
+What a worker is for: one authenticated script is taken, run, and its output streamed.
+
+A worker that listens loads this, and klein with it, behind its first answer (see `bfaas.basher`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from klein import Klein
+from twisted.logger import Logger
+
+from bfaas import wire
+from bfaas.answer import Answer
+from bfaas.ask import asked
+from bfaas.auth import AuthError
+from bfaas.bash import BashRun, script_environment
+from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.site import RefusalError, answer_errors_in_text, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.web.server import Request
+
+    from bfaas.ask import Ask
+    from bfaas.bash import BashReactor
+    from bfaas.settings import BasherSettings
+
+
+class Runner:
+    """
+    The worker's resource. `finished` is called once, when its one run is over and answered.
+
+    `wall` tells the time that tickets are checked against, in seconds since the epoch.
+    """
+
+    app = Klein()
+    answer_errors_in_text(app)
+    _log = Logger()
+    _REFUSALS_TOLD = 3
+
+    def __init__(
+        self,
+        reactor: BashReactor,
+        settings: BasherSettings,
+        wall: Callable[[], float],
+        finished: Callable[[], None],
+    ) -> None:
+        self._reactor = reactor
+        self._settings = settings
+        self._wall = wall
+        self._finished = finished
+        self._refused = 0
+        self._used = False
+        self._run: BashRun | None = None
+
+    @app.route(wire.HEALTH_PATH, methods=["GET"])
+    def healthz(self, request: Request) -> bytes:
+        """Tell that we listen."""
+        return tell(request, "ok")
+
+    @app.route(wire.RUN_PATH, methods=["POST"])
+    async def run(self, request: Request) -> None:
+        """Run the script that is the body, or in it."""
+        settings = self._settings
+        try:
+            ticket = request.getHeader(wire.AUTHORIZATION) or ""
+            settings.verifier.verify(ticket, settings.machine_id, self._wall())
+        except AuthError as error:
+            self._tell_refusal(str(error))
+            raise RefusalError(401, "unauthorized") from None
+        if self._used:
+            raise RefusalError(409, "this worker has had its run")
+        ask = asked(request)
+        format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
+        answer = Answer(request, format_, self._reactor)
+        run = BashRun(self._reactor, answer.output, settings.max_output)
+        environment = script_environment(settings.home, settings.machine_id, settings.region)
+        try:
+            self._used = True
+            run.start(self._reactor, ask, environment, settings.sandbox, settings.run_as)
+            self._run = run
+            answer.begin(run, {wire.WORKER: settings.machine_id})
+            exit_ = await self._within_time(run, self._limit(ask))
+            self._log.info("run {run}: {exit}", run=_run_id(request), exit=exit_)
+            answer.end(exit_)
+        except OSError as error:
+            self._log.error("bash cannot be started: {error}", error=error)
+            raise RefusalError(500, "bash cannot be started") from None
+        finally:
+            answer.close()
+            self._finished()
+
+    def _tell_refusal(self, reason: str) -> None:
+        """Log the first few: a script can ask its own worker as often as it likes."""
+        self._refused += 1
+        if self._refused <= self._REFUSALS_TOLD:
+            last = " (others will not be told)" if self._refused == self._REFUSALS_TOLD else ""
+            self._log.warn("refused a request: {reason}{last}", reason=reason, last=last)
+
+    def _limit(self, ask: Ask) -> float | None:
+        """Tell how long a run may take: what was asked for, and no more than any may."""
+        most = self._settings.max_req_time
+        return ask.timeout if most is None else ask.limit(most)
+
+    async def _within_time(self, run: BashRun, limit: float | None) -> wire.Exit:
+        """Wait for the run's end; kill it at the deadline, and at once when nobody waits any more."""
+        try:
+            if limit is not None:
+                try:
+                    return await Deadline(self._reactor, limit).run(run.when_ended())
+                except DeadlineExceededError:
+                    run.kill(wire.Reason.TIMEOUT)
+            return await run.when_ended()
+        finally:
+            run.kill()
+
+    async def stop(self) -> None:
+        """Kill what runs, and wait until nothing of it is left."""
+        if self._run is not None:
+            self._run.kill()
+            await self._run.when_ended()
+
+
+def _run_id(request: Request) -> str:
+    """Read what the coordinator calls the run; nothing else that comes in the header is for the log."""
+    told = request.getHeader(wire.RUN_ID) or ""
+    return told if re.fullmatch("[0-9a-f]{16}", told) else "of no name"
