@@ -1,0 +1,241 @@
+"""
+How soon a worker is ready, how soon it has run something, and how much memory it holds meanwhile.
+
+Each round measures each of these once, one after another; a round is thrown away first, so that bytecode and
+files are where they are for all later workers too. In ms, on this process's clock:
+
+- `python`: the baseline: `python -c pass`, from before its start to its end.
+- `reactor`: the other: from before the start of a Python that imports Twisted's reactor until it has.
+- `healthz`: from before a worker's start to the whole answer to `GET /healthz`, which is asked for anew every
+  half a millisecond until then.
+- `cold run`: the same to the first byte of a script's output. The script is sent once `healthz` is answered.
+- `ready run`: from a script's sending to its output's first byte, at a worker that was idle for a while.
+- `freed`: from SIGKILL of such a worker to its end, as a pool frees a machine.
+
+`idle` is the resident memory of that idle worker, in MB (2^20 bytes), and `own` the part of it that is no
+file's. Ratios are medians of each round's.
+
+Run it with `python -m benchmarks.startup`. ROUNDS can be set; and AGAINST to the directory of another
+checkout, whose workers are then measured in turn with ours, as `... before`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING
+
+from bfaas.auth import Signer, genkey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parents[1]
+
+_MACHINE = "measured"
+_KEYS = genkey()
+_IDLE = 0.3
+_PATIENCE = 60.0
+_MARK = b"hello from the script"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Samples by name: those in `_MEMORY` in MB, all others in ms."""
+
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def ratio(self, name: str, to: str) -> float:
+        """Tell how many times another's sample a sample is, at the median of the rounds."""
+        pairs = zip(self.samples[name], self.samples[to], strict=True)
+        return median(ours / theirs for ours, theirs in pairs)
+
+    def table(self) -> str:
+        """Tell it all: medians, the middle half, the extremes, the ratios to both baselines and to before."""
+        head = f"{'':<18}{'median':>8}{'25 %':>8}{'75 %':>8}{'min':>8}{'max':>8}"
+        lines = [f"{head}{'/python':>9}{'/reactor':>9}{'/before':>9}"]
+        for name, values in self.samples.items():
+            low, _, high = quantiles(values, n=4)
+            spread = (median(values), low, high, min(values), max(values))
+            told = "".join(f"{value:>8.1f}" for value in spread)
+            bases = self._bases(name)
+            ratios = "".join(f"{self.ratio(name, to):>9.2f}" if to else f"{'':>9}" for to in bases)
+            lines.append(f"{name + ', ' + _unit(name):<18}{told}{ratios}".rstrip())
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """Write all samples, and what the table tells of each."""
+        rows = [
+            {
+                "name": name,
+                "unit": _unit(name),
+                "samples": values,
+                "median": median(values),
+                "ratios": {to.split()[-1]: self.ratio(name, to) for to in self._bases(name) if to},
+            }
+            for name, values in self.samples.items()
+        ]
+        return json.dumps({"benchmark": "startup", "python": sys.version.split()[0], "rows": rows}, indent=1)
+
+    def _bases(self, name: str) -> tuple[str | None, str | None, str | None]:
+        before = f"{name} before"
+        return (
+            *((None, None) if _unit(name) == "MB" else ("python", "reactor")),
+            before if before in self.samples else None,
+        )
+
+
+def _unit(name: str) -> str:
+    return "MB" if name.split(maxsplit=1)[0] in ("idle", "own") else "ms"
+
+
+class _Worker:
+    """A worker of some checkout, from outside."""
+
+    def __init__(self, checkout: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self._port = free.getsockname()[1]
+        listen = f"tcp:{self._port}:interface=127.0.0.1"
+        settings = {"PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE, "HOME": tempfile.gettempdir()}
+        self.started = time.perf_counter()
+        self._process = _start(
+            ["-m", "bfaas.basher", "--listen", listen], checkout, settings, subprocess.DEVNULL
+        )
+
+    def wait_until_ready(self) -> None:
+        """Ask for /healthz until it is answered."""
+        while True:
+            try:
+                if self._ask(b"GET /healthz HTTP/1.1\r\nHost: w\r\nConnection: close\r\n\r\n", b"ok\n"):
+                    return
+            except ConnectionError:
+                if time.perf_counter() - self.started > _PATIENCE or self._process.poll() is not None:
+                    raise
+                time.sleep(0.0005)
+
+    def run(self) -> None:
+        """Run a script, until the first of its output is there."""
+        script = b"echo " + _MARK
+        ticket = Signer(_KEYS.private).sign(_MACHINE, time.time()).encode()
+        head = b"POST /run HTTP/1.1\r\nHost: w\r\nAuthorization: %b\r\nContent-Length: %d\r\n\r\n"
+        if not self._ask(head % (ticket, len(script)) + script, _MARK):
+            raise RuntimeError("the script was not run")
+
+    def memory(self) -> Iterator[float]:
+        """Tell its resident memory in MB, and what of it is no file's."""
+        lines = Path(f"/proc/{self._process.pid}/status").read_text().splitlines()
+        told = dict(line.split(":") for line in lines)
+        for name in ("VmRSS", "RssAnon"):
+            yield int(told[name].split()[0]) / 1024
+
+    def end(self) -> None:
+        """Kill it, and wait for its end."""
+        self._process.kill()
+        self._process.wait()
+
+    def _ask(self, request: bytes, mark: bytes) -> bool:
+        """Send a request, read until a mark; tells whether it came."""
+        with socket.create_connection(("127.0.0.1", self._port), _PATIENCE) as connection:
+            connection.sendall(request)
+            heard = b""
+            while mark not in heard:
+                data = connection.recv(65536)
+                if not data:
+                    return False
+                heard += data
+        return True
+
+
+def _start(
+    arguments: list[str], checkout: Path, settings: dict[str, str], stdout: int
+) -> subprocess.Popen[bytes]:
+    environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8", "PYTHONPATH": str(checkout)}
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=checkout,  # where Python looks before it looks into PYTHONPATH
+        env=environment | settings,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+    )
+
+
+def _ms_since(moment: float) -> float:
+    return 1000 * (time.perf_counter() - moment)
+
+
+def _baselines() -> Iterator[tuple[str, float]]:
+    began = time.perf_counter()
+    with _start(["-c", "pass"], ROOT, {}, subprocess.DEVNULL) as python:
+        python.wait()  # not with a limit: it would look only now and then
+        yield "python", _ms_since(began)
+    began = time.perf_counter()
+    code = "import twisted.internet.reactor, os; os.write(1, b'.')"
+    with _start(["-c", code], ROOT, {}, subprocess.PIPE) as python:
+        assert python.stdout is not None  # noqa: S101 - it is a pipe
+        python.stdout.read(1)
+        yield "reactor", _ms_since(began)
+
+
+def _one(checkout: Path) -> Iterator[tuple[str, float]]:
+    worker = _Worker(checkout)
+    try:
+        worker.wait_until_ready()
+        yield "healthz", _ms_since(worker.started)
+        worker.run()
+        yield "cold run", _ms_since(worker.started)
+    finally:
+        worker.end()
+    worker = _Worker(checkout)
+    try:
+        worker.wait_until_ready()
+        time.sleep(_IDLE)
+        yield from zip(("idle", "own"), worker.memory(), strict=True)
+        began = time.perf_counter()
+        worker.run()
+        yield "ready run", _ms_since(began)
+    finally:
+        worker.end()
+    worker = _Worker(checkout)
+    worker.wait_until_ready()
+    time.sleep(_IDLE)
+    began = time.perf_counter()
+    worker.end()
+    yield "freed", _ms_since(began)
+
+
+def measure(rounds: int, against: Path | None = None) -> Measured:
+    """Measure so many rounds, at least two, with workers of another checkout in turn if there is one."""
+    measured = Measured()
+    for number in range(rounds + 1):
+        told = list(_baselines())
+        turns = [(ROOT, "")] + ([(against, " before")] if against else [])
+        # Whoever is first has colder caches.
+        for checkout, suffix in turns if number % 2 else turns[::-1]:
+            told += [(name + suffix, value) for name, value in _one(checkout)]
+        if number:
+            for name, value in told:
+                measured.samples[name].append(value)
+    return measured
+
+
+def main() -> None:
+    """Measure, tell, and leave the numbers where plots are made of them."""
+    against = os.environ.get("AGAINST")
+    measured = measure(int(os.environ.get("ROUNDS", "15")), Path(against).resolve() if against else None)
+    sys.stdout.write(measured.table() + "\n")
+    told = ROOT / "build" / "bench" / "startup.json"
+    told.parent.mkdir(parents=True, exist_ok=True)
+    told.write_text(measured.to_json() + "\n")
+
+
+if __name__ == "__main__":
+    main()
