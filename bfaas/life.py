@@ -183,6 +183,8 @@ class Life:
         """
         limit = self._limits.stop
         try:
+            # A worker answers its first probe before it has loaded what it needs, a second one after that.
+            await self._within(self._limits.ready, self._probe(member.machine))
             await self._within(limit, self._api.suspend(member.machine.id, member.nonce))
             await self._within(limit + 1, self._api.wait(member.machine, State.SUSPENDED, limit))
         except (MachinesError, DeadlineExceededError) as error:
@@ -198,12 +200,16 @@ class Life:
     async def keep(self, member: Member) -> None:
         """Keep a machine that stands by under its lease; returns when it is no good any more."""
         try:
-            while not await self._stops_within(member, self._settings.lease_ttl / 3):
+            while not await self._stops_within(member, self._until_renewal(member)):
                 await self._renew(member)
         except (MachinesError, DeadlineExceededError) as error:
             self._log.warn("{name} stands by no more: {error}", name=member.name, error=error)
         else:
             self._log.warn("{name} has stopped by itself", name=member.name)
+
+    def _until_renewal(self, member: Member) -> float:
+        """Choose the seconds until a lease is renewed, sooner where the last attempts were in vain."""
+        return min(self._settings.lease_ttl / 3, (member.lease_end - self._clock.seconds()) / 2)
 
     async def _stops_within(self, member: Member, seconds: float) -> bool:
         deadline = Deadline(self._clock, seconds)

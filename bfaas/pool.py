@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
 from bfaas.backoff import Backoff
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
-from bfaas.machines.api import Machine, MachinesAPI, MachinesError
+from bfaas.machines.api import Machine, MachinesAPI, MachinesError, UnavailableError
 from bfaas.member import Member, Phase, PoolSettings, machine_name
 from bfaas.standby import Call, Standby
 from bfaas.sweep import Sweep
@@ -68,13 +68,11 @@ class Pool:
         self._clock = clock
         self._random = random
         self._life = Life(api, probe, clock, random, settings)
-        self._sweep = Sweep(api, clock, settings, self._know)
+        self._sweep = Sweep(api, clock, random, settings, self._life.pause, self._know)
         self._members: dict[Member, Deferred[None]] = {}
         self._line: Line[Allocation] = Line()
         self._turn = settings.max_req_time
-        self._cleaning: Deferred[None] | None = None
         self._reclaimed = False
-        self._looks = True  # whether cleaning saw all machines when it last tried
         self._creating = Backoff(clock, self._life.pause, self._balance)
         self._standing = Backoff(clock, self._life.pause, self._balance)
         self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
@@ -82,9 +80,7 @@ class Pool:
 
     def start(self) -> None:
         """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
-        self._cleaning = Deferred.fromCoroutine(self._clean())
-        self._cleaning.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        self._cleaning.addErrback(lambda failure: self._log.failure("in cleaning", failure))
+        self._sweep.start()
 
     # What requests see.
 
@@ -113,13 +109,19 @@ class Pool:
     @property
     def trouble(self) -> str | None:
         """What speaks against a machine for a request that comes now; None where nothing is known to."""
-        if self._in(Phase.READY, Phase.SUSPENDED):
+        if self._in(Phase.READY):
             return None
         if not self._reclaimed:
             return "it is not known yet which machines there are"
-        if self._creating.pauses or any(member.lost is not None for member in self._in(Phase.CREATING)):
-            return "machines cannot be started"
-        return None if self._looks else "the Machines API does not answer"
+        if not self._sweep.sees:
+            return "the Machines API does not answer"
+        if self._in(Phase.IDLE, Phase.SUSPENDED):
+            return None
+        lost = any(member.lost is not None for member in self._in(Phase.CREATING))
+        stuck = (
+            self.count(Phase.LEAVING) >= self._settings.size
+        )  # what has failed keeps its place until it is gone
+        return "machines cannot be started" if self._creating.pauses or lost or stuck else None
 
     def count(self, phase: Phase) -> int:
         """How many members are in a phase."""
@@ -139,8 +141,7 @@ class Pool:
         """Stop every machine, and leave it for the pool's next instance; waits for those in use."""
         self._closing = True
         self._life.close()
-        if self._cleaning is not None:
-            self._cleaning.cancel()
+        self._sweep.close()
         self._creating.close()
         self._standing.close()
         self._line.close(PoolClosedError)
@@ -218,6 +219,8 @@ class Pool:
         except (MachinesError, DeadlineExceededError) as error:
             self._log.warn("gives up {name}: {error}", name=member.name, error=error)
             self._creating.failed()
+            if isinstance(error, (UnavailableError, DeadlineExceededError)):
+                self._sweep.doubt()
         else:
             if self._closing and not member.tainted:
                 return
@@ -290,21 +293,7 @@ class Pool:
         except StuckError as error:
             self._log.error("{error}", error=error)
 
-    # Cleaning.
-
-    async def _clean(self) -> None:
-        failures, period = 0, self._settings.cleaning_period
-        while True:
-            try:
-                await Deadline(self._clock, period).run(self._sweep.sweep())
-            except (MachinesError, DeadlineExceededError) as error:
-                self._log.warn("cleaning is not done: {error}", error=error)
-                self._looks = False
-                await sleep(self._clock, self._life.pause(failures))
-                failures += 1
-            else:
-                failures, self._looks = 0, True
-                await sleep(self._clock, period * self._random.uniform(0.8, 1.2))
+    # What cleaning finds.
 
     def _know(self, machines: list[Machine]) -> None:
         """

@@ -53,6 +53,7 @@ class Proxy:
     _log = Logger()
     _PROBE_LIMIT = 2.0
     _PROBE_PAUSES = (0.005, 0.25)
+    _PROBE_SHARE = 0.1  # of the time waited so far: what is found out late is late by no more than that
     _AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of a ticket's life
 
     def __init__(
@@ -76,7 +77,8 @@ class Proxy:
         Any answer below 500 will do: workers of the Go original have no such path. But one whose clock is
         so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready.
         """
-        pause, longest = self._PROBE_PAUSES
+        shortest, longest = self._PROBE_PAUSES
+        began = self._reactor.seconds()
         while True:
             try:
                 probe = self._request("GET", machine, wire.HEALTH_PATH, Headers(), None)
@@ -89,8 +91,8 @@ class Proxy:
                 discard(response)
                 if response.code < 500 and self._is_on_time(response):  # noqa: PLR2004 - a server's own errors
                     return
-            await sleep(self._reactor, pause)
-            pause = min(2 * pause, longest)
+            waited = self._reactor.seconds() - began
+            await sleep(self._reactor, min(longest, max(shortest, self._PROBE_SHARE * waited)))
 
     def _is_on_time(self, response: IResponse) -> bool:
         """Tell whether a worker's clock, as far as it tells it, is near enough to ours."""

@@ -291,6 +291,64 @@ class TroubleTests(PoolCase):
             self.begin(pool.close())
             world.advance(5)
 
+    def test_it_is_told_as_soon_as_a_machine_fails_for_want_of_an_answer(self) -> None:
+        for allocation in [self.allocated(), self.allocated()]:
+            allocation.release()
+        self.world.advance(2)
+        self.api.always["*"] = Refuse(UnavailableError("down"))
+        self.assertIsNone(self.pool.trouble)  # nobody has asked for anything
+        places = [self.pool.allocate("c") for _ in range(2)]
+        self.world.advance(1)
+        self.assertEqual("the Machines API does not answer", self.pool.trouble)
+
+        del self.api.always["*"]
+        self.world.advance(40)
+        for place in places:
+            self.successResultOf(place)
+        self.assertIsNone(self.pool.trouble)
+
+    def test_a_machine_that_fails_by_itself_means_no_trouble_once_the_api_was_asked(self) -> None:
+        self.world.never_ready.add(self.allocated().machine.id)
+        self.allocated().release()
+        lists = self.api.count("list")
+        self.world.advance(2)
+        self.api.next("start", Hang())
+        waiting = self.pool.allocate("c")
+        self.world.advance(60)
+
+        self.assertEqual(lists + 1, self.api.count("list"))
+        self.assertIsNone(self.pool.trouble)
+        self.successResultOf(waiting)
+
+    def test_it_is_told_while_all_machines_failed_and_cannot_be_destroyed(self) -> None:
+        for allocation in [self.allocated(), self.allocated()]:
+            allocation.release()
+        self.world.advance(2)
+        self.api.always["start"] = self.api.always["destroy"] = Refuse(UnavailableError("broken"))
+        places = [self.pool.allocate("c") for _ in range(2)]
+        self.world.advance(60)
+        self.assertEqual("machines cannot be started", self.pool.trouble)
+
+        self.api.always.clear()
+        self.world.advance(40)
+        for place in places:
+            self.successResultOf(place)
+        self.assertIsNone(self.pool.trouble)
+
+    def test_a_doubt_in_the_midst_of_a_sweep_has_it_look_again(self) -> None:
+        self.allocated().release()
+        self.world.advance(2)
+        other, others = self.world.pool("q", start=False)
+        others.always["get_lease"] = Slow(self.world.clock, 5.0)
+        other.start()
+        self.world.advance(1)
+        other._sweep.doubt()
+        self.world.advance(20)
+
+        self.assertEqual(2, others.count("list"))
+        self.assertIsNone(other.trouble)
+        self.close(other)
+
 
 class StandbyTests(PoolCase):
     def standing_by(self, standby: int = 1, *, size: int = 2, suspends: bool = False) -> None:
@@ -349,6 +407,17 @@ class StandbyTests(PoolCase):
 
             self.assertEqual([machine.id], [other.id for other in self.machines()])
             self.assertEqual(machine.id, self.allocated().machine.id)
+
+    def test_it_is_never_without_a_lease_however_often_a_renewal_fails(self) -> None:
+        self.standing_by()
+        [machine] = self.machines()
+        self.api.always["refresh_lease"] = Refuse(UnavailableError("down"))
+        while machine.id in {other.id for other in self.machines()}:
+            self.assertLess(self.world.clock.seconds(), 600)
+            self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+            self.world.advance(1)
+
+        self.assertGreaterEqual(self.api.count("refresh_lease"), 3)
 
     def test_one_that_stops_by_itself_is_started_again_and_one_that_is_gone_replaced(self) -> None:
         self.standing_by()
@@ -835,6 +904,21 @@ class CleaningTests(PoolCase):
         self.world.advance(400)
 
         self.assertEqual([], self.machines())
+        self.close(other)
+
+    def test_three_machines_of_a_live_pool_speak_for_all_and_one_of_a_dead_pool_is_enough(self) -> None:
+        crowd, theirs = self.world.pool("r", size=12)
+        for _ in range(12):
+            self.allocated(crowd)
+        other, api = self.world.pool("q", start=False)
+        other.start()
+        self.world.advance(5)
+        self.assertEqual(3, api.count("get_lease"))
+
+        crash(theirs)
+        self.world.advance(301 + 1.2 * 300)
+        self.assertEqual([], self.machines())
+        self.assertEqual(0, self.api.count("destroy"))
         self.close(other)
 
     def test_changed_metadata_means_destroy_and_nobody_adopts(self) -> None:
