@@ -27,15 +27,16 @@ RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --no-dep
 FROM built AS worker
 RUN rm -r /opt/bfaas/lib/python3.11/site-packages/OpenSSL \
         /opt/bfaas/lib/python3.11/site-packages/service_identity \
+        /opt/bfaas/lib/python3.11/site-packages/prometheus_client \
         /opt/bfaas/lib/python3.11/site-packages/treq
 
 FROM python AS coord
 RUN useradd --system --no-create-home --shell /usr/sbin/nologin coord
 COPY --from=built /opt/bfaas /opt/bfaas
 USER coord
-EXPOSE 8000
+EXPOSE 8000 9091
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["twistd", "-n", "--pidfile=", "bfaas-coord"]
+ENTRYPOINT ["twistd", "-n", "--pidfile=", "bfaas-coord", "--metrics", "tcp:9091:interface=\\:\\:"]
 
 # The worker is root, so that its scripts, which are not, cannot touch it. util-linux, which holds them, is
 # part of the base.

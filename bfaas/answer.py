@@ -33,6 +33,7 @@ class Answer:
         self._beat: IDelayedCall | None = None
         self._producing = False
         self.begun_at: float | None = None
+        self.first_byte_at: float | None = None
         self.closed = False
         self.bytes_written = 0
         request.notifyFinish().addErrback(self._lost)
@@ -70,6 +71,8 @@ class Answer:
         """Write a piece that is in the answer's format already."""
         if data and not self.closed:
             self._last_write = self._clock.seconds()
+            if self.first_byte_at is None:
+                self.first_byte_at = self._last_write
             self.bytes_written += len(data)
             self._request.write(data)
 

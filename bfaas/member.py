@@ -1,10 +1,11 @@
-"""What a pool is told, and what it knows of each of its machines: values alone."""
+"""What a pool is told, and what it knows of each of its machines."""
 
 from __future__ import annotations
 
 import enum
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -13,6 +14,8 @@ from twisted.internet.defer import Deferred
 
 if TYPE_CHECKING:
     from random import Random
+
+    from twisted.internet.interfaces import IReactorTime
 
     from bfaas.machines.api import Lease, Machine, MachineConfig
 
@@ -127,18 +130,24 @@ class Phase(enum.Enum):
     LEAVING = "leaving"  # being destroyed; has its place until that is done
 
 
+Watch = Callable[[Phase, Phase, float], None]
+"""Is told of a phase that a machine has left, of the one that it is in now, and how many seconds it took."""
+
+
 @dataclass(eq=False)
 class Member:
     """
     A place in the pool, and the machine that fills it.
 
-    `lease_end` is by the pool's clock, counted from before the lease was asked for. `lost` is when an
-    attempt to create it ended whose outcome is not known. `tainted` means that the machine must not be
-    used again. `woken` is what its life waits for while it is idle or stands by: True when it is wanted,
+    `since` is when its phase began. `lease_end` is counted from before the lease was asked for. `lost` is
+    when an attempt to create it ended whose outcome is not known. `tainted` means that the machine must not
+    be used again. `woken` is what its life waits for while it is idle or stands by: True when it is wanted,
     False when it is to end.
     """
 
     name: str
+    clock: IReactorTime
+    watch: Watch
     phase: Phase = Phase.CREATING
     known_machine: Machine | None = None
     lease: Lease | None = None
@@ -146,6 +155,15 @@ class Member:
     lost: float | None = None
     tainted: bool = False
     woken: Deferred[bool] | None = None
+
+    def __post_init__(self) -> None:
+        self.since = self.clock.seconds()
+
+    def enter(self, phase: Phase) -> None:
+        """Go on to another phase of its life."""
+        now = self.clock.seconds()
+        self.watch(self.phase, phase, now - self.since)
+        self.phase, self.since = phase, now
 
     @property
     def machine(self) -> Machine:

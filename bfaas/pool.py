@@ -21,7 +21,7 @@ from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError, UnavailableError
-from bfaas.member import Member, Phase, PoolSettings, machine_name
+from bfaas.member import Member, Phase, PoolSettings, Watch, machine_name
 from bfaas.standby import Call, Standby
 from bfaas.sweep import Sweep
 
@@ -56,17 +56,25 @@ class Pool:
     """
     Up to `size` machines, shared by the requests of one coordinator.
 
-    `probe` waits until the worker on a machine that has started takes requests.
+    `probe` waits until the worker on a machine that has started takes requests. `watch` is told what phases
+    its machines go through.
     """
 
     _log = Logger()
 
     def __init__(
-        self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
+        self,
+        api: MachinesAPI,
+        probe: Probe,
+        clock: IReactorTime,
+        random: Random,
+        settings: PoolSettings,
+        watch: Watch = lambda _left, _entered, _seconds: None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._random = random
+        self._watch = watch
         self._life = Life(api, probe, clock, random, settings)
         self._sweep = Sweep(api, clock, random, settings, self._life.pause, self._know)
         self._members: dict[Member, Deferred[None]] = {}
@@ -176,7 +184,7 @@ class Pool:
             member.wake(wanted=True)
             short -= 1
         while short > 0 and len(self._members) < self._settings.size and self._may_create():
-            self._add(Member(machine_name(self._settings.name, self._random)))
+            self._add(Member(machine_name(self._settings.name, self._random), self._clock, self._watch))
             short -= 1
 
     def _in(self, *phases: Phase) -> list[Member]:
@@ -236,11 +244,11 @@ class Pool:
         began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
         is_leased = self._is_leased(member, self._settings.max_req_time)
         if serves := wanted and is_leased and len(self._line) > 0:
-            member.phase = Phase.BUSY
+            member.enter(Phase.BUSY)
             released: Deferred[None] = Deferred()
             self._line.serve(Allocation(member.machine, released))
             await released
-        member.phase = Phase.STOPPING
+        member.enter(Phase.STOPPING)
         self._balance()
         await self._life.stop(member)
         if serves:
@@ -268,7 +276,7 @@ class Pool:
         left = member.lease_end - self._clock.seconds() - 2 * self._settings.max_req_time
         if self._closing or member.tainted or left <= 0:
             return False
-        member.phase = Phase.IDLE
+        member.enter(Phase.IDLE)
         woken = member.rest()
         timer = self._clock.callLater(left, lambda: member.wake(wanted=False))
         self._balance()
@@ -277,12 +285,12 @@ class Pool:
         finally:
             if timer.active():
                 timer.cancel()
-        member.phase = Phase.STARTING if wanted else Phase.LEAVING
+        member.enter(Phase.STARTING if wanted else Phase.LEAVING)
         return wanted
 
     async def _see_off(self, member: Member) -> None:
         """Destroy the machine. Until that is done it has its place: it is there."""
-        member.phase = Phase.LEAVING
+        member.enter(Phase.LEAVING)
         self._balance()
         if member.known_machine is None:
             return
@@ -309,7 +317,9 @@ class Pool:
             member = known.get(machine.name)
             if member is None:
                 too_many = len(known) + len(strangers) >= self._settings.size
-                strangers.append(Member(machine.name, Phase.RECLAIMING, machine, tainted=too_many or not fit))
+                place = Member(machine.name, self._clock, self._watch, Phase.RECLAIMING, machine)
+                place.tainted = too_many or not fit
+                strangers.append(place)
             elif not fit:
                 self._log.warn("somebody changed the metadata of {name}", name=machine.name)
                 member.tainted = True

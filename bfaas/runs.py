@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
@@ -19,13 +20,27 @@ LATEST = 50
 """Runs that are remembered after their end."""
 
 
+class Refused(enum.StrEnum):
+    """Why a request did not become a run."""
+
+    MALFORMED = "malformed"
+    OVER_SHARE = "over-share"
+    SHUTTING_DOWN = "shutting-down"
+    QUEUE_FULL = "queue-full"
+    NO_WORKER = "no-worker"
+    REPLAYED = "replayed"
+    WORKER_FAILED = "worker-failed"
+    NO_ANSWER = "no-answer"
+
+
 @dataclass(eq=False)
 class Run:
     """
     A request for a run, from its coming to its end; moments are by the coordinator's clock.
 
-    `answered` is when the worker began to answer. `ending` is for people: `exit 0`, a reason of ours, the
-    status of a refusal, or `left` for a client that went away. `gone` fires at its end.
+    `answered` is when the worker began to answer, `first_byte` when there was something to write. `ending` is
+    for people: `exit 0`, a reason of ours, why it was refused, `left` for a client that went away, or `error`
+    for a mistake of ours. `gone` fires at its end.
     """
 
     id: str
@@ -34,24 +49,48 @@ class Run:
     machine: str | None = None
     served: float | None = None
     answered: float | None = None
+    first_byte: float | None = None
+    ended: float | None = None
     bytes: int = 0
-    ending: str = "left"
+    ending: str = "error"
     gone: Deferred[None] = field(default_factory=Deferred)
+
+
+class RunsWatch(Protocol):
+    """Is told what becomes of requests."""
+
+    def ended(self, run: Run, /) -> None:
+        """Note the end of a run, or of a request that waited in vain."""
+
+    def refused(self, reason: str, /) -> None:
+        """Note that a request was refused: a word of `Refused`."""
+
+
+class _Nobody:
+    def ended(self, _: Run) -> None:
+        pass
+
+    def refused(self, _: str) -> None:
+        pass
 
 
 class Runs:
     """
     Keeps count of runs.
 
-    `wall` tells the time in seconds since the epoch; `random` makes identifiers, of 16 hex digits.
+    `wall` tells the time in seconds since the epoch; `random` makes identifiers, of 16 hex digits. `watch` is
+    told what becomes of requests.
     """
 
     _log = Logger()
 
-    def __init__(self, clock: IReactorTime, wall: Callable[[], float], random: Random) -> None:
+    def __init__(
+        self, clock: IReactorTime, wall: Callable[[], float], random: Random, watch: RunsWatch | None = None
+    ) -> None:
         self._clock = clock
         self._wall = wall
         self._random = random
+        self._watch = watch or _Nobody()
         self._under_way: set[Run] = set()
         self._latest: deque[dict[str, object]] = deque(maxlen=LATEST)
 
@@ -69,13 +108,20 @@ class Runs:
         """Note that it has a machine that is ready."""
         run.machine, run.served = machine_id, self._clock.seconds()
 
+    def refused(self, reason: str) -> None:
+        """Note that a request was refused, whether it had come to be a run or not."""
+        self._watch.refused(reason)
+
     def end(self, run: Run) -> None:
         """Note its end; one that had a machine has its line in the log."""
         self._under_way.remove(run)
-        ended = self._clock.seconds()
+        run.ended = ended = self._clock.seconds()
+        self._watch.ended(run)
         served = ended if run.served is None else run.served
         wait_ms, run_ms = _ms(served - run.came), _ms(ended - served)
-        answer_ms = None if run.answered is None else _ms(run.answered - served)
+        answer_ms, first_ms = (
+            None if moment is None else _ms(moment - served) for moment in (run.answered, run.first_byte)
+        )
         self._latest.append(
             {"run": run.id, "ended": round(self._wall()), "wait_ms": wait_ms, "run_ms": run_ms,
              "ending": run.ending}
@@ -83,9 +129,9 @@ class Runs:
         if run.machine is not None:
             self._log.info(
                 "run {run} of {client} on {machine}: {ending}, {bytes} bytes; waited {wait_ms} ms, answered "
-                "after {answer_ms} ms, ran {run_ms} ms",
+                "after {answer_ms} ms, first byte after {first_ms} ms, ran {run_ms} ms",
                 run=run.id, client=run.client, machine=run.machine, ending=run.ending, bytes=run.bytes,
-                wait_ms=wait_ms, answer_ms=answer_ms, run_ms=run_ms,
+                wait_ms=wait_ms, answer_ms=answer_ms, first_ms=first_ms, run_ms=run_ms,
             )  # fmt: skip
         run.gone.callback(None)
 

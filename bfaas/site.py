@@ -35,13 +35,16 @@ MAX_CONNECTIONS = 4096
 
 
 class RefusalError(Exception):
-    """A request is answered with this status and this line, as text."""
+    """A request is answered with this status and this line; `reason` is a word for who counts refusals."""
 
-    def __init__(self, code: int, line: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, code: int, line: str, headers: dict[str, str] | None = None, reason: str = "malformed"
+    ) -> None:
         super().__init__(line)
         self.code = code
         self.line = line
         self.headers = headers or {}
+        self.reason = reason
 
 
 def refuse(request: Request, code: int, line: str) -> bytes:

@@ -48,26 +48,26 @@ class Standby:
 
     async def hold(self, member: Member) -> bool:
         """Keep a machine that is ready for as long as it is to stand by; False when it is not to serve."""
-        member.phase = Phase.READY
+        member.enter(Phase.READY)
         while (call := self._call(member)) is Call.STAND_BY:
             if not await self._stand_by(member):
                 if self._call(member) is not Call.END:
                     self._backoff.failed()
                 return False
             self._backoff.succeeded()
-            member.phase = Phase.READY
+            member.enter(Phase.READY)
         return call is Call.COME
 
     async def _stand_by(self, member: Member) -> bool:
         if not self._suspends:
             return await self._rest(member)
-        member.phase = Phase.SUSPENDED
+        member.enter(Phase.SUSPENDED)
         if not await self._life.suspend(member):
             return False
         call = self._call(member)  # since its suspension began, that may have changed
         if call is Call.END or (call is Call.STAND_BY and not await self._rest(member)):
             return False
-        member.phase = Phase.THAWING
+        member.enter(Phase.THAWING)
         await self._life.resume(member)
         return True
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.member import Phase
+from bfaas.runs import Refused
 from bfaas.wire import Reason
 
 ROOT = Path(__file__).parents[1]
@@ -29,12 +30,18 @@ class DocumentTests(SynchronousTestCase):
     def test_every_phase_and_every_ending_is_explained(self) -> None:
         for phase in Phase:
             self.assertRegex(DOCS["architecture.md"], rf"(?m)^\|.*\b{phase.value}\b")
-        for reason in Reason:
+        for reason in (*Reason, *Refused):
             self.assertRegex(DOCS["operations.md"], rf"(?m)^\| .*`{reason.value}`")
+
+    def test_every_metric_is_explained(self) -> None:
+        names = re.findall(r'"(bfaas_\w+)"', (ROOT / "bfaas" / "metrics.py").read_text())
+        self.assertEqual(10, len(names))
+        for name in names:
+            self.assertRegex(DOCS["operations.md"], rf"(?m)^\| .*`{name}(\{{[\w,]+\}})?`.* \|")
 
     def test_what_readyz_says_is_explained(self) -> None:
         source = "".join(path.read_text() for path in (ROOT / "bfaas").rglob("*.py"))
         told = re.findall(r"(?m)^\| (?:`GET /readyz` )?\| `([a-zA-Z ]+)` \|", DOCS["operations.md"])
-        self.assertEqual(4, len(told), told)
+        self.assertEqual(6, len(told), told)
         for words in told:
             self.assertIn(f'"{words}"', source)

@@ -23,7 +23,8 @@ from twisted.trial.unittest import TestCase
 from twisted.web.client import ResponseFailed
 
 from bfaas import tree
-from bfaas.coord import Coordinator, CoordService, pool_settings
+from bfaas.coord import CoordService, pool_settings
+from bfaas.coordinator import Coordinator
 from bfaas.machines.api import MachineConfig, State
 from bfaas.machines.local import WORKER, LocalMachines, find_sandbox
 from bfaas.pool import Pool

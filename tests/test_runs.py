@@ -42,14 +42,14 @@ class RunsTests(SynchronousTestCase):
         self.clock.advance(0.25)
         self.runs.served(run, "m1")
         self.clock.advance(0.5)
-        run.answered = self.clock.seconds()
+        run.answered = run.first_byte = self.clock.seconds()
         self.assertEqual(1, self.runs.status()["running"])
         self.clock.advance(1)
         run.ending, run.bytes = "exit 3", 12
         self.runs.end(run)
 
         [line] = [formatEvent(event) for event in self.said]
-        phases = "waited 250 ms, answered after 500 ms, ran 1500 ms"
+        phases = "waited 250 ms, answered after 500 ms, first byte after 500 ms, ran 1500 ms"
         self.assertEqual(f"run 00000000000000ab of 192.0.2.7 on m1: exit 3, 12 bytes; {phases}", line)
         told = {"run": "00000000000000ab", "ended": 1_800_000_002, "wait_ms": 250, "run_ms": 1500}
         self.assertEqual({"running": 0, "recent": [{**told, "ending": "exit 3"}]}, self.runs.status())
@@ -61,7 +61,7 @@ class RunsTests(SynchronousTestCase):
         self.runs.end(run)
 
         [told] = json.loads(json.dumps(self.runs.status()))["recent"]
-        self.assertEqual((2000, 0, "left"), (told["wait_ms"], told["run_ms"], told["ending"]))
+        self.assertEqual((2000, 0, "error"), (told["wait_ms"], told["run_ms"], told["ending"]))
         self.assertEqual([], self.said)
 
     def test_a_drain_waits_for_those_that_are_under_way(self) -> None:

@@ -53,6 +53,8 @@ ROOMS = [
     "bfaas.clients",
     "bfaas.runs",
     "bfaas.page",
+    "bfaas.coordinator",
+    "bfaas.metrics",
     "bfaas.coord",
     "bfaas.operate",
     "bfaas.client",
@@ -71,7 +73,14 @@ STRANGERS = {
     "bfaas.machines.routes": {"bfaas.machines.local", "bfaas.machines.memory"},
 }
 
-KLEIN = {"bfaas.coord", "bfaas.runner", "bfaas.machines.routes", "bfaas.page", "bfaas.site"}
+KLEIN = {
+    "bfaas.coordinator",
+    "bfaas.metrics",
+    "bfaas.runner",
+    "bfaas.machines.routes",
+    "bfaas.page",
+    "bfaas.site",
+}
 TREQ = {"bfaas.machines.fly", "bfaas.proxy", "bfaas.cli"}
 REACTOR = {"bfaas.coord", "bfaas.basher", "bfaas.machines.server", "bfaas.process", "bfaas.cli"}
 

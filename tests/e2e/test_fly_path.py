@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -188,6 +189,9 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     [answer] = replayed.headers.getRawHeaders("fly-replay")
     assert answer.startswith("elsewhere=true;state=")
     state = answer.partition("state=")[2]
+
+    status = json.loads((await coordinator.get("/status")).body)
+    assert [run["ending"] for run in status["runs"]["recent"]] == ["replayed"]
 
     for script, source in ((b"true", f"instance=x;region=ams;t=1;state={state}"), (b"#" * 1_000_001, None)):
         waited = await ask(script, source)

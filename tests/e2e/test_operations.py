@@ -8,7 +8,9 @@ import re
 import signal
 from typing import Any
 
+import pytest
 import pytest_twisted
+from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.defer import Deferred
 
 from bfaas.deadline import sleep
@@ -104,16 +106,75 @@ async def test_the_log_can_be_an_object_a_line() -> None:
     assert line["message"].startswith(f"run {line['run']} of 127.0.0.1 on {line['machine']}: exit 7, ")
 
 
+@pytest.mark.parametrize("used", [False, True], ids=["without-machines", "with-an-idle-one"])
 @with_twisted
-async def test_it_is_alive_but_not_ready_while_the_api_is_down() -> None:
+async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> None:
     fly = await start_fly()
     coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="1s"))
     assert (await readiness(coordinator, 200)).body == b"ready\n"
-    os.kill(fly.machines.pid, signal.SIGKILL)
-    refused = await coordinator.run("echo fine")
-    assert refused.status == 503
+    if used:
+        assert (await coordinator.run("echo fine")).status == 200
 
-    assert (await readiness(coordinator, 503)).body == b"machines cannot be started\n"
+        async def idle() -> bool:
+            return bool((await status(coordinator))["pool"]["machines"] == {"idle": 1})
+
+        await until(idle)
+    os.kill(fly.machines.pid, signal.SIGKILL)
+    for _ in range(3):
+        assert (await coordinator.run("echo fine")).status == 503
+        told = await coordinator.get("/readyz")
+        assert told.status == 503
+        assert told.body == (b"requests wait in vain\n" if used else b"machines cannot be started\n")
+
     assert (await coordinator.get("/healthz")).body == b"ok\n"
     coordinator.kill(signal.SIGKILL)
     await coordinator.program.ended
+
+
+@with_twisted
+async def test_it_is_not_ready_while_the_line_is_longer_than_anybody_waits() -> None:
+    coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="1s", MAXREQTIME="4s")
+    busy = await coordinator.begin("sleep 1000")
+    assert (await coordinator.get("/readyz")).body == b"too many requests are waiting\n"
+    await busy.end()
+    await readiness(coordinator, 200)
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
+    port, settings = free_port(), {"WORKER_APP": "mock", "MAXREQTIME": "2s", "POOLSIZE": "1", "MAXWAIT": "1s"}
+    options = ["--metrics", f"tcp:{port}:interface=127.0.0.1"]
+    coordinator = await start_listening("bfaas-coord", free_port(), options, settings)
+    for script in ("echo fine", "exit 3", "sleep 1000", b"\0"):
+        await coordinator.run(script)
+    busy = await coordinator.begin("echo begun; sleep 1000")
+    assert (await coordinator.run("echo in vain")).status == 503
+    page = Running(coordinator.program, port, coordinator.pid)
+
+    answer = await page.get("/metrics")
+
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    told = {
+        sample.name + "".join(f",{value}" for value in sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(answer.body.decode())
+        for sample in family.samples
+    }
+    assert told["bfaas_run_seconds_count,exit"] == 2
+    assert told["bfaas_run_seconds_count,timeout"] == 1
+    assert 2 <= told["bfaas_run_seconds_sum,timeout"] < 60
+    assert told["bfaas_refusals_total,malformed"] == told["bfaas_refusals_total,no-worker"] == 1
+    assert told["bfaas_refusals_total,queue-full"] == 0
+    assert told["bfaas_queue_seconds_count"] == 4
+    assert told["bfaas_first_byte_seconds_count"] == 3
+    assert told["bfaas_machine_phase_seconds_count,creating,ready"] == 1
+    assert told["bfaas_machine_phase_seconds_count,starting,ready"] == 3
+    assert told["bfaas_machine_phase_seconds_count,stopping,idle"] == 3
+    assert (told["bfaas_machines,busy"], told["bfaas_machines,idle"]) == (1, 0)
+    assert told["bfaas_answer_bytes_total"] > 100
+    assert told["bfaas_ready"] == 0
+    assert told["process_resident_memory_bytes"] > 1 << 20
+    assert (await page.get("/")).body == b"not found\n"
+    assert (await coordinator.get("/metrics")).status == 404
+    busy.leave()
+    assert await stop(coordinator) == 0

@@ -58,8 +58,10 @@ MUTANTS = [
         "a tampered machine serves",
     ),
     Mutant("pool", "                member.tainted = True\n", "", "tampering is not remembered"),
-    Mutant("pool", "tainted=too_many or not fit", "tainted=too_many", "a machine of another image is used"),
-    Mutant("pool", "tainted=too_many or not fit", "tainted=not fit", "a pool that shrank keeps too many"),
+    Mutant(
+        "pool", "tainted = too_many or not fit", "tainted = too_many", "a machine of another image is used"
+    ),
+    Mutant("pool", "tainted = too_many or not fit", "tainted = not fit", "a pool that shrank keeps too many"),
     Mutant("pool", "return self._reclaimed and not", "return not", "machines are made before it looked"),
     Mutant(
         "pool",
@@ -93,10 +95,10 @@ MUTANTS = [
         "close waits for idle machines",
     ),
     Mutant(
-        "pool", "            self._cleaning.cancel()\n", "            pass\n", "cleaning goes on after close"
+        "sweep", "            self._cleaning.cancel()\n", "            pass\n", "cleaning goes on after close"
     ),
     Mutant(
-        "pool",
+        "sweep",
         "                failures += 1\n",
         "                return\n",
         "cleaning ends at its first failure",
@@ -144,26 +146,26 @@ MUTANTS = [
         "each address of a network has a share of its own",
     ),
     Mutant(
-        "coord",
+        "coordinator",
         "on_fly=self._settings.fly is not None",
         "on_fly=False",
         "all clients of Fly's proxy are one",
     ),
     Mutant(
-        "coord",
+        "coordinator",
         "            self._shares.give_back(client)\n",
         "            if request.channel is not None:\n                self._shares.give_back(client)\n",
         "who leaves keeps a part of its share",
     ),
     Mutant(
-        "coord",
-        '            raise self._refusal(503, "too many requests are waiting")\n',
+        "coordinator",
+        '            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)\n',
         "            self._shares.take(client)\n"
-        '            raise self._refusal(503, "too many requests are waiting")\n',
+        '            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)\n',
         "who is refused keeps a part of its share",
     ),
     Mutant(
-        "coord",
+        "coordinator",
         "ceil(min(self._pool.expected_wait, longest))",
         "ceil(100 * self._pool.expected_wait)",
         "clients are sent away for good",
@@ -219,8 +221,9 @@ MUTANTS = [
     ),
     Mutant(
         "life",
+        "        await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))\n"
         "        await self._within(self._limits.ready, self._probe(member.machine))\n",
-        "",
+        "        await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))\n",
         "a worker is used before it listens",
     ),
     Mutant(
@@ -255,7 +258,7 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "self._stops_within(member, self._settings.lease_ttl / 3)",
+        "self._stops_within(member, self._until_renewal(member))",
         "self._stops_within(member, self._settings.lease_ttl * 3)",
         "the lease of a machine that stands by runs out",
     ),
@@ -310,27 +313,29 @@ MUTANTS = [
     ),
     # One request.
     Mutant(
-        "coord",
+        "coordinator",
         "            finally:\n                allocation.release()\n",
         "            except ZeroDivisionError:\n                pass\n"
         "            else:\n                allocation.release()\n",
         "a failing request keeps its machine",
     ),
-    Mutant("coord", "exit_ = await deadline.run(relay)", "exit_ = await relay", "a run has no deadline"),
     Mutant(
-        "coord",
-        "return await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))",
-        "return await self._pool.allocate(client)",
+        "coordinator", "exit_ = await deadline.run(relay)", "exit_ = await relay", "a run has no deadline"
+    ),
+    Mutant(
+        "coordinator",
+        "await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))",
+        "await self._pool.allocate(client)",
         "a wait has no end",
     ),
     Mutant(
-        "coord",
+        "coordinator",
         "            answer.end(wire.Exit.because(wire.Reason.TIMEOUT, self._since(started)))\n",
         "            answer.finish()\n",
         "a timeout is not told",
     ),
     Mutant(
-        "coord",
+        "coordinator",
         "            if not answer.begun:\n",
         "            if True:\n",
         "an error page in the middle of a stream",

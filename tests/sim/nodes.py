@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from twisted.internet.defer import Deferred
 
 from bfaas.auth import Signer, genkey
-from bfaas.coord import Coordinator, pool_settings
+from bfaas.coord import pool_settings
+from bfaas.coordinator import Coordinator
 from bfaas.machines.fly import FlyMachines
 from bfaas.member import CLEANING_PERIOD
 from bfaas.pool import Pool

@@ -1,0 +1,241 @@
+"""The coordinator's resource: takes scripts from anyone, runs each on a worker of its own, in its time."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from typing import TYPE_CHECKING
+
+from klein import Klein
+from twisted.internet.defer import CancelledError
+from twisted.logger import Logger
+
+from bfaas import wire
+from bfaas.answer import Answer
+from bfaas.ask import asked
+from bfaas.clients import Shares, client_of
+from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.member import Phase
+from bfaas.page import serve_page
+from bfaas.pool import PoolClosedError
+from bfaas.proxy import WorkerError
+from bfaas.runs import Refused
+from bfaas.site import RefusalError, answer_errors_in_text, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twisted.internet.interfaces import IReactorTime
+    from twisted.web.server import Request
+
+    from bfaas.ask import Ask
+    from bfaas.machines.api import Machine
+    from bfaas.pool import Allocation, Pool
+    from bfaas.proxy import Proxy
+    from bfaas.runs import Run, Runs
+    from bfaas.settings import CoordSettings
+
+MAX_REPLAYED = 1_000_000
+"""Bytes of a request's body that Fly's proxy replays at the most."""
+
+REPLAYED = "bfaas-replayed"
+
+TOLD_FOR = 60.0
+"""Seconds for which one request that waited in vain speaks for the next, unless one is served."""
+
+
+class Coordinator:
+    """
+    The coordinator's resource.
+
+    `wall` tells the time that tickets are signed with, in seconds since the epoch.
+    """
+
+    app = Klein()
+    answer_errors_in_text(app)
+    serve_page(app)
+    _log = Logger()
+
+    def __init__(
+        self,
+        clock: IReactorTime,
+        settings: CoordSettings,
+        pool: Pool,
+        proxy: Proxy,
+        wall: Callable[[], float],
+        runs: Runs,
+    ) -> None:
+        self._clock = clock
+        self._settings = settings
+        self._pool = pool
+        self._proxy = proxy
+        self._wall = wall
+        self._runs = runs
+        self._draining = False
+        self._waited_in_vain: float | None = None
+        self._shares = Shares(settings.max_per_client)
+
+    @app.route(wire.RUN_PATH, methods=["POST"])
+    async def run(self, request: Request) -> None:
+        """
+        Run the script that is the body, or in it, on a machine from the pool.
+
+        A request of a script counts as any other: among those of the address that it comes from.
+        """
+        run_id = self._runs.new_id()
+        request.setHeader(wire.RUN_ID, run_id)
+        try:
+            await self._run(request, run_id)
+        except RefusalError as refusal:
+            self._runs.refused(refusal.reason)
+            raise
+
+    async def _run(self, request: Request, run_id: str) -> None:
+        ask = asked(request)
+        if self._draining:
+            raise self._refusal(503, "shutting down", Refused.SHUTTING_DOWN)
+        client = client_of(request, on_fly=self._settings.fly is not None)
+        if not self._shares.take(client):
+            raise self._refusal(429, "too many requests of yours are under way", Refused.OVER_SHARE)
+        run = self._runs.begin(run_id, client)
+        try:
+            self._replay_elsewhere(request, ask)
+            allocation = await self._allocate(client)
+            self._runs.served(run, allocation.machine.id)
+            try:
+                await self._answer(request, ask, run, allocation.machine)
+            finally:
+                allocation.release()
+        except RefusalError as refusal:
+            run.ending = refusal.reason
+            raise
+        except CancelledError:
+            run.ending = "left"
+            raise
+        finally:
+            self._shares.give_back(client)
+            self._runs.end(run)
+
+    @app.route(wire.HEALTH_PATH, methods=["GET"])
+    def healthz(self, request: Request) -> bytes:
+        """Tell that we are alive."""
+        return tell(request, "ok")
+
+    @app.route("/readyz", methods=["GET"])
+    def readyz(self, request: Request) -> bytes:
+        """Tell whether a run that came now would find a machine, as far as we know; 503 and why if not."""
+        trouble = self.trouble
+        if trouble is not None:
+            raise RefusalError(503, trouble)
+        return tell(request, "ready")
+
+    @app.route("/status", methods=["GET"])
+    def status(self, request: Request) -> bytes:
+        """Tell, as JSON, what the pool and the line look like, and what became of the latest runs."""
+        settings, pool = self._settings, self._pool
+        phases = {phase.value: count for phase in Phase if (count := pool.count(phase))}
+        told = {
+            "pool": {
+                "name": settings.machine_id, "size": settings.pool_size, "standby": settings.standby,
+                "machines": phases,
+            },
+            "queue": {
+                "waiting": pool.waiting, "limit": settings.max_queue,
+                "expected_wait_ms": round(1000 * pool.expected_wait),
+            },
+            "max_req_time_ms": round(1000 * settings.max_req_time),
+            "draining": self._draining,
+            "runs": self._runs.status(),
+        }  # fmt: skip
+        return tell(request, json.dumps(told), "application/json")
+
+    async def drain(self) -> None:
+        """Take no more runs, and wait until those that are under way have ended."""
+        self._draining = True
+        await self._runs.until_gone()
+
+    @property
+    def trouble(self) -> str | None:
+        """What speaks against a machine, in time, for a request that comes now; None where nothing does."""
+        settings, pool = self._settings, self._pool
+        if self._draining or pool.trouble is not None:
+            return "shutting down" if self._draining else pool.trouble
+        if pool.next_in_line > settings.max_queue or pool.expected_wait > settings.max_wait:
+            return "too many requests are waiting"
+        waited = self._waited_in_vain
+        if waited is not None and self._clock.seconds() - waited < TOLD_FOR:
+            return "requests wait in vain"
+        return None
+
+    async def _allocate(self, client: str) -> Allocation:
+        settings = self._settings
+        if self._pool.next_in_line > settings.max_queue:
+            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)
+        try:
+            allocation = await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))
+        except DeadlineExceededError:
+            self._waited_in_vain = self._clock.seconds()
+            line = f"no worker within {settings.max_wait:g} s"
+            raise self._refusal(503, line, Refused.NO_WORKER) from None
+        except PoolClosedError:
+            raise self._refusal(503, "shutting down", Refused.SHUTTING_DOWN) from None
+        self._waited_in_vain = None
+        return allocation
+
+    def _replay_elsewhere(self, request: Request, ask: Ask) -> None:
+        """
+        Where that is wanted, let Fly's proxy take the request to a coordinator that may have a machine.
+
+        Once: the proxy tells the next coordinator in `fly-replay-src` the state that this one gave it.
+        """
+        settings = self._settings
+        if not settings.replay or ask.size > MAX_REPLAYED or self._pool.next_in_line == 0:
+            return
+        source = request.getHeader(b"fly-replay-src") or b""
+        if f"state={REPLAYED}".encode() not in [part.strip() for part in source.split(b";")]:
+            replay = {"fly-replay": f"elsewhere=true;state={REPLAYED}"}
+            raise RefusalError(503, "no worker here; trying elsewhere", replay, Refused.REPLAYED)
+
+    def _refusal(self, code: int, line: str, reason: Refused) -> RefusalError:
+        """
+        Refuse a request, and tell its client when to come back: in whole seconds, at least one.
+
+        By then all who wait now should have been served, by what the pool expects; and if it is wrong, they
+        have given up after `MAXWAIT`, and the last to be served has had its `MAXREQTIME`.
+        """
+        longest = self._settings.max_wait + self._settings.max_req_time
+        retry = max(1, ceil(min(self._pool.expected_wait, longest)))
+        return RefusalError(code, line, {"Retry-After": str(retry)}, reason)
+
+    async def _answer(self, request: Request, ask: Ask, run: Run, machine: Machine) -> None:
+        """Relay one run within its time; whatever happens, the answer has one ending."""
+        settings = self._settings
+        started = self._clock.seconds()
+        deadline = Deadline(self._clock, ask.limit(settings.max_req_time))
+        format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
+        answer = Answer(request, format_, self._clock)
+        headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
+        ticket = settings.signer.sign(machine.id, self._wall())
+        try:
+            relay = self._proxy.relay(machine, ticket, run.id, ask, format_, answer, headers)
+            exit_ = await deadline.run(relay)
+            run.ending = exit_.reason or f"exit {exit_.code}"
+        except DeadlineExceededError:
+            run.ending = wire.Reason.TIMEOUT
+            if not answer.begun:
+                line = "the worker did not answer in time"
+                raise RefusalError(504, line, reason=Refused.NO_ANSWER) from None
+            answer.end(wire.Exit.because(wire.Reason.TIMEOUT, self._since(started)))
+        except WorkerError as error:
+            self._log.warn(
+                "run {run}: {machine} failed: {error}", run=run.id, machine=machine.id, error=error
+            )
+            raise RefusalError(502, "the worker failed", reason=Refused.WORKER_FAILED) from None
+        finally:
+            answer.close()
+            run.answered, run.first_byte = answer.begun_at, answer.first_byte_at
+            run.bytes = answer.bytes_written
+
+    def _since(self, moment: float) -> int:
+        """Milliseconds since then."""
+        return round(1000 * (self._clock.seconds() - moment))
