@@ -22,6 +22,7 @@ from zope.interface import implementer
 
 from bfaas import tree
 from bfaas.confine import command_prefix, in_bubblewrap
+from bfaas.pipe import widen
 from bfaas.wire import Exit, Reason, Stream
 
 if TYPE_CHECKING:
@@ -175,6 +176,12 @@ class BashRun(ProcessProtocol):
         self.kill()
 
     # The process.
+
+    def connectionMade(self) -> None:
+        """Take its output in large pieces."""
+        for number, end in self.transport.pipes.items():
+            if number in _STREAMS:
+                widen(end)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         """Pass a piece of output on, as far as there is room for it."""

@@ -12,7 +12,7 @@ from typing import Protocol
 from bfaas.wire import Exit, Format, WireError, is_code, read_json, write_event
 
 MAX_EVENT = 512 * 1024
-"""Bytes of one event that a reader takes: a full pipe (64 KiB) of what JSON writes in six bytes each."""
+"""Bytes of one event that a reader takes: a piece of 64 KiB of what JSON writes in six bytes each."""
 
 MAX_COMMENTS = 64 * 1024
 """Bytes of comments that a reader takes: one every 15 s for two days."""
@@ -67,7 +67,9 @@ class EventReader:
         self._format = format_
         self.exit: Exit | None = None
         self.error: WireError | None = None
-        self._rest = bytearray()
+        self._event: list[bytes] = []  # the lines of an event that has not ended
+        self._line: list[bytes] = []  # the pieces of a line that has not
+        self._size = 0  # of both, in bytes
         self._room = max_output
         self._room_for_comments = MAX_COMMENTS
 
@@ -75,36 +77,45 @@ class EventReader:
         """Take a piece, give the output events that are complete."""
         if self.error is not None:
             return b""
-        seen = max(0, len(self._rest) - 1)
-        self._rest += data
         passed_on: list[bytes] = []
         try:
-            if self._rest.find(b"\n\n", seen) >= 0:
-                *blocks, rest = bytes(self._rest).split(b"\n\n")
-                self._rest = bytearray(rest)
-                for block in blocks:
-                    passed_on.append(self._read(block))  # noqa: PERF401 - what is before an error counts
-            # A last line end may be the first half of the event's.
-            _check_size(len(self._rest) - self._rest.endswith(b"\n"))
+            # Line by line, since to look for one byte takes a tenth of what it takes to look for two.
+            *ends, rest = data.split(b"\n")
+            for end in ends:
+                self._take(end)
+                line, self._line = b"".join(self._line), []
+                if line:
+                    self._event.append(line)
+                else:
+                    event, self._event, self._size = self._event, [], 0
+                    passed_on.append(self._read(event))
+            self._take(rest)
         except WireError as error:
             self.error = error.with_traceback(None)  # whose frames hold the piece
-            self._rest.clear()
+            self._event, self._line = [], []
         return b"".join(passed_on)
 
-    def _read(self, block: bytes) -> bytes:
-        _check_size(len(block))
-        if block.startswith(b":") and b"\n" not in block:
-            self._room_for_comments -= len(block) + 2
+    def _take(self, piece: bytes) -> None:
+        """Keep a piece of a line."""
+        if piece:
+            self._line.append(piece)
+            self._size += len(piece)
+        if self._size > MAX_EVENT or len(self._event) > 2:  # noqa: PLR2004 - an event has two lines
+            raise WireError("an event that does not end")
+
+    def _read(self, event: list[bytes]) -> bytes:
+        if len(event) == 1 and event[0].startswith(b":"):
+            self._room_for_comments -= len(event[0]) + 2
             if self._room_for_comments < 0:
                 raise WireError("comments without end")
             return b""
-        field, _, line = block.partition(b"\n")
-        name = _NAMES.get(field)
-        if name is None or not line.startswith(b"data:") or b"\n" in line or b"\r" in line:
+        name = _NAMES.get(event[0]) if len(event) == 2 else None  # noqa: PLR2004 - as above
+        line = event[-1] if event else b""
+        if name is None or not line.startswith(b"data:") or b"\r" in line:
             raise WireError("something that is no event")
         if self.exit is not None:
             raise WireError("an event after the exit")
-        data = line[5:].removeprefix(b" ")
+        data = line[6:] if line.startswith(b"data: ") else line[5:]
         if name == b"exit":
             self.exit = Exit.from_json(data)
             return b""
@@ -112,11 +123,6 @@ class EventReader:
         if self._room < 0:
             raise OutputLimitError("more output than the limit")
         return write_event(self._format, name.decode(), data)
-
-
-def _check_size(size: int) -> None:
-    if size > MAX_EVENT:
-        raise WireError("an event that does not end")
 
 
 def _least_output(data: bytes) -> int:

@@ -13,6 +13,7 @@ from twisted.trial.unittest import TestCase
 from bfaas.ask import Ask
 from bfaas.bash import BashRun, script_environment
 from bfaas.confine import User
+from bfaas.pipe import PIECE
 from bfaas.wire import Exit, Reason, Stream
 from tests.workers import LIMIT, reactor, until, watch_for_leftovers
 
@@ -258,21 +259,23 @@ class BashRunTests(TestCase):
         self.assertEqual(exit_, await run.when_ended())
 
     async def test_a_paused_run_waits_and_then_loses_nothing(self) -> None:
-        run, output = self.start("seq 100000; echo end >&2")
+        run, output = self.start("seq 400000; echo end >&2")
         run.pauseProducing()
         await until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
         before = output.both
         run.resumeProducing()
         await run.when_ended()
         self.assertEqual((b"", b""), before)
-        self.assertEqual("".join(f"{n}\n" for n in range(1, 100_001)).encode(), output.both[0])
+        self.assertEqual("".join(f"{n}\n" for n in range(1, 400_001)).encode(), output.both[0])
         self.assertEqual(b"end\n", output.both[1])
 
     async def test_a_run_that_is_paused_when_bash_exits_gives_everything(self) -> None:
-        run, output = self.start("head -c 60000 /dev/zero; echo err >&2")
+        # As much as no pipe holds that was not widened; so bash would not exit.
+        run, output = self.start("head -c 1000000 /dev/zero; echo err >&2")
         run.pauseProducing()
         await run.when_ended()
-        self.assertEqual((bytes(60_000), b"err\n"), output.both)
+        self.assertEqual((bytes(1_000_000), b"err\n"), output.both)
+        self.assertEqual(PIECE, max(map(len, output.of[Stream.STDOUT])))
 
     async def test_bash_runs_behind_the_sandbox(self) -> None:
         _, out, _ = await self.run_script("echo $MARK", sandbox=("env", "MARK=1"))

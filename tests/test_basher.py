@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ConnectionDone, ProcessDone
@@ -30,6 +30,7 @@ class PlayedProcess:
     """A process's transport, without a process."""
 
     pid = 1 << 30  # no process has this number
+    pipes: ClassVar[dict[int, object]] = {}
 
     def pauseProducing(self) -> None:
         pass

@@ -45,6 +45,7 @@ ROOMS = [
     "bfaas.sweep",
     "bfaas.line",
     "bfaas.pool",
+    "bfaas.pipe",
     "bfaas.bash",
     "bfaas.answer",
     "bfaas.runner",
