@@ -31,11 +31,10 @@ class Backoff:
         return self._timer is not None and self._timer.active()
 
     def failed(self) -> None:
-        """Begin a pause, unless one is under way."""
-        seconds = self._pause(self._failures)
-        self._failures += 1
+        """Begin a pause, unless one is under way: what fails together counts once."""
         if not self.pauses and not self._closed:
-            self._timer = self._clock.callLater(seconds, self._again)
+            self._timer = self._clock.callLater(self._pause(self._failures), self._again)
+            self._failures += 1
 
     def succeeded(self) -> None:
         """Let the next pause be short."""

@@ -63,6 +63,7 @@ class Life:
     _log = Logger()
     _PAUSES = (0.05, 30.0)
     _HURRIED_NAP = 0.5
+    _START_PAUSE = 0.25  # some 0.4 s after a stop it can be started; the API takes three calls in a burst
 
     def __init__(
         self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
@@ -101,7 +102,8 @@ class Life:
                 await self._try_to_create(member)
                 break
             except (UnavailableError, DeadlineExceededError) as error:
-                if self._closing:
+                refused = isinstance(error, RateLimitedError) and member.lost is None
+                if self._closing or refused:
                     raise
                 member.lost = self._clock.seconds()
                 self._log.warn("is {name} created? {error}", name=member.name, error=error)
@@ -299,7 +301,7 @@ class Life:
                 pass  # we asked too often whether it is over
             else:
                 return
-            await self._nap(self.pause(failures))
+            await self._nap(max(self._START_PAUSE, self.pause(failures + 2)))
 
     async def _renew(self, member: Member) -> None:
         """Extend the lease; do without as long as what is left covers a start and two requests."""

@@ -20,7 +20,7 @@ from bfaas.backoff import Backoff
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
-from bfaas.machines.api import Machine, MachinesAPI, MachinesError, UnavailableError
+from bfaas.machines.api import Machine, MachinesAPI, MachinesError, RateLimitedError, UnavailableError
 from bfaas.member import Member, Phase, PoolSettings, Watch, machine_name
 from bfaas.standby import Call, Standby
 from bfaas.sweep import Sweep
@@ -81,6 +81,7 @@ class Pool:
         self._line: Line[Allocation] = Line()
         self._turn = settings.max_req_time
         self._reclaimed = False
+        self._limited = False
         self._creating = Backoff(clock, self._life.pause, self._balance)
         self._standing = Backoff(clock, self._life.pause, self._balance)
         self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
@@ -186,12 +187,20 @@ class Pool:
         while short > 0 and len(self._members) < self._settings.size and self._may_create():
             self._add(Member(machine_name(self._settings.name, self._random), self._clock, self._watch))
             short -= 1
+        self._limited = self._limited and short > 0
 
     def _in(self, *phases: Phase) -> list[Member]:
         return [member for member in self._members if member.phase in phases]
 
     def _may_create(self) -> bool:
-        """Not before we know what is there already, and not in the pause after a failure."""
+        """
+        Not before we know what is there already, and not in the pause after a failure.
+
+        And one at a time while the app is at its limit, of one a second, which all its coordinators share.
+        """
+        asked = [member for member in self._in(Phase.CREATING) if member.known_machine is None]
+        if self._limited and any(member.lost is None for member in asked):
+            return False
         return self._reclaimed and not self._creating.pauses
 
     def _add(self, *members: Member) -> None:
@@ -217,6 +226,8 @@ class Pool:
         try:
             if member.phase is Phase.CREATING:
                 await self._life.create(member)
+                if self._limited:
+                    self._balance()
                 await self._serve(member)
             elif not member.tainted:
                 await self._life.adopt(member)
@@ -227,7 +238,9 @@ class Pool:
         except (MachinesError, DeadlineExceededError) as error:
             self._log.warn("gives up {name}: {error}", name=member.name, error=error)
             self._creating.failed()
-            if isinstance(error, (UnavailableError, DeadlineExceededError)):
+            if isinstance(error, RateLimitedError):
+                self._limited = True
+            elif isinstance(error, (UnavailableError, DeadlineExceededError)):
                 self._sweep.doubt()
         else:
             if self._closing and not member.tainted:

@@ -117,7 +117,8 @@ class Sweep:
         """
         machines = await self._list()
         self.sees = True
-        self._tell_own([machine for machine in machines if self._settings.owns(machine)])
+        own = [await self._look(machine) for machine in machines if self._settings.owns(machine)]
+        self._tell_own([machine for machine in own if machine is not None])
         unleased = [machine for theirs in self._others(machines) for machine in await self._unleased(theirs)]
         if unleased:
             await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
@@ -171,6 +172,13 @@ class Sweep:
 
     def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
         return Deadline(self._clock, self._settings.limits.look).run(work)
+
+    async def _look(self, machine: Machine) -> Machine | None:
+        """Look at a machine whole, since its metadata may not be in the list; None if it is gone by now."""
+        try:
+            return await self._within(self._api.get(machine.id))
+        except NotFoundError:
+            return None
 
     async def _is_unleased(self, machine: Machine) -> bool:
         try:

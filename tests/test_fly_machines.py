@@ -19,6 +19,7 @@ from bfaas.machines.api import (
     NameTakenError,
     NotFoundError,
     NotReadyError,
+    RateLimitedError,
     RefusedError,
     State,
     UnavailableError,
@@ -158,6 +159,13 @@ class RepetitionTests(LiarTestCase):
         await self.refused(UnavailableError, fly.acquire_lease(M.id, 60, "mine"))
 
         self.assertEqual([f"POST {PATH}/lease"] * 2, self.asked())
+
+    async def test_a_creation_is_not_asked_for_again_even_at_the_limit(self) -> None:
+        fly = self.fly(answer(429, b"slow down"))
+
+        await self.refused(RateLimitedError, fly.create("m", "ams", CONFIG, 60))
+
+        self.assertEqual([f"POST {PATH.rpartition('/')[0]}"], self.asked())
 
     async def test_what_was_refused_is_not_asked_for_again(self) -> None:
         cases: list[tuple[int, object, type[MachinesError]]] = [

@@ -15,6 +15,7 @@ from bfaas.machines.api import (
     MachineConfig,
     NotFoundError,
     NotReadyError,
+    RateLimitedError,
     RefusedError,
     State,
     UnavailableError,
@@ -38,10 +39,12 @@ MAX_REQ_TIME = 10.0
 class World:
     """One app's machines, and pools that share it, on one clock."""
 
-    def __init__(self, timing: Timing | None = None) -> None:
+    def __init__(self, timing: Timing | None = None, *, limited: bool = False) -> None:
         self.clock = Clock()
         timing = timing or Timing(boot=1.0, stop=0.5, rest=0.4)
-        self.machines = MemoryMachines(self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing)
+        self.machines = MemoryMachines(
+            self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing, rate_limited=limited
+        )
         self.never_ready: set[str] = set()
 
     async def probe(self, machine: Machine) -> None:
@@ -250,7 +253,8 @@ class AllocationTests(PoolCase):
         self.world.advance(5)
 
         self.assertEqual(first.machine.id, self.successResultOf(waiting).machine.id)
-        self.assertGreater(self.api.count("start"), 1)
+        # Three calls in a burst are all that the API takes.
+        self.assertTrue(2 <= self.api.count("start") <= 3, self.api.count("start"))
         self.assertEqual(0, self.api.count("destroy"))
         second.release()
 
@@ -681,6 +685,27 @@ class FailureTests(PoolCase):
 
         self.successResultOf(place)
         self.allocated()
+
+    def test_at_the_limit_of_the_app_machines_are_asked_for_one_at_a_time(self) -> None:
+        self.world = World(limited=True)
+        self.pool, self.api = self.world.pool(size=20)
+        self.world.advance(1)
+        self.api.always["create"] = Slow(self.world.clock, 0.1)
+        places = [self.pool.allocate("c") for _ in range(20)]
+        self.world.advance(60)
+
+        for place in places:
+            self.successResultOf(place)
+        # Three are done at once, and one a second after that; each place by itself would ask 600 times.
+        self.assertLess(self.api.count("create"), 200)
+        self.assertEqual(1, self.api.count("list"))  # nobody doubts that the API is well
+
+    def test_a_create_at_the_limit_whose_first_answer_was_lost_keeps_its_place(self) -> None:
+        self.api.next("create", LoseAnswer(), *[Refuse(RateLimitedError("429"))] * 5)
+        self.allocated(within=30)
+
+        self.assertEqual(1, len(self.machines()))
+        self.assertEqual(1, len({argument for method, argument in self.api.calls if method == "create"}))
 
     def test_a_machine_that_does_not_start_is_destroyed_and_another_tried(self) -> None:
         first = self.allocated()

@@ -99,7 +99,11 @@ class MachinesAPI(Protocol):
         ...
 
     async def list(self) -> list[Machine]:
-        """Tell every machine of the app that is not destroyed; the answer may be stale."""
+        """
+        Tell every machine of the app that is not destroyed; the answer may be stale.
+
+        What comes from a machine's configuration, its image and metadata, may be left out.
+        """
         ...
 
     async def get(self, machine_id: str) -> Machine:

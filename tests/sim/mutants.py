@@ -78,8 +78,8 @@ MUTANTS = [
     Mutant("pool", "- 2 * self._settings.max_req_time\n", "+ 1e6\n", "an idle machine outlives its lease"),
     Mutant(
         "backoff",
-        "seconds = self._pause(self._failures)",
-        "seconds = 0.0",
+        "callLater(self._pause(self._failures), self._again)",
+        "callLater(0.0, self._again)",
         "failing creations follow without a pause",
     ),
     Mutant(
