@@ -53,7 +53,7 @@ class Proxy:
     _log = Logger()
     _PROBE_LIMIT = 2.0
     _PROBE_PAUSES = (0.005, 0.25)
-    _PROBE_SHARE = 0.1  # of the time waited so far: what is found out late is late by no more than that
+    _PROBE_SHARE = 0.2  # of the time waited so far: so much later, at the most, it is found out
     _AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of a ticket's life
 
     def __init__(
