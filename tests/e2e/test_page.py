@@ -93,13 +93,13 @@ async def test_a_run_is_cancelled_and_one_that_takes_too_long_is_ended() -> None
 @needs_a_browser
 @with_twisted
 async def test_a_refusal_is_told_with_when_to_try_again() -> None:
-    coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="1s")
+    coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s")
     busy = await coordinator.begin("echo begun; sleep 1000")
     async with shown(coordinator) as browser:
         await run(browser, "true")
         await browser.until("!document.querySelector('#problem').hidden")
         problem = await browser.ask("document.querySelector('#problem').textContent")
-        assert problem.startswith("503: no worker within 1 s. Try again in "), problem
+        assert problem.startswith("503: no worker within 3 s. Try again in "), problem
         assert await browser.ask(STATE) == "Not run"
     busy.leave()
     assert await stop(coordinator) == 0
