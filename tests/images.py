@@ -137,6 +137,7 @@ def coordinator(image: str) -> float:
         said = ask(one.url + "/run?raw=1", "id -u")
         assert said.decode() == f"{user}\n\nexit: 0\n", said
         assert b"<html" in ask(one.url + "/"), "its page is in the image"
+        assert b"\nbfaas_queue_seconds_count 1.0\n" in ask("http://[::1]:9091/metrics"), "as fly.toml has it"
         os.kill(one.pid, signal.SIGTERM)
         assert one.outer.wait(LIMIT) == 0, "a coordinator that is told to end ends with 0"
         return one.start
