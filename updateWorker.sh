@@ -50,7 +50,7 @@ if [ "$dry_run" ]; then
 fi
 # flyctl tells where it pushed to in a line of its own. All it says is passed on, but not by tee: that opens
 # /dev/stderr anew, and so empties a log that this is appended to.
-image=$("${build[@]}" 2>&1 | while IFS= read -r line; do
+image=$("${build[@]}" 2>&1 | while IFS= read -r line || [ "$line" ]; do
     printf '%s\n' "$line" >&2
     case $line in "image: "*) echo "${line#image: }" ;; esac
 done | tail -n 1)

@@ -70,11 +70,9 @@ class Answer:
     def write(self, data: bytes) -> None:
         """Write a piece that is in the answer's format already."""
         if data and not self.closed:
-            self._last_write = self._clock.seconds()
             if self.first_byte_at is None:
-                self.first_byte_at = self._last_write
-            self.bytes_written += len(data)
-            self._request.write(data)
+                self.first_byte_at = self._clock.seconds()
+            self._write(data)
 
     def end(self, exit_: wire.Exit) -> None:
         """Write the exit, and finish."""
@@ -98,12 +96,17 @@ class Answer:
             if self._request.channel is not None:
                 self._request.unregisterProducer()
 
+    def _write(self, data: bytes) -> None:
+        self._last_write = self._clock.seconds()
+        self.bytes_written += len(data)
+        self._request.write(data)
+
     def _lost(self, _: Failure) -> None:
         self.close()
 
     def _keep_alive(self) -> None:
         silent = self._clock.seconds() - self._last_write
         if silent >= wire.KEEPALIVE:
-            self.write(wire.HEARTBEATS[self._format])
+            self._write(wire.HEARTBEATS[self._format])
             silent = 0.0
         self._beat = self._clock.callLater(wire.KEEPALIVE - silent, self._keep_alive)

@@ -4,10 +4,50 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twisted.internet.defer import Deferred
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from random import Random
 
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
+
+
+class Pauses:
+    """Pauses of one pool: jittered, so that pools do not march in step; short once it has to hurry."""
+
+    _SHORTEST, _LONGEST = 0.05, 30.0
+    _HURRIED = 0.5
+
+    def __init__(self, clock: IReactorTime, random: Random) -> None:
+        self._clock = clock
+        self._random = random
+        self._naps: dict[IDelayedCall, None] = {}
+        self._hurries = False
+
+    def after(self, failures: int) -> float:
+        """Choose the seconds to wait after so many failures before this one."""
+        longest = min(self._LONGEST, self._SHORTEST * 2.0 ** min(failures, 30))
+        return longest * self._random.uniform(0.5, 1.0)
+
+    async def nap(self, seconds: float) -> None:
+        """Sleep; not long, and not on, while there is a hurry."""
+        done: Deferred[None] = Deferred()
+        longest = self._HURRIED if self._hurries else seconds
+        nap = self._clock.callLater(min(seconds, longest), done.callback, None)
+        self._naps[nap] = None
+        try:
+            await done
+        finally:
+            del self._naps[nap]
+            if nap.active():
+                nap.cancel()
+
+    def hurry(self) -> None:
+        """End all naps."""
+        self._hurries = True
+        for nap in self._naps:
+            nap.reset(0.0)
 
 
 class Backoff:

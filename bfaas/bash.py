@@ -196,7 +196,7 @@ class BashRun(ProcessProtocol):
         self._status = getattr(reason.value, "status", 0)
         if self._reaping is not None:
             self._reaping.cancel()
-        # Whatever the client's pace: with its writers gone, what a pipe holds is little and has an end.
+        # Whatever the client's pace: with its writers gone, what a pipe holds has an end, at a megabyte.
         self.transport.resumeProducing()
         sweep = Deferred.fromCoroutine(self._sweep())
         sweep.addErrback(lambda failure: self._log.failure("while killing what a script left", failure))

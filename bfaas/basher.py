@@ -93,15 +93,24 @@ class Worker(Service):
         self._listening: Deferred[IListeningPort | None] | None = None
 
     def _load(self) -> Resource:
+        try:
+            resource = self._load_runner()
+        except Exception:
+            # It has told that it listens, but it cannot run anything: a machine that stops is soon seen.
+            self._end()
+            raise
+        # All of this stays, so nobody needs to look for garbage in it.
+        gc.freeze()
+        gc.enable()
+        return resource
+
+    def _load_runner(self) -> Resource:
         from bfaas.runner import Runner  # noqa: PLC0415 - see above
 
         self._runner = Runner(self._reactor, self._settings, time.time, self._end)
         resource: Resource = self._runner.app.resource()
         # The first look for a route sorts them all, and imports an encoding.
         self._runner.app.url_map.bind("localhost").match(wire.HEALTH_PATH)
-        # All of this stays, so nobody needs to look for garbage in it.
-        gc.freeze()
-        gc.enable()
         return resource
 
     def startService(self) -> None:

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from bfaas.machines.api import MachinesAPI
 
 
+METRICS_CONNECTIONS = 16
+"""Connections to the metrics at the most; their files are among those that are left for the rest."""
+
+
 class CoordService(MultiService):
     """The coordinator as a service: on stopping it drains, then closes its pool."""
 
@@ -122,7 +126,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     listener = listening(options["listen"] or endpoint, site, reactor)
     service = CoordService(coordinator, site, listener, pool, shut_down)
     if options["metrics"]:
-        page = BoundedSite(reactor, metrics.app.resource(), max_body=0)
+        told = metrics.app.resource()
+        page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
         listening(options["metrics"], page, reactor).setServiceParent(service)
     return logged(service, options["log-format"])
 

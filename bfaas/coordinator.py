@@ -40,6 +40,8 @@ MAX_REPLAYED = 1_000_000
 
 REPLAYED = "bfaas-replayed"
 
+_REASONS = frozenset(wire.Reason)
+
 TOLD_FOR = 60.0
 """Seconds for which one request that waited in vain speaks for the next, unless one is served."""
 
@@ -163,9 +165,8 @@ class Coordinator:
         if pool.next_in_line > settings.max_queue or pool.expected_wait > settings.max_wait:
             return "too many requests are waiting"
         waited = self._waited_in_vain
-        if waited is not None and self._clock.seconds() - waited < TOLD_FOR:
-            return "requests wait in vain"
-        return None
+        in_vain = waited is not None and self._clock.seconds() - waited < TOLD_FOR
+        return "requests wait in vain" if in_vain and not pool.count(Phase.READY) else None
 
     async def _allocate(self, client: str) -> Allocation:
         settings = self._settings
@@ -219,7 +220,7 @@ class Coordinator:
         try:
             relay = self._proxy.relay(machine, ticket, run.id, ask, format_, answer, headers)
             exit_ = await deadline.run(relay)
-            run.ending = exit_.reason or f"exit {exit_.code}"
+            run.ending = exit_.reason if exit_.reason in _REASONS else f"exit {exit_.code}"
         except DeadlineExceededError:
             run.ending = wire.Reason.TIMEOUT
             if not answer.begun:

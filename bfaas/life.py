@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
@@ -31,9 +31,10 @@ from bfaas.member import Member, Phase, PoolSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
-    from random import Random
 
-    from twisted.internet.interfaces import IDelayedCall, IReactorTime
+    from twisted.internet.interfaces import IReactorTime
+
+    from bfaas.backoff import Pauses
 
     Probe = Callable[[Machine], Coroutine[Deferred[Any], Any, None]]
 
@@ -43,6 +44,10 @@ SETTLED = 60.0
 """Seconds after which whatever was asked of the API is done, or never will be, and its lists show it."""
 
 _PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED)
+
+
+class DeafError(MachinesError):
+    """The machine has started, but its worker takes no requests."""
 
 
 class StuckError(MachinesError):
@@ -61,32 +66,26 @@ class Life:
     """
 
     _log = Logger()
-    _PAUSES = (0.05, 30.0)
-    _HURRIED_NAP = 0.5
     _START_PAUSE = 0.25  # some 0.4 s after a stop it can be started; the API takes three calls in a burst
 
     def __init__(
-        self, api: MachinesAPI, probe: Probe, clock: IReactorTime, random: Random, settings: PoolSettings
+        self, api: MachinesAPI, probe: Probe, clock: IReactorTime, pauses: Pauses, settings: PoolSettings
     ) -> None:
         self._api = api
         self._probe = probe
         self._clock = clock
-        self._random = random
+        self._pauses = pauses
         self._settings = settings
         self._limits = settings.limits
-        self._naps: dict[IDelayedCall, None] = {}
+        self._hopes: dict[Deferred[None], None] = {}
         self._closing = False
 
     def close(self) -> None:
-        """Hurry."""
+        """Hurry: nobody is to use a machine any more."""
         self._closing = True
-        for nap in self._naps:
-            nap.reset(0.0)
-
-    def pause(self, failures: int) -> float:
-        """Choose the seconds to wait after so many failures, jittered so that pools do not march in step."""
-        shortest, longest = self._PAUSES
-        return min(longest, shortest * 2.0 ** min(failures, 30)) * self._random.uniform(0.5, 1.0)
+        self._pauses.hurry()
+        for hope in list(self._hopes):
+            hope.cancel()
 
     async def create(self, member: Member) -> None:
         """
@@ -110,7 +109,7 @@ class Life:
             except MachinesError:
                 if member.known_machine is not None or member.lost is None or asked > member.lost + SETTLED:
                     raise
-            await self._nap(self.pause(failures))
+            await self._pauses.nap(self._pauses.after(failures))
         self._log.info("created {name}, {id}", name=member.name, id=member.machine.id)
 
     async def _try_to_create(self, member: Member) -> None:
@@ -120,6 +119,7 @@ class Life:
             member.known_machine, lease = await self._within(self._limits.create, create)
             self._hold(member, lease, asked)
         except NameTakenError as taken:
+            member.lost = asked  # an attempt before this one was done
             found = await self._find(member) if taken.machine_id is None else None
             machine_id = found.id if found else taken.machine_id
             if machine_id is None:
@@ -172,10 +172,26 @@ class Life:
         await self._within(self._limits.start, self._call_start(member))
 
     async def become_ready(self, member: Member) -> None:
-        """Wait until the machine has started, and its worker takes requests."""
+        """Wait until the machine has started, and its worker takes requests; or until the pool closes."""
+        if self._closing:
+            return
+        hope = Deferred.fromCoroutine(self._become_ready(member))
+        self._hopes[hope] = None
+        try:
+            await hope
+        except CancelledError:
+            if not self._closing:
+                raise
+        finally:
+            del self._hopes[hope]
+
+    async def _become_ready(self, member: Member) -> None:
         limit = self._limits.create if member.phase is Phase.CREATING else self._limits.start
         await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))
-        await self._within(self._limits.ready, self._probe(member.machine))
+        try:
+            await self._within(self._limits.ready, self._probe(member.machine))
+        except DeadlineExceededError as error:
+            raise DeafError(f"its worker does not answer: {error}") from error
 
     async def suspend(self, member: Member) -> bool:
         """
@@ -221,7 +237,7 @@ class Life:
             try:
                 await deadline.run(self._api.wait(member.machine, State.STOPPED, deadline.remaining))
             except (UnavailableError, WaitTimeoutError, DeadlineExceededError):
-                await self._nap(min(deadline.remaining, self.pause(failures)))
+                await self._pauses.nap(min(deadline.remaining, self._pauses.after(failures)))
             else:
                 return True
         return False
@@ -245,7 +261,9 @@ class Life:
         for failures in count():
             if self._closing or member.lost is None:
                 break
-            await self._nap(max(member.lost + SETTLED - self._clock.seconds(), self.pause(failures)))
+            await self._pauses.nap(
+                max(member.lost + SETTLED - self._clock.seconds(), self._pauses.after(failures))
+            )
             try:
                 found = await self._find(member)
                 if found is None:
@@ -270,7 +288,7 @@ class Life:
                 self._log.warn("{name} is not destroyed: {error}", name=member.name, error=error)
                 if isinstance(error, LeaseHeldError):
                     nonce = await self._other_nonce(member, nonce)
-            await self._nap(self.pause(failures))
+            await self._pauses.nap(self._pauses.after(failures))
         self._log.info("destroyed {name}, {id}", name=member.name, id=member.machine.id)
 
     async def _other_nonce(self, member: Member, refused: str | None) -> str | None:
@@ -301,7 +319,7 @@ class Life:
                 pass  # we asked too often whether it is over
             else:
                 return
-            await self._nap(max(self._START_PAUSE, self.pause(failures + 2)))
+            await self._pauses.nap(max(self._START_PAUSE, self._pauses.after(failures + 2)))
 
     async def _renew(self, member: Member) -> None:
         """Extend the lease; do without as long as what is left covers a start and two requests."""
@@ -324,16 +342,3 @@ class Life:
 
     def _within(self, seconds: float, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
         return Deadline(self._clock, seconds).run(work)
-
-    async def _nap(self, seconds: float) -> None:
-        """Sleep; not long, and not on, while the pool is closing."""
-        done: Deferred[None] = Deferred()
-        longest = self._HURRIED_NAP if self._closing else seconds
-        nap = self._clock.callLater(min(seconds, longest), done.callback, None)
-        self._naps[nap] = None
-        try:
-            await done
-        finally:
-            del self._naps[nap]
-            if nap.active():
-                nap.cancel()

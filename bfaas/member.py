@@ -160,10 +160,11 @@ class Member:
         self.since = self.clock.seconds()
 
     def enter(self, phase: Phase) -> None:
-        """Go on to another phase of its life."""
-        now = self.clock.seconds()
-        self.watch(self.phase, phase, now - self.since)
-        self.phase, self.since = phase, now
+        """Go on to another phase of its life, if it is in another."""
+        if phase is not self.phase:
+            now = self.clock.seconds()
+            self.watch(self.phase, phase, now - self.since)
+            self.phase, self.since = phase, now
 
     @property
     def machine(self) -> Machine:

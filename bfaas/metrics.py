@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from klein import Klein
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from bfaas.member import Phase
 from bfaas.runs import Refused
@@ -77,7 +77,8 @@ class Metrics:
     def ended(self, run: Run) -> None:
         """Note how long the phases of a run took."""
         assert run.ended is not None  # noqa: S101 - it has ended
-        self._queue.observe((run.ended if run.served is None else run.served) - run.came)
+        if run.ending not in (Refused.QUEUE_FULL, Refused.REPLAYED):
+            self._queue.observe((run.ended if run.served is None else run.served) - run.came)
         if run.served is None:
             return
         if run.first_byte is not None:
@@ -93,10 +94,9 @@ class Metrics:
 
     @app.route("/metrics", methods=["GET"])
     def metrics(self, request: Request) -> bytes:
-        """Tell all of it, in the form that is asked for."""
-        encode, kind = choose_encoder(request.getHeader("Accept") or "")
-        request.setHeader("Content-Type", kind)
-        told: bytes = encode(self._registry)
+        """Tell all of it."""
+        request.setHeader("Content-Type", CONTENT_TYPE_PLAIN_0_0_4)
+        told: bytes = generate_latest(self._registry)
         return told
 
 

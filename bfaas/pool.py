@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
-from bfaas.backoff import Backoff
+from bfaas.backoff import Backoff, Pauses
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.life import Life, StuckError, TakenOverError
 from bfaas.line import Line
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
     from bfaas.life import Probe
+    from bfaas.sweep import Seen
 
 
 class PoolClosedError(Exception):
@@ -75,15 +76,16 @@ class Pool:
         self._clock = clock
         self._random = random
         self._watch = watch
-        self._life = Life(api, probe, clock, random, settings)
-        self._sweep = Sweep(api, clock, random, settings, self._life.pause, self._know)
+        pauses = Pauses(clock, random)
+        self._life = Life(api, probe, clock, pauses, settings)
+        self._sweep = Sweep(api, clock, random, settings, pauses.after, self._know)
         self._members: dict[Member, Deferred[None]] = {}
         self._line: Line[Allocation] = Line()
         self._turn = settings.max_req_time
         self._reclaimed = False
         self._limited = False
-        self._creating = Backoff(clock, self._life.pause, self._balance)
-        self._standing = Backoff(clock, self._life.pause, self._balance)
+        self._creating = Backoff(clock, pauses.after, self._balance)
+        self._standing = Backoff(clock, pauses.after, self._balance)
         self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
         self._closing = False
 
@@ -126,10 +128,9 @@ class Pool:
             return "the Machines API does not answer"
         if self._in(Phase.IDLE, Phase.SUSPENDED):
             return None
+        # A creation whose answer was lost has its place until it is known, what has failed until it is gone.
         lost = any(member.lost is not None for member in self._in(Phase.CREATING))
-        stuck = (
-            self.count(Phase.LEAVING) >= self._settings.size
-        )  # what has failed keeps its place until it is gone
+        stuck = self.count(Phase.LEAVING) >= self._settings.size
         return "machines cannot be started" if self._creating.pauses or lost or stuck else None
 
     def count(self, phase: Phase) -> int:
@@ -298,7 +299,8 @@ class Pool:
         finally:
             if timer.active():
                 timer.cancel()
-        member.enter(Phase.STARTING if wanted else Phase.LEAVING)
+        if wanted:
+            member.enter(Phase.STARTING)
         return wanted
 
     async def _see_off(self, member: Member) -> None:
@@ -316,25 +318,25 @@ class Pool:
 
     # What cleaning finds.
 
-    def _know(self, machines: list[Machine]) -> None:
+    def _know(self, machines: list[Seen]) -> None:
         """
         Take note of all machines of this pool.
 
         One that we did not know has a place from now on, since it is there; if it is not to be used, or
-        one too many, until it is gone.
+        one too many, until it is gone. Not to be used is also one that could not be looked at.
         """
         known = {member.name: member for member in self._members}
         strangers: list[Member] = []
-        judged = [(self._settings.recognizes(machine), machine) for machine in machines]
-        for fit, machine in sorted(judged, key=lambda pair: not pair[0]):
-            member = known.get(machine.name)
+        fit = {listed.name: seen is not None and self._settings.recognizes(seen) for listed, seen in machines}
+        for listed, seen in sorted(machines, key=lambda pair: not fit[pair[0].name]):
+            member = known.get(listed.name)
             if member is None:
                 too_many = len(known) + len(strangers) >= self._settings.size
-                place = Member(machine.name, self._clock, self._watch, Phase.RECLAIMING, machine)
-                place.tainted = too_many or not fit
+                place = Member(listed.name, self._clock, self._watch, Phase.RECLAIMING, seen or listed)
+                place.tainted = too_many or not fit[listed.name]
                 strangers.append(place)
-            elif not fit:
-                self._log.warn("somebody changed the metadata of {name}", name=machine.name)
+            elif seen is not None and not fit[listed.name]:
+                self._log.warn("somebody changed the metadata of {name}", name=listed.name)
                 member.tainted = True
                 member.wake(wanted=False)
         self._add(*strangers)

@@ -68,7 +68,7 @@ class EventReader:
         self.exit: Exit | None = None
         self.error: WireError | None = None
         self._event: list[bytes] = []  # the lines of an event that has not ended
-        self._line: list[bytes] = []  # the pieces of a line that has not
+        self._line = bytearray()  # the line that has not
         self._size = 0  # of both, in bytes
         self._room = max_output
         self._room_for_comments = MAX_COMMENTS
@@ -83,7 +83,8 @@ class EventReader:
             *ends, rest = data.split(b"\n")
             for end in ends:
                 self._take(end)
-                line, self._line = b"".join(self._line), []
+                line = bytes(self._line)
+                self._line.clear()
                 if line:
                     self._event.append(line)
                 else:
@@ -92,14 +93,13 @@ class EventReader:
             self._take(rest)
         except WireError as error:
             self.error = error.with_traceback(None)  # whose frames hold the piece
-            self._event, self._line = [], []
+            self._event, self._line = [], bytearray()
         return b"".join(passed_on)
 
     def _take(self, piece: bytes) -> None:
         """Keep a piece of a line."""
-        if piece:
-            self._line.append(piece)
-            self._size += len(piece)
+        self._line += piece
+        self._size += len(piece)
         if self._size > MAX_EVENT or len(self._event) > 2:  # noqa: PLR2004 - an event has two lines
             raise WireError("an event that does not end")
 

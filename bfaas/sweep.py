@@ -4,30 +4,33 @@ Cleaning: what is done about machines of the app that are nobody's in our pool.
 The list that a sweep begins with may be stale, so no machine is destroyed on its word: it is looked at
 first, and destroyed without a nonce, which the API refuses while anybody holds a lease on it.
 
-A hundred coordinators may share an app, with ten thousand machines. What a sweep asks grows with the number
-of pools, not of machines: the leases of a pool end with its coordinator, so a few of its machines, chosen at
-random, speak for all, and only where one has no lease the others are looked at.
+A hundred coordinators may share an app, with ten thousand machines. So a sweep does not ask about each: the
+leases of a pool end with its coordinator, so a few of its machines, chosen at random, speak for all, and only
+where one has no lease the others are looked at.
 """
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State
+from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State, UnavailableError
 from bfaas.member import owner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
     from random import Random
 
     from twisted.internet.interfaces import IReactorTime
 
     from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.member import PoolSettings
+
+    Seen = tuple[Machine, Machine | None]
 
 T = TypeVar("T")
 
@@ -40,12 +43,16 @@ class Sweep:
     """
     Goes through the machines of the app, whosever they are, from time to time.
 
-    `tell_own` is told what there is of this pool's; `pause` chooses the seconds after so many failures.
+    `tell_own` is told what there is of this pool's: each machine as it is listed, which may leave its
+    metadata out, and as a look at it shows it, or None where the API did not tell. `pause` chooses the
+    seconds after so many failures.
     """
 
     _PAUSE = 1.0
     _SECOND_LOOK = 1.5  # times the step of a reclaim in which there is no lease
     _SPEAKERS = 3
+    _AT_ONCE = 10  # machines
+    _MOST = 300  # about so many are destroyed; where more are left, the next sweep comes at once
 
     def __init__(
         self,
@@ -54,7 +61,7 @@ class Sweep:
         random: Random,
         settings: PoolSettings,
         pause: Callable[[int], float],
-        tell_own: Callable[[list[Machine]], None],
+        tell_own: Callable[[list[Seen]], None],
     ) -> None:
         self._api = api
         self._clock = clock
@@ -64,8 +71,9 @@ class Sweep:
         self._tell_own = tell_own
         self._cleaning: Deferred[None] | None = None
         self._resting: Deferred[None] | None = None
+        self._doubted = False
         self.sees = True
-        """Whether it saw all machines when it last tried, and nobody doubts it since."""
+        """Whether the API had an answer when it was last asked for one."""
 
     def start(self) -> None:
         """Sweep now, and then from time to time."""
@@ -74,8 +82,8 @@ class Sweep:
         self._cleaning.addErrback(lambda failure: _log.failure("in cleaning", failure))
 
     def doubt(self) -> None:
-        """Look at once whether the API answers, since somebody else had no answer."""
-        self.sees = False
+        """Find out soon whether the API answers, since somebody else had no answer."""
+        self._doubted = True
         if self._resting is not None:
             resting, self._resting = self._resting, None
             resting.callback(None)
@@ -86,44 +94,70 @@ class Sweep:
             self._cleaning.cancel()
 
     async def _clean(self) -> None:
-        failures, period = 0, self._settings.cleaning_period
+        """Sweep when it is time to; in between, list the machines when somebody doubts that one can."""
+        clock, period = self._clock, self._settings.cleaning_period
+        failures, doubts, due = 0, 0, clock.seconds()
         while True:
+            is_due = clock.seconds() >= due
             try:
-                await Deadline(self._clock, period).run(self.sweep())
+                if not is_due:
+                    await self._list()
+                elif await Deadline(clock, period).run(self.sweep()):
+                    due = clock.seconds() + period * self._random.uniform(0.8, 1.2)
+                    doubts = 0
             except (MachinesError, DeadlineExceededError) as error:
                 _log.warn("cleaning is not done: {error}", error=error)
-                self.sees = False
-                await sleep(self._clock, self._pause(failures))
+                await sleep(clock, self._pause(failures))
                 failures += 1
             else:
                 failures = 0
-                if self.sees:  # as nobody has doubted meanwhile
-                    await self._rest(period * self._random.uniform(0.8, 1.2))
+                if await self._is_doubted(due - clock.seconds()):
+                    await sleep(clock, self._pause(doubts))
+                    doubts += 1
 
-    async def _rest(self, seconds: float) -> None:
-        """Wait for so long, or until somebody doubts that all is well."""
-        self._resting = Deferred()
-        try:
-            await Deadline(self._clock, seconds).run(self._resting)
-        except DeadlineExceededError:
-            self._resting = None
+    async def _is_doubted(self, seconds: float) -> bool:
+        """Wait for so long; True, and at once, when there is reason to doubt that the API answers."""
+        if self.sees and not self._doubted:
+            self._resting = Deferred()
+            try:
+                await Deadline(self._clock, seconds).run(self._resting)
+            except DeadlineExceededError:
+                self._resting = None
+                return False
+        self._doubted = False
+        return True
 
-    async def sweep(self) -> None:
+    async def sweep(self) -> bool:
         """
-        Go through all machines once.
+        Go through all machines once; False when some are left that are nobody's.
 
         Another pool's machine is destroyed if it has no lease, and still has none a moment later: while it
         is reclaimed, its lease changes hands.
         """
         machines = await self._list()
-        self.sees = True
-        own = [await self._look(machine) for machine in machines if self._settings.owns(machine)]
-        self._tell_own([machine for machine in own if machine is not None])
-        unleased = [machine for theirs in self._others(machines) for machine in await self._unleased(theirs)]
+        own = filter(self._settings.owns, machines)
+        looks = await self._together(self._look(machine) for machine in own)
+        self._tell_own([look for look in looks if look is not None])
+        unleased: list[Machine] = []
+        for theirs in self._others(machines):
+            if len(unleased) >= self._MOST:
+                break
+            unleased += await self._unleased(theirs)
         if unleased:
             await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
-        for machine in unleased:
-            await self._try(self._destroy_unleased(machine), machine)
+        await self._together(self._try(self._destroy_unleased(machine), machine) for machine in unleased)
+        return len(unleased) < self._MOST
+
+    async def _look(self, listed: Machine) -> Seen | None:
+        """Look at a machine whole; None if it is gone by now."""
+        try:
+            seen = await self._within(self._api.get(listed.id))
+        except NotFoundError:
+            return None
+        except (MachinesError, DeadlineExceededError) as error:
+            _log.warn("cannot look at {name}: {error}", name=listed.name, error=error)
+            return listed, None
+        return None if seen.state in _GONE else (listed, seen)
 
     def _others(self, machines: list[Machine]) -> list[list[Machine]]:
         """Tell the machines of the other pools, a list for each; in any order, for who comes last in time."""
@@ -139,11 +173,11 @@ class Sweep:
     async def _unleased(self, theirs: list[Machine]) -> list[Machine]:
         """Tell which of one pool's machines have no lease."""
         unleased: list[Machine] = []
-        for looked_at, machine in enumerate(theirs):
-            if looked_at == self._SPEAKERS and not unleased:
+        for some in (theirs[: self._SPEAKERS], theirs[self._SPEAKERS :]):
+            found = await self._together(self._try(self._is_unleased(machine), machine) for machine in some)
+            unleased += [machine for machine, is_unleased in zip(some, found, strict=True) if is_unleased]
+            if not unleased:
                 break
-            if await self._try(self._is_unleased(machine), machine):
-                unleased.append(machine)
         return unleased
 
     async def destroy_all_own(self) -> None:
@@ -170,15 +204,25 @@ class Sweep:
     async def _list(self) -> list[Machine]:
         return [machine for machine in await self._within(self._api.list()) if machine.state not in _GONE]
 
-    def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
-        return Deadline(self._clock, self._settings.limits.look).run(work)
-
-    async def _look(self, machine: Machine) -> Machine | None:
-        """Look at a machine whole, since its metadata may not be in the list; None if it is gone by now."""
+    async def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> T:
+        """Make a call, and note whether there is an answer, whatever it is."""
         try:
-            return await self._within(self._api.get(machine.id))
-        except NotFoundError:
-            return None
+            answer = await Deadline(self._clock, self._settings.limits.look).run(work)
+        except (MachinesError, DeadlineExceededError) as error:
+            self.sees = not isinstance(error, (UnavailableError, DeadlineExceededError))
+            raise
+        self.sees = True
+        return answer
+
+    async def _together(self, works: Iterator[Coroutine[Deferred[Any], Any, T]]) -> list[T]:
+        """Do all, a few at a time."""
+        results: list[T] = []
+        while some := [Deferred.fromCoroutine(work) for work in islice(works, self._AT_ONCE)]:
+            try:
+                results += await gatherResults(some, consumeErrors=True)
+            except FirstError as error:  # also how it is cancelled
+                error.subFailure.raiseException()
+        return results
 
     async def _is_unleased(self, machine: Machine) -> bool:
         try:

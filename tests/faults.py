@@ -68,6 +68,14 @@ class Slow(Fault):
         return await call()
 
 
+class Twice(Fault):
+    """It is sent twice on its way; the second answer is the one that comes."""
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await call()
+        return await call()
+
+
 class CallingMachines:
     """A Machines API of which each call is made by `_call`, by its name and arguments."""
 

@@ -28,7 +28,7 @@ echo "$*" >> "$CALLS"
 case $1 in
 deploy)
     echo "--> Pushing image done"
-    [ -z "${IMAGE:-}" ] || echo "image: $IMAGE"
+    [ -z "${IMAGE:-}" ] || printf 'image: %s' "$IMAGE${END-$'\\n'}"
     exit "${STATUS:-0}" ;;
 esac
 """
@@ -159,6 +159,10 @@ class UpdateWorkerTests(SynchronousTestCase):
             self.assertNotEqual(0, status)
             self.assertIn(why, said)
             self.assertEqual(1, len(called))
+
+    def test_a_last_line_without_an_end_is_read(self) -> None:
+        status, _, called = self.update("--label", "v1", IMAGE="i", END="")
+        self.assertEqual((0, "secrets set --app bfaas-coord WORKER_IMAGE=i"), (status, called[1]))
 
     def test_a_log_that_it_is_appended_to_is_kept(self) -> None:
         log = Path(self.mktemp())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from random import Random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
@@ -24,11 +24,10 @@ from bfaas.machines.api import (
 from bfaas.machines.memory import MemoryMachines, Timing
 from bfaas.member import Limits, Phase, PoolSettings, lease_ttl, owner
 from bfaas.pool import Allocation, Pool, PoolClosedError
-from tests.faults import Fault, FaultyMachines, Hang, LoseAnswer, Refuse, Slow
+from tests.faults import Fault, FaultyMachines, Hang, LoseAnswer, Refuse, Slow, Twice
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
-    from typing import Any
 
     from bfaas.machines.api import Machine
 
@@ -46,9 +45,10 @@ class World:
             self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing, rate_limited=limited
         )
         self.never_ready: set[str] = set()
+        self.nobody_ready = False
 
     async def probe(self, machine: Machine) -> None:
-        if machine.id in self.never_ready:
+        if machine.id in self.never_ready or self.nobody_ready:
             await Deferred()
 
     def pool(
@@ -339,7 +339,7 @@ class TroubleTests(PoolCase):
             self.successResultOf(place)
         self.assertIsNone(self.pool.trouble)
 
-    def test_a_doubt_in_the_midst_of_a_sweep_has_it_look_again(self) -> None:
+    def test_a_doubt_in_the_midst_of_a_sweep_is_looked_into_after_it(self) -> None:
         self.allocated().release()
         self.world.advance(2)
         other, others = self.world.pool("q", start=False)
@@ -347,11 +347,49 @@ class TroubleTests(PoolCase):
         other.start()
         self.world.advance(1)
         other._sweep.doubt()
-        self.world.advance(20)
+        self.world.advance(10)
 
+        self.assertIsNone(other.trouble)
         self.assertEqual(2, others.count("list"))
+        self.close(other)
+
+    def test_a_sweep_that_loses_the_api_tells_so(self) -> None:
+        self.allocated().release()
+        self.world.advance(2)
+        other, others = self.world.pool("q", start=False)
+        others.always["get_lease"] = Refuse(UnavailableError("gone"))
+        others.next("list", Slow(self.world.clock, 1.0), *[Refuse(UnavailableError("gone"))] * 9)
+        other.start()
+        self.world.advance(2)
+        self.assertEqual("the Machines API does not answer", other.trouble)
+        self.world.advance(60)
         self.assertIsNone(other.trouble)
         self.close(other)
+
+    def test_doubts_cost_a_list_each_and_fewer_the_more_there_are(self) -> None:
+        other, others = self.world.pool("q")
+        self.allocated(other).release()
+        self.world.advance(2)
+        self.assertEqual(1, self.api.count("list"))
+        asked = self.api.count("get_lease")
+        for _ in range(100):
+            self.pool._sweep.doubt()
+            self.world.advance(1)
+
+        self.assertTrue(5 <= self.api.count("list") <= 20, self.api.count("list"))
+        self.assertEqual(asked, self.api.count("get_lease"))
+        self.assertIsNone(self.pool.trouble)
+        self.assertEqual(1, others.count("list"))
+        self.close(other)
+
+    def test_a_worker_that_does_not_answer_is_no_doubt_of_the_api(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.never_ready.add(first.machine.id)
+        self.world.advance(2)
+        self.allocated(within=40)
+
+        self.assertEqual(1, self.api.count("list"))
 
 
 class StandbyTests(PoolCase):
@@ -707,6 +745,16 @@ class FailureTests(PoolCase):
         self.assertEqual(1, len(self.machines()))
         self.assertEqual(1, len({argument for method, argument in self.api.calls if method == "create"}))
 
+    def test_a_creation_that_is_known_by_its_name_keeps_its_place_at_the_limit(self) -> None:
+        self.world = World()
+        self.pool, self.api = self.world.pool(size=1)
+        self.world.advance(1)
+        self.api.next("create", Twice())
+        self.api.next("get", Refuse(RateLimitedError("429")))
+        self.allocated(within=20)
+
+        self.assertEqual(1, len(self.machines()))
+
     def test_a_machine_that_does_not_start_is_destroyed_and_another_tried(self) -> None:
         first = self.allocated()
         first.release()
@@ -815,6 +863,21 @@ class EndTests(PoolCase):
 
             self.successResultOf(closing)
             self.assertEqual({State.STOPPED}, set(self.states()) or {State.STOPPED})
+            self.assert_nothing_pending()
+
+    def test_close_does_not_wait_for_a_machine_that_nobody_is_to_use(self) -> None:
+        for method in ("wait", "probe"):
+            self.setUp()
+            if method == "wait":
+                self.api.always["wait"] = Hang()
+            place = self.pool.allocate("c")
+            place.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+            self.world.nobody_ready = method == "probe"
+            self.world.advance(3)
+            self.api.always.clear()
+            self.close(within=3)
+
+            self.assertEqual([State.STOPPED], self.states())
             self.assert_nothing_pending()
 
     def test_destroy_leaves_no_machine_and_nothing_pending(self) -> None:
@@ -945,6 +1008,59 @@ class CleaningTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assertEqual(0, self.api.count("destroy"))
         self.close(other)
+
+    def test_what_many_dead_pools_left_is_gone_within_a_period_however_slow_the_api(self) -> None:
+        for number in range(600):
+            name = f"worker-dead{number % 30}-{number:016x}"
+            self.begin(self.world.machines.create(name, "r", MachineConfig("i"), 1))
+        self.world.advance(3)
+        other, api = self.world.pool("q", start=False)
+        for method in ("get", "get_lease", "destroy"):
+            api.always[method] = Slow(self.world.clock, 0.3)
+        other.start()
+        self.world.advance(280)
+
+        self.assertEqual([], self.machines())
+        self.assertIsNone(other.trouble)
+        self.close(other)
+
+    def test_many_machines_of_an_earlier_instance_are_looked_at_together(self) -> None:
+        before, _ = self.world.pool("many", size=40)
+        for allocation in [self.allocated(before) for _ in range(40)]:
+            allocation.release()
+        self.close(before)
+        again, api = self.world.pool("many", size=40, start=False)
+        api.always["get"] = Slow(self.world.clock, 0.5)
+        again.start()
+        self.allocated(again, within=5).release()
+
+        self.assertEqual(40, api.count("get"))
+        self.close(again)
+
+    def test_one_that_cannot_be_looked_at_is_replaced_and_keeps_nobody_from_being_served(self) -> None:
+        first, second = self.allocated(), self.allocated()
+        first.release()
+        second.release()
+        self.world.advance(2)
+        self.close()
+        again, api = self.world.pool(start=False)
+        api.next("get", Refuse(UnavailableError("500")), Refuse(UnavailableError("500")))
+        again.start()
+        served = self.allocated(again)
+        self.world.advance(5)
+        self.assertEqual([served.machine.id], [machine.id for machine in self.machines()])
+        self.assertNotIn(served.machine.id, {first.machine.id, second.machine.id})
+
+    def test_one_that_is_known_is_not_judged_by_a_failure_of_the_api(self) -> None:
+        pool, api = self.world.pool("s", standby=1)
+        self.world.advance(5)
+        [machine] = self.machines()
+        api.always["get"] = Refuse(UnavailableError("500"))
+        self.world.advance(400)
+
+        self.assertEqual([machine.id], [other.id for other in self.machines()])
+        self.assertEqual(1, pool.count(Phase.READY))
+        self.close(pool)
 
     def test_changed_metadata_means_destroy_and_nobody_adopts(self) -> None:
         for value in (None, "q//i", "p//j"):

@@ -63,6 +63,14 @@ class ImportTests(TestCase):
         self.assertEqual(7, (await worker.run("exit 7")).exit["code"])
         self.assertEqual(0, await worker.ended())
 
+    async def test_one_that_cannot_load_what_runs_scripts_ends_and_says_why(self) -> None:
+        without = "import runpy, sys; sys.modules['klein'] = None; "
+        worker = await self.start(("-c", without + "runpy.run_module('bfaas.basher', None, '__main__')"))
+        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).code)
+        await worker.ended()
+
+        self.assertEqual(1, worker.output.count(b"import of klein halted"))
+
     async def test_a_worker_by_itself_has_no_tls(self) -> None:
         worker = await self.start(BASHER)
         self.assertEqual(7, (await worker.run("exit 7")).exit["code"])

@@ -26,7 +26,8 @@ from tests.sim.worker import Workers
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.machines.api import MachinesAPI
+    from bfaas.sweep import Seen
     from tests.sim.client import Client
     from tests.sim.world import World
 
@@ -88,8 +89,8 @@ class Node:
         )
         tell_own = self.pool._sweep._tell_own
 
-        def told(machines: list[Machine]) -> None:
-            world.ledger.told(self, machines)
+        def told(machines: list[Seen]) -> None:
+            world.ledger.told(self, [seen for _, seen in machines if seen is not None])
             tell_own(machines)
 
         self.pool._sweep._tell_own = told
