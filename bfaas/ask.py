@@ -133,7 +133,7 @@ def _env(value: object) -> dict[str, str]:
     size = 0
     for name, content in value.items():
         if not _NAME.fullmatch(name):
-            raise AskError(f"env: {_quoted(name)} is not a name of letters, digits and underscores")
+            raise AskError(f"env: {_quoted(name)} is no name: letters, digits, underscores; no digit first")
         encoded = _text(f"env: {_quoted(name)}", content)
         if b"\0" in encoded:
             raise AskError(f"env: {_quoted(name)} has a NUL")

@@ -7,7 +7,7 @@ import sys
 import time
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from bfaas.auth import KeyFormatError, Signer, genkey
 
@@ -30,12 +30,20 @@ _URL = "http://127.0.0.1:8000"
 class CommandError(Exception):
     """A command cannot be done. The message is one line for standard error."""
 
+    code: ClassVar[int] = 1
+
+
+class UsageError(CommandError):
+    """An argument is not what it has to be."""
+
+    code: ClassVar[int] = 2
+
 
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """
-    Run the command and return its exit code: 1 where it cannot be done.
+    Run the command and return its exit code: 1 where it cannot be done, 2 where an argument is wrong.
 
-    Raises `SystemExit` for `--help` (0) and for arguments that are wrong (2).
+    Raises `SystemExit` for `--help` (0), and for arguments that there are not, or too few (2).
     """
     arguments = _parser().parse_args(argv)
     command: Command = arguments.command
@@ -43,7 +51,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
         return command(arguments, environ)
     except CommandError as error:
         sys.stderr.write(f"{error}\n")
-        return 1
+        return error.code
 
 
 def _parser() -> ArgumentParser:
@@ -57,6 +65,9 @@ def _parser() -> ArgumentParser:
     command.add_argument("--url", metavar="URL", help=f"the coordinator; $BFAAS_URL, or else {_URL}")
     command.add_argument("--timeout", metavar="5s", help="a time of its own, below the coordinator's")
     command.add_argument("--stdin", action="store_true", help="give the script this standard input")
+    command.add_argument(
+        "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; may be repeated"
+    )
     command.add_argument("--json", action="store_true", help="print events, one JSON object a line")
     which = command.add_mutually_exclusive_group(required=True)
     which.add_argument("-f", "--file", metavar="FILE", help="a file that holds the script")
@@ -88,13 +99,10 @@ def _parser() -> ArgumentParser:
 
 def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
     from bfaas import client  # noqa: PLC0415 - what the keys' commands can do without
-    from bfaas.settings import parse_duration  # noqa: PLC0415
 
     if arguments.stdin and arguments.script == "-":
-        raise CommandError("standard input cannot be both the script and its input")
+        raise UsageError("standard input cannot be both the script and its input")
     try:
-        if arguments.timeout is not None:
-            parse_duration(arguments.timeout)
         if arguments.file is not None:
             script = Path(arguments.file).read_bytes()
         else:
@@ -103,14 +111,25 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
             arguments.url or environ.get("BFAAS_URL", "").strip() or _URL,
             script,
             sys.stdin.buffer.read() if arguments.stdin else None,
+            dict(map(_variable, arguments.env)),
             arguments.timeout,
             as_json=arguments.json,
         )
     except UnicodeDecodeError:
-        raise CommandError("with --stdin or --timeout, script and input must be UTF-8") from None
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from None
+        raise UsageError("with --stdin, --env or --timeout, all of it must be UTF-8") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"{error.filename}: {error.strerror}") from None
     return client.run(errand)
+
+
+def _variable(word: str) -> tuple[str, str]:
+    """Split NAME=VALUE. Raises `ValueError`."""
+    name, equals, value = os.fsencode(word).decode().partition("=")
+    if not equals:
+        raise ValueError(f"--env: {word!r} is not NAME=VALUE")
+    return name, value
 
 
 def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:

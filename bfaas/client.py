@@ -3,31 +3,35 @@ What `bfaas run` does: have a coordinator run a script, and end as the script di
 
 Its own exit codes, beside the script's (124 where its time was over, 125 where its worker was lost): 75 where
 the coordinator said to come back later (429, 503), 69 where it refused otherwise or cannot be reached, 125
-where the answer broke off, 130 after Ctrl-C, 141 where nobody reads the output any more.
+where the answer broke off, 141 where nobody reads the output any more, 74 where it cannot be written, 130
+after Ctrl-C, 143 after SIGTERM.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError
 from twisted.web.http_headers import Headers
 
 from bfaas import wire
-from bfaas.ask import JSON
+from bfaas.ask import JSON, Ask
 from bfaas.exchange import Body, BytesProducer, head, read_body, single_use_agent
 from bfaas.process import in_own_reactor
 from bfaas.reader import EventReader
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from twisted.web.iweb import IResponse
 
-TRY_LATER, UNAVAILABLE, LOST, INTERRUPTED, UNREAD = 75, 69, 125, 130, 141
+TRY_LATER, UNAVAILABLE, LOST, UNREAD, UNWRITTEN = 75, 69, 125, 141, 74
 
 _OK, _TRY_LATER_STATUSES = 200, (429, 503)
 _MAX_REFUSAL = 4096
@@ -45,44 +49,57 @@ class Errand:
 
     @classmethod
     def of(
-        cls, url: str, script: bytes, stdin: bytes | None, timeout: str | None, *, as_json: bool
+        cls,
+        url: str,
+        script: bytes,
+        stdin: bytes | None,
+        env: Mapping[str, str],
+        timeout: str | None,
+        *,
+        as_json: bool,
     ) -> Errand:
         """
         Make the request as plain as it can be, for coordinators of the Go original.
 
-        Raises `UnicodeDecodeError` for what JSON cannot hold.
+        Raises `ValueError` for what a coordinator would not take: of that, `AskError` where it is in what is
+        asked for, and `UnicodeDecodeError` where JSON cannot hold it.
         """
-        if stdin is None and timeout is None:
+        split = urlsplit(url)
+        if split.scheme not in ("http", "https") or not split.hostname:
+            raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
+        if stdin is None and timeout is None and not env:
             return cls(url, {}, script, as_json)
-        told = {"script": script.decode()}
+        told: dict[str, object] = {"script": script.decode()}
         if stdin is not None:
             told["stdin"] = stdin.decode()
+        if env:
+            told["env"] = dict(env)
         if timeout is not None:
             told["timeout"] = timeout
-        return cls(url, {"Content-Type": JSON}, json.dumps(told).encode(), as_json)
+        body = json.dumps(told).encode()
+        Ask.from_json(body)
+        return cls(url, {"Content-Type": JSON}, body, as_json)
+
+
+class _UnwrittenError(Exception):
+    """Output cannot be written."""
 
 
 def run(errand: Errand) -> int:
     """Do it in a reactor of its own; returns the exit code."""
-    return in_own_reactor(lambda reactor: _until_interrupted(reactor, errand))
+    return in_own_reactor(lambda reactor: _run(reactor, errand))
 
 
-async def _until_interrupted(reactor: Any, errand: Errand) -> int:
-    """Relay a run; Ctrl-C closes the connection, and with it ends the script."""
-    running = Deferred.fromCoroutine(_relay(reactor, errand))
-
-    def interrupt(*_: object) -> None:
-        reactor.callFromThread(running.cancel)
-
-    reactor.callWhenRunning(signal.signal, signal.SIGINT, interrupt)
+async def _run(reactor: Any, errand: Errand) -> int:
+    """Relay a run; to be told to end closes the connection, and with it ends the script."""
     try:
-        return await running
-    except CancelledError:
-        return INTERRUPTED
+        return await _relay(reactor, errand)
     except BrokenPipeError:
-        # Python would try to write the rest as it ends, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
         return UNREAD
+    except _UnwrittenError as error:
+        _give_up_output()
+        return _complain(f"the output cannot be written: {error}", UNWRITTEN)
 
 
 async def _relay(reactor: Any, errand: Errand) -> int:
@@ -135,7 +152,7 @@ async def _stream(response: IResponse, errand: Errand) -> int:
     broken = ""
     try:
         await body.done
-    except (CancelledError, BrokenPipeError):
+    except (CancelledError, BrokenPipeError, _UnwrittenError):
         raise
     except Exception as error:  # noqa: BLE001 - however it broke off
         broken = str(error)
@@ -151,10 +168,23 @@ async def _stream(response: IResponse, errand: Errand) -> int:
 
 
 def _write(stream: Any, data: bytes) -> None:
-    stream.buffer.write(data)
-    stream.buffer.flush()
+    if stream is None:  # it was closed before we began: nobody wants it
+        return
+    try:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _UnwrittenError(error.strerror) from error
+
+
+def _give_up_output() -> None:
+    """Lose what is not written yet: Python would try again as it ends, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(line: str, code: int) -> int:
-    sys.stderr.write(f"bfaas: {line}\n")
+    with suppress(BrokenPipeError, _UnwrittenError):
+        _write(sys.stderr, f"bfaas: {line}\n".encode(errors="backslashreplace"))
     return code

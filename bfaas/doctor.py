@@ -15,12 +15,14 @@ from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError
+from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublisher
 from twisted.web.http_headers import Headers
+from zope.interface import provider
 
 from bfaas import wire
 from bfaas.coord import pool_settings
-from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.exchange import BytesProducer, head, lasting_agent, read_body, single_use_agent
+from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.exchange import BytesProducer, discard, head, lasting_agent, read_body, single_use_agent
 from bfaas.machines.api import (
     CapacityError,
     MachinesError,
@@ -29,6 +31,7 @@ from bfaas.machines.api import (
     State,
     UnavailableError,
 )
+from bfaas.machines.documents import WORKER_PORT
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.member import machine_name
@@ -41,23 +44,32 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
     from twisted.internet.defer import Deferred
+    from twisted.logger import LogEvent
 
     from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.member import PoolSettings
 
 T = TypeVar("T")
 
 _LIMIT = 60.0
-"""Seconds that one step may take; making a machine can mean fetching its image."""
+"""Seconds that a step may take where nothing else is said."""
 
+_LOOK_PAUSE = 0.5
+_PROBE_LIMIT = 5.0
 _MAX_ANSWER = 4096
 
 
 class _Ill(Exception):  # noqa: N818 - it is a finding
-    """A check failed; the message says what to do about it."""
+    """A check failed: `found` says how, `remedy` what to do about it."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(found, remedy)
+        self.found = found
+        self.remedy = remedy
 
 
 def examine(environ: Mapping[str, str]) -> int:
-    """Check everything, a line each; 0 where all is well, 1 otherwise."""
+    """Check everything, a line each; 0 where all is well, 1 where it is not."""
     try:
         settings = CoordSettings.from_environment(environ)
     except SettingsError as error:
@@ -76,6 +88,7 @@ async def _examine(reactor: Any, settings: CoordSettings) -> bool:
             sandboxed = find_sandbox()
             missing = "not usable: scripts are not confined; apt-get install bubblewrap"
             _tell("ok" if sandboxed else "warn", "bubblewrap", "found" if sandboxed else missing)
+            globalLogPublisher.addObserver(_tell_of_workers)
             local = LocalMachines(reactor, time.time, sandboxed=sandboxed)
             try:
                 await _try_machine(reactor, settings, local, None)
@@ -89,8 +102,8 @@ async def _examine(reactor: Any, settings: CoordSettings) -> bool:
                 await _try_machine(reactor, settings, api, fly.worker_url)
             finally:
                 await connections.closeCachedConnections()
-    except _Ill as remedy:
-        _tell("", "", str(remedy))
+    except _Ill as ill:
+        _tell("", "", ill.remedy)
         return False
     return True
 
@@ -111,73 +124,142 @@ async def _try_machine(
 ) -> None:
     pool = pool_settings(replace(settings, machine_id="doctor"))
     name = machine_name(pool.name, SystemRandom())
-    create = api.create(name, pool.region, pool.labelled(), pool.lease_ttl)
-    machine, _ = await _step(reactor, "image, region", create, {
-        RateLimitedError: "too many machines were made lately: try again in a minute",
-        UnavailableError: "the API does not answer: try again, and look at https://status.flyio.net",
-        CapacityError: f"FLY_REGION: no room in {pool.region}; try another, or WORKER_CPUS, WORKER_MEMORY_MB",
-        MachinesError: f"WORKER_IMAGE: was {pool.config.image} pushed? FLY_REGION: is there a {pool.region}?",
-    })  # fmt: skip
+    machine: Machine | None = None
     try:
-        await _step(reactor, "start", api.wait(machine, State.STARTED, _LIMIT), {
-            MachinesError: "WORKER_IMAGE: does it start? Look at `fly logs` of the worker app",
-        })  # fmt: skip
+        machine = await _step(reactor, "image, region", _create(api, name, pool), {
+            RateLimitedError: "too many machines were made lately: try again in a minute",
+            UnavailableError: "the API does not answer: try again, and look at https://status.flyio.net",
+            CapacityError: f"FLY_REGION: no room in {pool.region}; another, or WORKER_CPUS, WORKER_MEMORY_MB",
+            MachinesError: f"WORKER_IMAGE: is there {pool.config.image}? FLY_REGION: is there {pool.region}?",
+        }, pool.limits.create)  # fmt: skip
+        await _step(reactor, "start", _until_started(reactor, api, machine), {
+            UnavailableError: "the API fails at times: try again",
+            MachinesError: "somebody destroyed the machine: try again",
+            DeadlineExceededError: f"WORKER_IMAGE: {pool.config.image} takes too long to fetch or to start",
+        }, pool.limits.create)  # fmt: skip
         _tell("ok", "image, region", f"{machine.id} started from {pool.config.image}")
-        await _try_worker(reactor, settings, await api.get(machine.id), worker_url)
-    except MachinesError as error:
-        _tell("FAIL", "machine", str(error))
-        raise _Ill("the API fails at times: try again") from error
+        url = machine.url or worker_url
+        assert url is not None  # noqa: S101 - a machine on Fly is reached through its app's proxy
+        proxy = Proxy(reactor, worker_url, settings.max_output)
+        await _step(reactor, "worker", _until_ready(reactor, proxy, api, machine, url, pool.limits.ready), {
+            MachinesError: "the API fails at times: try again",
+        })  # fmt: skip
+        await _step(reactor, "script", _run_script(reactor, settings, machine, url), {
+            Exception: f"WORKER_URL: is {url} the workers' app? WORKER_IMAGE: is it of this version?",
+        })  # fmt: skip
+        _tell("ok", "worker", f"ran a script at {url}")
     finally:
-        await _remove(api, machine)
+        await _remove(api, name, machine)
 
 
-async def _try_worker(
-    reactor: Any, settings: CoordSettings, machine: Machine, worker_url: str | None
+async def _create(api: MachinesAPI, name: str, pool: PoolSettings) -> Machine:
+    try:
+        machine, _ = await api.create(name, pool.region, pool.labelled(), pool.lease_ttl)
+    except MachinesError as error:
+        if error.call is not None and error.call.status in (401, 403):
+            remedy = "FLY_TOKEN: it may look, but not make machines; `fly tokens create deploy` may"
+            raise _Ill(str(error), remedy) from error
+        raise
+    return machine
+
+
+async def _until_started(reactor: Any, api: MachinesAPI, machine: Machine) -> None:
+    """Wait until it has started. It is looked at, for one that has failed would be waited for in vain."""
+    while (state := (await api.get(machine.id)).state) is not State.STARTED:
+        if state in (State.FAILED, State.STOPPED, State.DESTROYED):
+            raise _dead(machine, state)
+        await sleep(reactor, _LOOK_PAUSE)
+
+
+async def _until_ready(
+    reactor: Any, proxy: Proxy, api: MachinesAPI, machine: Machine, url: str, limit: float
 ) -> None:
-    url = machine.url or worker_url
-    proxy = Proxy(reactor, worker_url, settings.max_output)
-    await _step(reactor, "worker", proxy.wait_until_ready(machine), {
-        DeadlineExceededError: f"WORKER_URL: does {url} lead to the app (`fly ips allocate-v6 --private`),"
-        " and does its image listen on the service's port?",
-    })  # fmt: skip
+    """Wait until the worker answers, or find out why it does not."""
+    try:
+        await Deadline(reactor, limit).run(proxy.wait_until_ready(machine))
+    except DeadlineExceededError:
+        pass
+    else:
+        return
+    state = (await api.get(machine.id)).state
+    if state is not State.STARTED:
+        raise _dead(machine, state)
+    headers = Headers({wire.FORCE_INSTANCE: [machine.id]})
+    asked = single_use_agent(reactor).request(b"GET", f"{url}{wire.HEALTH_PATH}".encode(), headers, None)
+    try:
+        response = await Deadline(reactor, _PROBE_LIMIT).run(head(asked))
+    except CancelledError:
+        raise
+    except Exception as error:
+        remedy = f"WORKER_URL: {url} leads nowhere; has the workers' app `fly ips allocate-v6 --private`?"
+        raise _Ill(str(error) or type(error).__name__, remedy) from error
+    discard(response)
+    if response.code < 500:  # noqa: PLR2004 - a server's own errors
+        dates = response.headers.getRawHeaders("date", ["nothing"])
+        raise _Ill(f"it answers, and says that it is {dates[0]}", "is this host's clock right, within 5 s?")
+    remedy = f"WORKER_URL: is {url} the workers' app? WORKER_IMAGE: does it listen on port {WORKER_PORT}?"
+    raise _Ill(f"status {response.code} after {limit:g} s", remedy)
+
+
+def _dead(machine: Machine, state: State) -> _Ill:
+    """Say that a machine does not run; what a local worker said before its end has been told."""
+    if machine.url:
+        return _Ill(f"machine {machine.id} is {state}", "its worker does not start, or ends: see above")
+    remedy = "WORKER_IMAGE: it does not start, or ends; look at `fly logs` of the workers' app"
+    return _Ill(f"machine {machine.id} is {state}", remedy)
+
+
+async def _run_script(reactor: Any, settings: CoordSettings, machine: Machine, url: str) -> None:
     headers = Headers({
         wire.AUTHORIZATION: [settings.signer.sign(machine.id, time.time())],
         wire.FORCE_INSTANCE: [machine.id],
     })  # fmt: skip
-
-    async def run() -> None:
-        agent = single_use_agent(reactor)
-        target = f"{url}{wire.RUN_PATH}?raw=1".encode()
-        response = await head(agent.request(b"POST", target, headers, BytesProducer(b"echo well")))
-        said = await read_body(response, _MAX_ANSWER)
-        if said != b"well\n\nexit: 0\n":
-            raise ValueError(f"{response.code} {said[:200]!r}")
-
-    await _step(reactor, "script", run(), {
-        Exception: "the worker does not run scripts: is its image of this version? Look at its log",
-    })  # fmt: skip
-    _tell("ok", "worker", f"ran a script at {url}")
+    target = f"{url}{wire.RUN_PATH}?raw=1".encode()
+    asked = single_use_agent(reactor).request(b"POST", target, headers, BytesProducer(b"echo well"))
+    response = await head(asked)
+    said = await read_body(response, _MAX_ANSWER)
+    if said != b"well\n\nexit: 0\n":
+        raise ValueError(f"{response.code} {said[:200]!r}")
+    if response.headers.getRawHeaders(wire.WORKER, [machine.id]) != [machine.id]:
+        raise ValueError("another machine than the one that was made has run it")
 
 
 async def _step(
-    reactor: Any, what: str, work: Coroutine[Deferred[Any], Any, T], remedies: Mapping[type[Exception], str]
+    reactor: Any,
+    what: str,
+    work: Coroutine[Deferred[Any], Any, T],
+    remedies: Mapping[type[Exception], str],
+    limit: float = _LIMIT,
 ) -> T:
     """Do one thing, in its time; tell a failure, and raise the remedy for the first kind that it is of."""
     try:
-        return await Deadline(reactor, _LIMIT).run(work)
+        return await Deadline(reactor, limit).run(work)
     except CancelledError:
         raise
-    except Exception as error:
-        _tell("FAIL", what, " ".join(str(error).split()) or type(error).__name__)
+    except _Ill as ill:
+        failure = ill
+    except Exception as error:  # noqa: BLE001 - each is a finding
+        found = str(error) or type(error).__name__
         kinds = (remedy for kind, remedy in remedies.items() if isinstance(error, kind))
-        raise _Ill(next(kinds, "it took too long: try again")) from error
+        failure = _Ill(found, next(kinds, "it took too long: try again"))
+    _tell("FAIL", what, " ".join(failure.found.split()))
+    raise failure
 
 
-async def _remove(api: MachinesAPI, machine: Machine) -> None:
+async def _remove(api: MachinesAPI, name: str, machine: Machine | None) -> None:
+    """Destroy the machine that was made; of a creation that was not answered too, if it was done."""
     try:
-        await destroy_own(api, machine)
+        there = [machine] if machine else [other for other in await api.list() if other.name == name]
+        for made in there:
+            await destroy_own(api, made)
     except MachinesError as error:
-        _tell("warn", "cleaning", f"{machine.id} is left, until its lease runs out: {error}")
+        _tell("warn", "cleaning", f"{name} may be left, until its lease runs out: {error}")
+
+
+@provider(ILogObserver)
+def _tell_of_workers(event: LogEvent) -> None:
+    if event["log_level"] >= LogLevel.warn and event["log_namespace"].startswith("bfaas.machines."):
+        _tell("warn", "log", formatEvent(event))
 
 
 def _tell(how: str, what: str, line: str) -> None:

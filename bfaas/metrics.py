@@ -6,7 +6,14 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from klein import Klein
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
 from bfaas.member import Phase
@@ -26,6 +33,9 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _EXIT = "exit"
 _ENDINGS = (_EXIT, *Reason, "left", "error")
+
+
+disable_created_metrics()  # a second series for each, that tells when it began
 
 
 class Metrics:

@@ -125,7 +125,7 @@ class Pool:
         if not self._reclaimed:
             return "it is not known yet which machines there are"
         if not self._sweep.sees:
-            return "the Machines API does not answer"
+            return "the Machines API fails"
         if self._in(Phase.IDLE, Phase.SUSPENDED):
             return None
         # A creation whose answer was lost has its place until it is known, what has failed until it is gone.

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.task import react
@@ -102,17 +102,40 @@ def run_role(options: Options, make_service: Callable[[Any, Any], IService]) -> 
 
 
 def in_own_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, S]]) -> S:
-    """Do a command's work, and return what it comes to. What it raises is logged, and ends the program."""
+    """
+    Do a command's work, and return what it comes to. What it raises is logged, and ends the program.
+
+    Ctrl-C and SIGTERM cancel the work; once it has cleaned up, the program ends with 128+n for signal n.
+    """
     outcome: list[S] = []
+    caught: list[int] = []
 
     async def run(reactor: Any) -> None:
-        outcome.append(await work(reactor))
+        running = Deferred.fromCoroutine(work(reactor))
+
+        def take(number: int, _: object) -> None:
+            caught.append(number)
+            reactor.callFromThread(running.cancel)
+
+        def take_signals() -> None:
+            signal.signal(signal.SIGINT, take)
+            signal.signal(signal.SIGTERM, take)
+
+        # The reactor installs its own handlers as it starts to run.
+        reactor.callWhenRunning(take_signals)
+        try:
+            outcome.append(await running)
+        except CancelledError:
+            if not caught:
+                raise
 
     try:
         react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
     except SystemExit:
-        if not outcome:
+        if not outcome and not caught:
             raise
+    if not outcome:
+        raise SystemExit(128 + caught[0])
     return outcome[0]
 
 

@@ -107,6 +107,7 @@ class Sweep:
                     doubts = 0
             except (MachinesError, DeadlineExceededError) as error:
                 _log.warn("cleaning is not done: {error}", error=error)
+                self.sees = False  # whatever it was
                 await sleep(clock, self._pause(failures))
                 failures += 1
             else:

@@ -281,7 +281,7 @@ class TroubleTests(PoolCase):
         self.assertIsNone(self.pool.trouble)
 
     def test_it_is_told_while_the_api_does_not_answer_and_no_machine_stands_by(self) -> None:
-        for standby, trouble in ((0, "the Machines API does not answer"), (1, None)):
+        for standby, trouble in ((0, "the Machines API fails"), (1, None)):
             world = World()
             pool, api = world.pool(standby=standby)
             world.advance(5)
@@ -303,7 +303,7 @@ class TroubleTests(PoolCase):
         self.assertIsNone(self.pool.trouble)  # nobody has asked for anything
         places = [self.pool.allocate("c") for _ in range(2)]
         self.world.advance(1)
-        self.assertEqual("the Machines API does not answer", self.pool.trouble)
+        self.assertEqual("the Machines API fails", self.pool.trouble)
 
         del self.api.always["*"]
         self.world.advance(40)
@@ -361,7 +361,7 @@ class TroubleTests(PoolCase):
         others.next("list", Slow(self.world.clock, 1.0), *[Refuse(UnavailableError("gone"))] * 9)
         other.start()
         self.world.advance(2)
-        self.assertEqual("the Machines API does not answer", other.trouble)
+        self.assertEqual("the Machines API fails", other.trouble)
         self.world.advance(60)
         self.assertIsNone(other.trouble)
         self.close(other)

@@ -26,12 +26,18 @@ with_twisted = pytest_twisted.ensureDeferred
 class Command(ProcessProtocol):
     """The command as it runs."""
 
-    def __init__(self, port: int, arguments: tuple[str, ...], stdin: bytes = b"") -> None:
+    def __init__(
+        self, port: int, arguments: tuple[str, ...], stdin: bytes = b"", output: str | None = None
+    ) -> None:
         self.said = {1: b"", 2: b""}
         self.ended: Deferred[int] = Deferred()
         environment = {**os.environ, "BFAAS_URL": f"http://127.0.0.1:{port}"}
         words = [sys.executable, "-m", "bfaas.cli", *arguments]
-        process = reactor.spawnProcess(self, sys.executable, words, env=environment)
+        opened = None if output is None else os.open(output, os.O_WRONLY)
+        files = {0: "w", 1: "r" if opened is None else opened, 2: "r"}
+        process = reactor.spawnProcess(self, sys.executable, words, env=environment, childFDs=files)
+        if opened is not None:
+            os.close(opened)
         self.pid = process.pid
         process.write(stdin)
         process.closeStdin()
@@ -68,6 +74,50 @@ async def test_it_writes_and_exits_as_the_script_does(coordinator: Running) -> N
 
 
 @with_twisted
+async def test_variables_reach_the_script(coordinator: Running) -> None:
+    words = (
+        "--env",
+        "WHO=you & me=us",
+        "--env",
+        "EMPTY=",
+        "--env",
+        "WHO=ünïcode $x",
+        'echo "[$WHO][$EMPTY]"',
+    )
+    assert await run(coordinator, *words) == (0, "[ünïcode $x][]\n".encode(), b"")
+    assert await run(coordinator, "--env", "A=1", "--stdin", "cat; echo $A", stdin=b"in ") == (
+        0,
+        b"in 1\n",
+        b"",
+    )
+
+
+@with_twisted
+async def test_wrong_arguments_are_one_line_and_nothing_is_sent(coordinator: Running) -> None:
+    for words, line in [
+        (("--env", "WHO"), b"--env: 'WHO' is not NAME=VALUE"),
+        (("--env", "NO-NAME=1"), b'env: "NO-NAME" is no name: letters, digits, underscores; no digit first'),
+        (("--env", "1ST=1"), b'env: "1ST" is no name: letters, digits, underscores; no digit first'),
+        (("--env", "=1"), b'env: "" is no name: letters, digits, underscores; no digit first'),
+        (("--env", "A=\udcff"), b"with --stdin, --env or --timeout, all of it must be UTF-8"),
+        (("--timeout", "5"), b'timeout: "5" is not a duration such as 2.5s'),
+        (("--timeout", "0s"), b'timeout: "0s" is not above zero'),
+        (("--url", "localhost:8000"), b"'localhost:8000' is not a URL such as http://127.0.0.1:8000"),
+        (("--url", "http://"), b"'http://' is not a URL such as http://127.0.0.1:8000"),
+    ]:
+        assert await run(coordinator, *words, "echo sent") == (2, b"", line + b"\n"), words
+    assert await run(coordinator, "-f", "/nowhere") == (1, b"", b"/nowhere: No such file or directory\n")
+
+
+@with_twisted
+async def test_output_that_cannot_be_written_is_74(coordinator: Running) -> None:
+    command = Command(coordinator.port, ("run", "echo out; sleep 1000"), output="/dev/full")
+    line = b"bfaas: the output cannot be written: No space left on device\n"
+    assert await command.end() == (74, b"", line)
+    await coordinator.settle()
+
+
+@with_twisted
 async def test_a_run_that_is_over_its_time_ends_with_124(coordinator: Running) -> None:
     code, output, errors = await run(coordinator, "--timeout", "1s", "echo up; sleep 1000")
     assert (code, output) == (124, b"up\n")
@@ -93,11 +143,12 @@ async def test_events_are_printed_as_lines(coordinator: Running) -> None:
 
 @with_twisted
 async def test_an_interrupt_ends_the_script_too(coordinator: Running) -> None:
-    command = Command(coordinator.port, ("run", "echo up; sleep 1000"))
-    await command.until_it_says(b"up")
-    os.kill(command.pid, signal.SIGINT)
-    assert await command.end() == (130, b"up\n", b"")
-    await coordinator.settle()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        command = Command(coordinator.port, ("run", "echo up; sleep 1000"))
+        await command.until_it_says(b"up")
+        os.kill(command.pid, number)
+        assert await command.end() == (code, b"up\n", b"")
+        await coordinator.settle()
 
 
 @with_twisted
@@ -108,9 +159,6 @@ async def test_refusals_are_one_line_and_a_code_of_their_own(coordinator: Runnin
     code, output, errors = await run(coordinator, "--url", f"http://127.0.0.1:{free_port()}", ":")
     assert (code, output, errors.count(b"\n")) == (69, b"", 1)
     assert b"does not answer" in errors
-
-    code, output, errors = await run(coordinator, "--timeout", "5", ":")
-    assert (code, output, errors) == (1, b"", b'"5" is not a duration such as 1m30s\n')
 
 
 @with_twisted
