@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listening
 from twisted.internet.defer import Deferred
+from twisted.internet.error import CannotListenError
 from twisted.python.usage import Options as UsageOptions
 
 from bfaas.browser import foreign_page
@@ -63,6 +64,13 @@ class CoordService(MultiService):
         self._pool = pool
         self._shut_down_machines = shut_down_machines
         listener.setServiceParent(self)
+
+    def privilegedStartService(self) -> None:
+        """Listen; that a port is taken is one line, and exit code 1."""
+        try:
+            super().privilegedStartService()
+        except CannotListenError as error:
+            raise SystemExit(f"bfaas-coord: {error}") from None
 
     def startService(self) -> None:
         """Begin to take requests, and to look after the pool's machines."""

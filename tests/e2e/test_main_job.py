@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -326,6 +327,21 @@ async def test_wrong_settings_are_told_together_before_anything_is_opened() -> N
     assert status == 1
     problems = sorted(line.split(":")[1].strip() for line in program.said.decode().splitlines())
     assert problems == ["MAXREQTIME", "POOLSIZE"]
+
+
+@pytest.mark.parametrize("option", ["--listen", "--metrics"])
+@with_twisted
+async def test_a_port_that_is_taken_is_told_in_a_line(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        others = [] if option == "--listen" else ["--listen", "tcp:0:interface=127.0.0.1"]
+        words = [*TWISTD, "bfaas-coord", *others, option, f"tcp:{port}:interface=127.0.0.1"]
+        program, _ = start(words, {"WORKER_APP": "mock", "MAXREQTIME": "5s"})
+        status = await Deadline(reactor, PATIENCE).run(program.ended)
+
+    assert status == 1
+    assert b"Traceback" not in program.said
+    assert b"bfaas-coord: Couldn't listen on 127.0.0.1:" in program.said.splitlines()[-1]
 
 
 def sleepers() -> list[str]:
