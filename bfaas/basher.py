@@ -56,16 +56,18 @@ class Front(Resource):
 
     isLeaf = True
 
-    def __init__(self, clock: IReactorTime, load: Callable[[], Resource]) -> None:
+    def __init__(self, clock: IReactorTime, load: Callable[[], Resource], machine_id: str) -> None:
         super().__init__()
         self._clock = clock
         self._load = load
+        self._machine_id = machine_id
         self._loaded: Resource | None = None
 
     def render(self, request: Request) -> Any:
         """Answer that we listen, or have the resource answer."""
         if self._loaded is None and (request.method, request.path) == (b"GET", wire.HEALTH_PATH.encode()):
             request.notifyFinish().addBoth(self._answered)
+            request.setHeader(wire.WORKER, self._machine_id)
             return tell(request, "ok")
         return self._resource().render(request)
 
@@ -88,7 +90,7 @@ class Worker(Service):
         self._reactor = reactor
         self._settings = settings
         self._runner: Runner | None = None
-        self._site = BoundedSite(reactor, Front(reactor, self._load), settings.max_body)
+        self._site = BoundedSite(reactor, Front(reactor, self._load, settings.machine_id), settings.max_body)
         self._endpoint = serverFromString(reactor, endpoint)
         self._listening: Deferred[IListeningPort | None] | None = None
 

@@ -75,7 +75,8 @@ class Proxy:
         Wait until the worker answers; only cancelling ends the wait otherwise.
 
         Any answer below 500 will do: workers of the Go original have no such path. But one whose clock is
-        so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready.
+        so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready;
+        nor is whoever has taken a local machine's port, and would get its script.
         """
         shortest, longest = self._PROBE_PAUSES
         began = self._reactor.seconds()
@@ -89,7 +90,8 @@ class Proxy:
                 pass
             else:
                 discard(response)
-                if response.code < 500 and self._is_on_time(response):  # noqa: PLR2004 - a server's own errors
+                is_up = response.code < 500  # noqa: PLR2004 - a server's own errors
+                if is_up and self._is_on_time(response) and _is_from(machine, response):
                     return
             waited = self._reactor.seconds() - began
             await sleep(self._reactor, min(longest, max(shortest, self._PROBE_SHARE * waited)))
@@ -187,6 +189,11 @@ class Proxy:
         )  # fmt: skip
         response: IResponse = await head(sent)
         return response
+
+
+def _is_from(machine: Machine, response: IResponse) -> bool:
+    """Tell whether an answer is from the machine; on Fly the proxy has seen to that, elsewhere it says so."""
+    return machine.url is None or response.headers.getRawHeaders(wire.WORKER) == [machine.id]
 
 
 def _check_head(response: IResponse, machine: Machine, format_: wire.Format) -> None:

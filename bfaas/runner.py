@@ -59,7 +59,8 @@ class Runner:
 
     @app.route(wire.HEALTH_PATH, methods=["GET"])
     def healthz(self, request: Request) -> bytes:
-        """Tell that we listen."""
+        """Tell that we listen, and who we are."""
+        request.setHeader(wire.WORKER, self._settings.machine_id)
         return tell(request, "ok")
 
     @app.route(wire.RUN_PATH, methods=["POST"])

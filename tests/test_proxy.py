@@ -364,7 +364,9 @@ class CancelTests(ProxyTestCase):
 
 class ReadyTests(ProxyTestCase):
     def wait(self, url: str) -> Deferred[None]:
-        return Deferred.fromCoroutine(self.proxy.wait_until_ready(machine(url)))
+        """Wait for a machine on Fly, whose app's proxy is there."""
+        proxy = Proxy(self.clock, url, 0, single_use_agent(reactor))
+        return Deferred.fromCoroutine(proxy.wait_until_ready(machine(None)))
 
     async def until_ready(self, waiting: Deferred[None]) -> None:
         """Let the time between probes pass."""
@@ -409,6 +411,13 @@ class ReadyTests(ProxyTestCase):
         self.addCleanup(port.stopListening)
         await self.until_ready(waiting)
         await liar.peers[-1].hear_out()
+
+    async def test_whoever_has_a_local_machines_port_is_not_its_worker(self) -> None:
+        strangers = [b"HTTP/1.1 200 OK\r\n\r\n"], [b"HTTP/1.1 200 OK\r\nWorker: m2\r\n\r\n"]
+        liar, url = self.lie(*strangers, [b"HTTP/1.1 200 OK\r\nWorker: m1\r\n\r\n"])
+        await self.until_ready(Deferred.fromCoroutine(self.proxy.wait_until_ready(machine(url))))
+        self.assertEqual(3, len(liar.peers))
+        await self.until_clean()
 
     async def test_a_silent_worker_is_given_two_seconds(self) -> None:
         liar, url = self.lie([], [b"HTTP/1.1 200 OK\r\n\r\n"])

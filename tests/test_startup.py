@@ -93,7 +93,7 @@ class FrontTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.loaded = 0
         self.clock = Clock()
-        self.site = Site(Front(self.clock, self.load), reactor=self.clock)
+        self.site = Site(Front(self.clock, self.load, "m1"), reactor=self.clock)
 
     def load(self) -> Resource:
         self.loaded += 1
@@ -141,7 +141,7 @@ class SentFirstTests(TestCase):
             heard = client.recv(65536, socket.MSG_DONTWAIT)
             return Slow()
 
-        port = reactor.listenTCP(0, Site(Front(reactor, load)), interface="127.0.0.1")
+        port = reactor.listenTCP(0, Site(Front(reactor, load, "m1")), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         client = socket.create_connection(("127.0.0.1", port.getHost().port))
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
