@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos overshoot lock images image-test lint format clean
+.PHONY: run fly test load soak proof chaos overshoot bench lock images image-test lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -58,6 +58,10 @@ chaos: $(VENV)/installed-test
 # How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
 overshoot: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.overshoot
+
+# How fast everything is: ten minutes. Tables here, JSON and plots in build/bench.
+bench: $(VENV)/installed-test
+	$(BIN)/python -m benchmarks
 
 # What the images are made of, from what is installed here.
 lock: $(VENV)/installed-test

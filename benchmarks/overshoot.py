@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from collections import Counter, defaultdict
@@ -37,6 +38,7 @@ from twisted.internet.defer import Deferred, gatherResults
 from twisted.logger import ILogObserver, formatEventAsClassicLogText
 from zope.interface import provider
 
+from benchmarks.report import Report, percentile
 from bfaas.wire import Reason
 from tests.e2e.coordinator import TWISTD, Answer, free_port, start_program, stop
 
@@ -59,6 +61,7 @@ SCRIPTS = (
 """They print, and then outlive any deadline: one in six spins, one ignores signals, one forks."""
 
 _MARK = "ENDED "
+_FAILED = re.compile(r"run ([0-9a-f]+): \S+ failed: (.*)")
 
 
 def tell_endings() -> Callable[[LogEvent], None]:
@@ -97,17 +100,19 @@ class Measured:
 
     def percentile(self, name: str, percent: float) -> float:
         """Tell the smallest sample that so many of a hundred do not exceed."""
-        ordered = sorted(self.samples[name])
-        return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
+        return percentile(self.samples[name], percent)
+
+    def report(self) -> Report:
+        """Tell it all, compared with a timer of the same length."""
+        report = Report("overshoot")
+        report.notes.append(f"MAXREQTIME {self.max_req_time:g} s; others: {dict(self.others) or 'none'}")
+        for name, values in self.samples.items():
+            report.add(name, "ms", values, *([] if name == "baseline" else ["baseline"]))
+        return report
 
     def table(self) -> str:
-        """Tell it all."""
-        lines = [f"{'ms':<10}{'n':>6}{'median':>9}{'p95':>9}{'p99':>9}{'max':>9}"]
-        for name, values in self.samples.items():
-            told = "".join(f"{self.percentile(name, percent):>9.1f}" for percent in (50, 95, 99, 100))
-            lines.append(f"{name:<10}{len(values):>6}{told}")
-        lines.append(f"MAXREQTIME {self.max_req_time:g} s; others: {dict(self.others) or 'none'}")
-        return "\n".join(lines)
+        """Tell it as a table."""
+        return self.report().table()
 
 
 async def measure(
@@ -151,10 +156,12 @@ def _compare(seen: list[Run], said: str, max_req_time: float) -> Measured:
     """Find each run in the coordinator's log, by its id."""
     lines = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
     told = {ending["run"]: ending for ending in map(json.loads, lines)}
+    whys = {run: f", {why}" for run, why in _FAILED.findall(said)}
     measured = Measured(max_req_time)
     for run in sorted(seen, key=lambda run: run.end_at):
         if run.answer.status != 200:  # noqa: PLR2004 - OK
-            measured.others[str(run.answer.status)] += 1
+            why = whys.get(run.answer.headers.get("run-id", ""), "")
+            measured.others[f"{run.answer.status}{why}"] += 1
             continue
         ending = told[run.answer.headers["run-id"]]
         if run.answer.exit.get("reason") != Reason.TIMEOUT:
@@ -175,7 +182,7 @@ def _compare(seen: list[Run], said: str, max_req_time: float) -> Measured:
 
 async def _main(reactor: Any) -> None:
     runs, max_req_time = int(os.environ.get("RUNS", "480")), float(os.environ.get("MAXREQTIME", "1"))
-    sys.stdout.write((await measure(reactor, runs, max_req_time=max_req_time)).table() + "\n")
+    (await measure(reactor, runs, max_req_time=max_req_time)).report().write()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ files are where they are for all later workers too. In ms, on this process's clo
 - `freed`: from SIGKILL of such a worker to its end, as a pool frees a machine.
 
 `idle` is the resident memory of that idle worker, in MB (2^20 bytes), and `own` the part of it that is no
-file's. Ratios are medians of each round's.
+file's.
 
 Run it with `python -m benchmarks.startup`. ROUNDS can be set; and AGAINST to the directory of another
 checkout, whose workers are then measured in turn with ours, as `... before`.
@@ -21,7 +21,6 @@ checkout, whose workers are then measured in turn with ours, as `... before`.
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import subprocess
@@ -29,69 +28,23 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
 from typing import TYPE_CHECKING
 
+from benchmarks.report import ROOT, Report
 from bfaas.auth import Signer, genkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-ROOT = Path(__file__).resolve().parents[1]
+__all__ = ["ROOT", "measure"]
 
 _MACHINE = "measured"
 _KEYS = genkey()
 _IDLE = 0.3
 _PATIENCE = 60.0
+_BEFORE = " before"
 _MARK = b"hello from the script"
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Samples by name: those in `_MEMORY` in MB, all others in ms."""
-
-    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    def ratio(self, name: str, to: str) -> float:
-        """Tell how many times another's sample a sample is, at the median of the rounds."""
-        pairs = zip(self.samples[name], self.samples[to], strict=True)
-        return median(ours / theirs for ours, theirs in pairs)
-
-    def table(self) -> str:
-        """Tell it all: medians, the middle half, the extremes, the ratios to both baselines and to before."""
-        head = f"{'':<18}{'median':>8}{'25 %':>8}{'75 %':>8}{'min':>8}{'max':>8}"
-        lines = [f"{head}{'/python':>9}{'/reactor':>9}{'/before':>9}"]
-        for name, values in self.samples.items():
-            low, _, high = quantiles(values, n=4)
-            spread = (median(values), low, high, min(values), max(values))
-            told = "".join(f"{value:>8.1f}" for value in spread)
-            bases = self._bases(name)
-            ratios = "".join(f"{self.ratio(name, to):>9.2f}" if to else f"{'':>9}" for to in bases)
-            lines.append(f"{name + ', ' + _unit(name):<18}{told}{ratios}".rstrip())
-        return "\n".join(lines)
-
-    def to_json(self) -> str:
-        """Write all samples, and what the table tells of each."""
-        rows = [
-            {
-                "name": name,
-                "unit": _unit(name),
-                "samples": values,
-                "median": median(values),
-                "ratios": {to.split()[-1]: self.ratio(name, to) for to in self._bases(name) if to},
-            }
-            for name, values in self.samples.items()
-        ]
-        return json.dumps({"benchmark": "startup", "python": sys.version.split()[0], "rows": rows}, indent=1)
-
-    def _bases(self, name: str) -> tuple[str | None, str | None, str | None]:
-        before = f"{name} before"
-        return (
-            *((None, None) if _unit(name) == "MB" else ("python", "reactor")),
-            before if before in self.samples else None,
-        )
 
 
 def _unit(name: str) -> str:
@@ -212,29 +165,30 @@ def _one(checkout: Path) -> Iterator[tuple[str, float]]:
     yield "freed", _ms_since(began)
 
 
-def measure(rounds: int, against: Path | None = None) -> Measured:
-    """Measure so many rounds, at least two, with workers of another checkout in turn if there is one."""
-    measured = Measured()
+def measure(rounds: int, against: Path | None = None) -> Report:
+    """Measure so many rounds, with workers of another checkout in turn if there is one."""
+    samples: dict[str, list[float]] = defaultdict(list)
     for number in range(rounds + 1):
         told = list(_baselines())
-        turns = [(ROOT, "")] + ([(against, " before")] if against else [])
+        turns = [(ROOT, "")] + ([(against, _BEFORE)] if against else [])
         # Whoever is first has colder caches.
         for checkout, suffix in turns if number % 2 else turns[::-1]:
             told += [(name + suffix, value) for name, value in _one(checkout)]
         if number:
             for name, value in told:
-                measured.samples[name].append(value)
-    return measured
+                samples[name].append(value)
+    report = Report("startup")
+    for name, values in samples.items():
+        bases = () if _unit(name) == "MB" else ("python", "reactor")
+        before = {"before": name + _BEFORE} if name + _BEFORE in samples else {}
+        report.add(name, _unit(name), values, *bases, **before)
+    return report
 
 
 def main() -> None:
-    """Measure, tell, and leave the numbers where plots are made of them."""
+    """Measure and tell."""
     against = os.environ.get("AGAINST")
-    measured = measure(int(os.environ.get("ROUNDS", "15")), Path(against).resolve() if against else None)
-    sys.stdout.write(measured.table() + "\n")
-    told = ROOT / "build" / "bench" / "startup.json"
-    told.parent.mkdir(parents=True, exist_ok=True)
-    told.write_text(measured.to_json() + "\n")
+    measure(int(os.environ.get("ROUNDS", "15")), Path(against).resolve() if against else None).write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""A coordinator like any other, but that its local machines boot for BOOT seconds more. Run as a program."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from bfaas import coord
+from bfaas.machines.local import LocalMachines
+from bfaas.machines.memory import Timing
+from bfaas.process import run_role
+
+
+class _Booting(LocalMachines):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timing = Timing(boot=float(os.environ["BOOT"]))
+
+
+if __name__ == "__main__":
+    coord.LocalMachines = _Booting  # type: ignore[attr-defined]  # it is that, slowed down
+    run_role(coord.Options(), coord.makeService)
