@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -37,7 +37,7 @@ class ReportTests(SynchronousTestCase):
         self.assertTrue(told["where"]["commit"])
 
     def test_the_plot_has_a_bar_for_each_row_and_one_scale_for_each_unit(self) -> None:
-        plot = ElementTree.fromstring(self.report.to_svg())
+        plot = ET.fromstring(self.report.to_svg())
         bars = [bar for bar in plot.iter() if bar.get("class") == "bar"]
         plain, ours, memory = (float(bar.get("width", "")) for bar in bars)
         self.assertAlmostEqual(3, ours / plain, 1)
