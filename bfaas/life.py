@@ -181,7 +181,7 @@ class Life:
             await hope
         except CancelledError:
             if not self._closing:
-                raise
+                raise  # nobody cancels a life; whoever would is heard
         finally:
             del self._hopes[hope]
 

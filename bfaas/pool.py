@@ -130,7 +130,8 @@ class Pool:
             return None
         # A creation whose answer was lost has its place until it is known, what has failed until it is gone.
         lost = any(member.lost is not None for member in self._in(Phase.CREATING))
-        stuck = self.count(Phase.LEAVING) >= self._settings.size
+        overdue = self._clock.seconds() - self._settings.limits.look
+        stuck = sum(member.since < overdue for member in self._in(Phase.LEAVING)) >= self._settings.size
         return "machines cannot be started" if self._creating.pauses or lost or stuck else None
 
     def count(self, phase: Phase) -> int:

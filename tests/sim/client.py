@@ -25,8 +25,14 @@ _LINE = re.compile(r"(\w+) (\d+) (\S+) (\d+)")
 _EVENT = re.compile(r"event: (stdout|stderr|exit)\ndata: (.*)")
 REFUSALS = (429, 502, 503, 504)
 IMPOSSIBLE = (
-    "mute", "status-500", "status-302", "status-401", "lies-about-itself", "stops-short", "cuts", "floods",
+    "mute", "status-500", "status-303", "status-401", "lies-about-itself", "stops-short", "cuts", "floods",
     "endless",
+)  # fmt: skip
+
+
+HEADERS = (
+    "Content-Type", "Cache-Control", "X-Accel-Buffering", "X-Content-Type-Options", wire.RUN_ID, wire.WORKER,
+    wire.COORD,
 )  # fmt: skip
 
 
@@ -59,12 +65,12 @@ class Client:
         self.began = node.clock.seconds()
         self.pauses = node.clock.pauses
         self.ending: str | None = None
+        self.ended_at: float | None = None
         # What a request is to the coordinator.
         self.content = BytesIO(script.encode())
         self.args = {b"raw": [b"1"]} if raw else {}
         self.channel: object | None = self
         self.code = 200
-        self._headers: dict[str, str] = {}
         self._body: list[bytes] = []
         self._producer: Any = None
         self._gone: list[Deferred[None]] = []
@@ -102,7 +108,8 @@ class Client:
         return IPv4Address("TCP", "172.16.0.1", 40_000)
 
     def setHeader(self, name: str, value: str) -> None:
-        self._headers[name] = value
+        if name not in HEADERS:
+            self._world.ledger.broken(f"3: {self.script.request} gets the header {name}: {value}")
 
     def notifyFinish(self) -> Deferred[None]:
         gone: Deferred[None] = Deferred()
@@ -163,6 +170,7 @@ class Client:
         self._world.note("ends", self.script.request, ending)
         self._world.endings[ending.split(maxsplit=1)[0]] += 1
         self.ending = ending
+        self.ended_at = self._world.clock.now
         self.node.forget(self)
         self._check_time()
 

@@ -57,6 +57,10 @@ class Timer:
             raise AlreadyCancelled
 
 
+def _nothing() -> None:
+    pass
+
+
 class HeapClock:
     """The world's time, in seconds from its beginning."""
 
@@ -108,6 +112,7 @@ class NodeTimer:
             clock.when_resumed(lambda: clock.world.push(timer, clock.world.now))
             return
         del clock.timers[self]
+        self._forget()
         call()
 
     def getTime(self) -> float:
@@ -119,6 +124,11 @@ class NodeTimer:
     def cancel(self) -> None:
         self._timer.cancel()
         self._clock.timers.pop(self, None)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Let go of what leads back here: there are millions of timers, and circles are collected slowly."""
+        self._timer.call, self._timer.arguments = _nothing, ()
 
     def reset(self, seconds: float) -> None:
         self._timer.reset(seconds / self._clock.rate)

@@ -11,18 +11,23 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bfaas.machines.api import Lease
 from bfaas.machines.memory import MemoryMachines, _is_gone
 from bfaas.member import owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from bfaas.machines.api import Lease, Machine, MachineConfig
+    from bfaas.machines.api import Machine, MachineConfig
     from tests.sim.nodes import Node
     from tests.sim.world import World
 
 CALLS_A_MINUTE = 150
 """Calls that one coordinator makes in a minute at the most, for each place in its pool."""
+
+
+HANDED_OVER = 10.0
+"""Seconds for which a machine is its pool's though its lease was given back: its next instance takes it."""
 
 
 class BrokenPromiseError(AssertionError):
@@ -62,6 +67,7 @@ class Record:
     tampered: bool = False
     seen_tampered_by: set[Node] = field(default_factory=set)
     leased_by: Node | None = None
+    released_at: float | None = None
 
 
 class Ledger:
@@ -152,6 +158,12 @@ class Ledger:
             return
         if owner(machine.name) != node.pool_name and lease is not None:
             self.broken(f"6: {node} does {method} to {machine.name}, whose lease is alive")
+        if owner(machine.name) != node.pool_name and record.released_at is not None:
+            ago = self._world.clock.now - record.released_at
+            if ago < HANDED_OVER:
+                self.broken(f"6: {node} does {method} to {machine.name}, released {ago:.1f} s ago")
+        if method == "release_lease" and lease is not None:
+            record.released_at = self._world.clock.now
         if method != "destroy" and owner(machine.name) != node.pool_name:
             self.broken(f"6: {node} does {method} to {machine.name}, which is another's")
         if used and method in ("destroy", "stop", "release_lease") and not record.tampered:
@@ -233,6 +245,10 @@ class SimMachines(MemoryMachines):
         """Tell the lease in force, if any."""
         entry = self._entries.get(machine_id)
         return None if entry is None else self._lease(entry)
+
+    def lend(self, machine_id: str, seconds: float) -> None:
+        """Lease a machine to an operator, who looks into what was left."""
+        self._entries[machine_id].lease = Lease(self._hex(12), self._wall() + seconds)
 
     def vanish(self, machine_id: str) -> None:
         """Destroy a machine, as a host that burns down does."""

@@ -8,6 +8,7 @@ modules, such as `line coord`, it applies those of these alone.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib.abc
 import importlib.util
 import multiprocessing
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 SEEDS = 2000
 """Seeds within which a mutant must be noticed."""
+
+_TIDY = 256  # episodes after which their garbage is collected
 
 
 class Mutant(NamedTuple):
@@ -59,7 +62,10 @@ MUTANTS = [
     ),
     Mutant("pool", "                member.tainted = True\n", "", "tampering is not remembered"),
     Mutant(
-        "pool", "tainted = too_many or not fit", "tainted = too_many", "a machine of another image is used"
+        "pool",
+        "tainted = too_many or not fit",
+        "tainted = too_many or False and fit",
+        "a machine of another image is used",
     ),
     Mutant("pool", "tainted = too_many or not fit", "tainted = not fit", "a pool that shrank keeps too many"),
     Mutant("pool", "return self._reclaimed and not", "return not", "machines are made before it looked"),
@@ -203,6 +209,12 @@ MUTANTS = [
     ),
     Mutant(
         "life",
+        "refused = isinstance(error, RateLimitedError) and member.lost is None",
+        "refused = isinstance(error, RateLimitedError)",
+        "a limit makes a lost creation forgotten",
+    ),
+    Mutant(
+        "life",
         "            if self._closing or member.lost is None:\n",
         "            if True:\n",
         "a creation that is done late is forgotten",
@@ -252,9 +264,9 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "            raise UnavailableError(str(error)) from error  # too new to be found, or gone again",
-        "            raise",
-        "a machine that is too new to be found is forgotten",
+        "found = await self._find(member) if member.lost is not None else None",
+        "found = None",
+        "nobody looks for what a lost creation has made",
     ),
     Mutant(
         "life",
@@ -340,7 +352,7 @@ MUTANTS = [
         "            if True:\n",
         "an error page in the middle of a stream",
     ),
-    Mutant("answer", "        if data and not self.closed:", "        if data:", "output after the end"),
+    Mutant("answer", "            self._beat.cancel()\n", "            pass\n", "a heart beats on for ever"),
     Mutant(
         "proxy",
         "    if names is not None and names != [machine.id]:",
@@ -369,10 +381,30 @@ MUTANTS = [
         "any machine may get a request",
     ),
     Mutant(
+        "proxy",
+        "allow_redirects=False",
+        "allow_redirects=True",
+        "a worker sends the coordinator elsewhere",
+    ),
+    Mutant(
+        "proxy",
+        "on_start=lambda producer: answer.begin(producer, headers)",
+        "on_start=lambda producer: answer.begin(producer, {**headers, **{name.decode(): values[0].decode() "
+        "for name, values in response.headers.getAllRawHeaders()}})",
+        "a worker's headers are passed on",
+    ),
+    Mutant("reader", "kept = data[: self._room]", "kept = data", "raw output has no limit"),
+    Mutant(
+        "reader",
+        '            raise OutputLimitError("more output than the limit")\n',
+        "            pass\n",
+        "output has no limit",
+    ),
+    Mutant(
         "reader",
         '            self.error = OutputLimitError("more output than the limit")\n',
         "            pass\n",
-        "output has no limit",
+        "a limit is not told",
     ),
     Mutant(
         "exchange",
@@ -434,6 +466,9 @@ def hunt(mutant: Mutant, seeds: int) -> Catch:
     quiet()
     began = time.monotonic()
     for seed in range(seeds):
+        if seed % _TIDY == 0:
+            gc.unfreeze()
+            gc.collect()
         try:
             World(seed).live()
         except Exception as error:  # noqa: BLE001 - a broken promise or a broken program: it is noticed

@@ -20,6 +20,7 @@ from bfaas.machines.api import (
     RefusedError,
     UnavailableError,
 )
+from bfaas.member import owner
 from tests.faults import CallingMachines
 
 if TYPE_CHECKING:
@@ -117,6 +118,8 @@ class Network(CallingMachines):
         if method == "list" and call.is_struck("stale-list"):
             self._answer(call, self._world.stale_list())
             return
+        if method == "destroy" and self._is_nobodys(arguments[0]) and call.is_struck("lease-taken"):
+            self._world.machines.lend(arguments[0], 30)
         call.work = Deferred.fromCoroutine(self._do(call))
         call.work.addBoth(lambda result: self._answer(call, result))
 
@@ -151,6 +154,14 @@ class Network(CallingMachines):
         """Tell a machine that is so new that the API may not find it yet."""
         machine = self._world.machines.find(asked.id if isinstance(asked, Machine) else asked)
         return machine is not None and machine.created_at > self._world.wall() - 0.5
+
+    def _is_nobodys(self, machine_id: str) -> bool:
+        """Tell a machine whose lease has run out, of a pool that nobody runs any more."""
+        world = self._world
+        machine = world.machines.find(machine_id)
+        if machine is None or world.machines.lease_of(machine_id) is not None:
+            return False
+        return all(node.is_gone for node in world.nodes if node.pool_name == owner(machine.name))
 
     def _answer(self, call: _Call, result: Any) -> None:
         world = self._world

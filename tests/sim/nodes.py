@@ -87,6 +87,8 @@ class Node:
                 cleaning_period=40.0 if world.has("cleans-often") else CLEANING_PERIOD,
             ),
         )
+        if world.has("large"):
+            self.pool._sweep._MOST = 2
         tell_own = self.pool._sweep._tell_own
 
         def told(machines: list[Seen]) -> None:
@@ -132,11 +134,13 @@ class Node:
             if client.script.request == request:
                 self.fairness.is_served(client)
 
-    def begins(self, request: str, machine_id: str) -> None:
+    def begins(self, request: str, machine_id: str) -> Client | None:
         """Note that a request is sent to a machine."""
         for client in self.requests:
             if client.script.request == request:
                 client.machine_id = machine_id
+                return client
+        return None
 
     def user_of(self, machine_id: object) -> Client | None:
         """Tell the request of its own that is on a machine."""

@@ -23,9 +23,16 @@ from bfaas.machines.api import State
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.sim.client import Client
     from tests.sim.ledger import Boot
     from tests.sim.nodes import Node
     from tests.sim.world import World
+
+
+SEE_OTHER = 303
+
+ENDED = 1.0
+"""Seconds that a script may run on after its request has ended."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,8 @@ class Workers:
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: Any = None
     ) -> Deferred[Any]:
         world, headers = self._world, headers or Headers()
+        if not uri.startswith(b"http://workers/"):
+            world.ledger.broken(f"3: {self._node} asks for {uri.decode()}")
         # Without a name in it the proxy chooses any.
         [machine_id] = headers.getRawHeaders(wire.FORCE_INSTANCE, [next(iter(world.ledger.boots), "")])
         written = Written()
@@ -110,7 +119,7 @@ class Workers:
         run = Run(world, self._node, boot, raw=b"raw=1" in uri)
         ticket = headers.getRawHeaders(wire.AUTHORIZATION, [""])[0]
         world.ledger.asked_to_run(self._node, boot)
-        self._node.begins(Script.decode(written.data).request, machine_id)
+        run.client = self._node.begins(Script.decode(written.data).request, machine_id)
         world.clock.call_later(world.latency(), run.arrive, ticket, Script.decode(written.data))
         return run.head
 
@@ -147,6 +156,7 @@ class Run:
         self._response: Any = None
         self._over = False
         self._lines = 0
+        self.client: Client | None = None
         self._delay = world.latency()  # the same for all that is said, so that it comes in order
         self.connection = Connection(self._closed)
         self.head: Deferred[Any] = Deferred(lambda _: self.connection.stopProducing())
@@ -164,9 +174,11 @@ class Run:
         except AuthError as error:
             world.ledger.broken(f"a ticket is refused: {error}")
             self._answer(401)
+            self._end(None)
             return
         if boot.executed and not world.forgetful:
             self._answer(409)
+            self._end(None)
             return
         world.ledger.executes(boot, script.request)
         world.note("runs", boot.machine.name, boot.number, script.request, script.how)
@@ -175,10 +187,8 @@ class Run:
             self._tamper()
         if script.how == "mute":
             return
-        if script.how.startswith("status-"):
-            self._answer(int(script.how.removeprefix("status-")))
-            return
-        self._answer(200)
+        # Whatever the status, what follows looks like a run.
+        self._answer(int(script.how.removeprefix("status-")) if script.how.startswith("status-") else 200)
         if world.worker_deadline:
             limit = float(boot.config.env["MAXREQTIME"][:-1])
             world.clock.call_later(limit, self._time_is_up)
@@ -199,10 +209,10 @@ class Run:
         if self._is("lies-about-itself"):
             machine_id = "4d8901234567890"
         headers = Headers({"Content-Type": [kind], "Worker": [machine_id], "fly-replay": ["app=evil"]})
+        if code == SEE_OTHER:
+            headers.setRawHeaders("Location", ["http://internal/"])
         self._response = Response._construct((b"HTTP", 1, 1), code, b"", headers, self.connection, None)
         self._deliver(lambda: None if self.head.called else self.head.callback(self._response))
-        if code != 200:
-            self._end(None)
 
     def _is(self, how: str) -> bool:
         return getattr(self, "_script", None) is not None and self._script.how == how
@@ -212,6 +222,7 @@ class Run:
         world, script = self._world, self._script
         if self._over:
             return
+        self._check_wanted()
         if self.connection.paused:
             world.clock.call_later(0.1, self._step)
             return
@@ -224,6 +235,14 @@ class Run:
         if self._lines == max(1, script.lines // 2):
             self._misbehave(script.how)
         world.clock.call_later(script.pause, self._step)
+
+    def _check_wanted(self) -> None:
+        """Nothing runs on for a request that has ended: its connection was closed, which a worker heeds."""
+        client = self.client
+        if client is not None and client.ended_at is not None and not self._node.clock.dead:
+            late = self._world.clock.now - client.ended_at
+            if late > ENDED:
+                self._world.ledger.broken(f"18: {client.script.request} runs on, {late:.1f} s after its end")
 
     def _misbehave(self, how: str) -> None:
         if how == "cuts":
@@ -280,6 +299,6 @@ class Run:
         """The coordinator has closed the connection: a worker that is its own kills the script and ends."""
         if not self._over:
             self._over = True
-            if self._is("endless") or self._is("mute"):
+            if self._is("endless") or self._is("mute") or self._world.forgetful:
                 return
             self._world.clock.call_later(0.02, self._world.ledger.die, self._boot)

@@ -36,7 +36,7 @@ CALL_FAULTS = {
     "500": 0.2, "garbage": 0.1, "reset": 0.1, "429": 0.2, "lost-answer": 0.2, "zombie-call": 0.5,
     "hangs": 0.1, "hangs-after": 0.1, "late-call": 0.1, "late-answer": 0.1, "no-capacity": 0.5,
     "stale-list": 0.5, "hidden-when-new": 0.3, "nameless": 0.5, "crash-at-answer": 0.02,
-    "pause-at-answer": 0.02,
+    "pause-at-answer": 0.02, "lease-taken": 1.0,
 }  # fmt: skip
 HTTP_FAULTS = {"http-breaks": 0.1, "http-html": 0.1, "http-cut": 0.1, "http-nonsense": 0.1}
 MACHINE_FAULTS = {
@@ -46,15 +46,16 @@ MACHINE_FAULTS = {
 EVENTS = {
     # name: how many seconds apart, about
     "crash": 300.0, "restart": 400.0, "pause": 400.0, "outage": 400.0, "denied": 500.0, "vanish": 300.0,
+    "deploy": 600.0,
 }  # fmt: skip
 TRAITS = {
     # name: how likely it is, for each world
     "drift": 0.2, "skew": 0.2, "overlap": 0.2, "rate-limits": 0.1, "resized": 0.3, "new-image": 0.3,
     "standby": 0.5, "suspended": 0.3, "cleans-often": 0.4,
-    "over-http": 0.1,
+    "over-http": 0.1, "long-pauses": 0.1, "large": 0.1,
 }  # fmt: skip
 HOW = (
-    "mute", "status-500", "status-302", "status-401", "lies-about-itself", "endless", "cuts", "stops-short",
+    "mute", "status-500", "status-303", "status-401", "lies-about-itself", "endless", "cuts", "stops-short",
     "dies", "babbles", "two-exits", "floods", "tampers",
 )  # fmt: skip
 FAULTS = (*CALL_FAULTS, *HTTP_FAULTS, *MACHINE_FAULTS, *EVENTS, *TRAITS, *HOW)
@@ -62,6 +63,9 @@ FAULTS = (*CALL_FAULTS, *HTTP_FAULTS, *MACHINE_FAULTS, *EVENTS, *TRAITS, *HOW)
 
 SERVED_AGAIN = 1.2 * CLEANING_PERIOD + 45.0
 """Seconds after the last fault within which a pool serves as many requests at once as its size."""
+
+READY_AGAIN = 200.0
+"""Seconds after the last fault within which coordinators say that they are ready."""
 
 CLEAN_AGAIN = 300.0 + 1.2 * CLEANING_PERIOD + 60.0
 """Seconds after the last fault within which machines that are nobody's any more are gone."""
@@ -89,6 +93,7 @@ class World:
         self.denied = False
         self._stuck: list[Deferred[None]] = []
         self._choose_faults()
+        self.sizes = [4, 5] if self.has("large") else [1, 2, 3]
         self.max_req_time = random.choice([2.0, 5.0, 20.0])
         self.max_queue = random.choice([3, 100, 100])
         self._senders = Random(
@@ -96,7 +101,7 @@ class World:
         )  # of its own: who sends does not change what else happens to a seed
         self.max_per_client = self._senders.choice([3, 20, 20])
         self.worker_deadline = random.random() < 0.7
-        self.forgetful = random.random() < 0.3  # workers that do not know that they have had their run
+        self.forgetful = random.random() < 0.3  # workers that take any number of runs
         self.duration = random.uniform(200.0, 1000.0)
         timing = Timing(
             boot=random.choice([0.1, 1.0, 3.0]),
@@ -131,12 +136,18 @@ class World:
         share = random.choice([0.0, 0.1, 0.3, 0.6, 0.9])
         self.rates = {
             name: random.random() ** 2 * most
-            for name, most in {**CALL_FAULTS, **HTTP_FAULTS, **MACHINE_FAULTS}.items()
+            for name, most in {**CALL_FAULTS, **MACHINE_FAULTS}.items()
             if random.random() < share
         }
+        self.traits = {name for name, chance in TRAITS.items() if random.random() < chance}
+        if "over-http" in self.traits:
+            self.rates |= {
+                name: random.random() * most for name, most in HTTP_FAULTS.items() if random.random() < 0.5
+            }
+        if "long-pauses" in self.traits:
+            self.rates["pause-at-answer"] = CALL_FAULTS["pause-at-answer"] / 2
         self._call_rates = {name: self.rates[name] for name in CALL_FAULTS if name in self.rates}
         self.events = {name: apart for name, apart in EVENTS.items() if random.random() < share}
-        self.traits = {name for name, chance in TRAITS.items() if random.random() < chance}
         self.how = [name for name in HOW if random.random() < share]
 
     # What the world's parts ask.
@@ -186,7 +197,7 @@ class World:
         losing = {"body-dies", "vanish", "overlap", "pause", "pause-at-answer"}
         if "over-http" in self.traits:
             losing |= {"zombie-call", "late-call"}  # a stop that was repeated may come once more, later
-        if client.script.how != "honest" or client.node.overlaps:
+        if client.script.how not in ("honest", "floods") or client.node.overlaps:
             return True
         return not losing.isdisjoint({*self.rates, *self.events, *self.traits})
 
@@ -200,14 +211,17 @@ class World:
     def live(self) -> None:
         """Live through all phases. Raises `BrokenPromiseError`."""
         if self.seed % 64 == 0:
-            gc.freeze()  # what earlier worlds have left is theirs
+            gc.collect()  # what earlier worlds have left is theirs
+            gc.freeze()
         observer = self._observer()
         globalLogPublisher.addObserver(observer)
         try:
             self._begin()
             self._run(self.duration)
             self._heal()
-            self._run(SERVED_AGAIN)
+            self._run(READY_AGAIN)
+            self._check_ready()
+            self._run(SERVED_AGAIN - READY_AGAIN)
             self._check_standby()
             self._check_refill()
             self._check_service()
@@ -235,7 +249,7 @@ class World:
             self._keep_list()
         for number in range(self.random.choice([1, 1, 2, 3])):
             name = ("p", "p-1", "q")[number]
-            self._start_node(name, self.random.choice([1, 2, 3]))
+            self._start_node(name, self.random.choice(self.sizes))
         for node in self.nodes:
             self._later(self.random.uniform(0, 5), self._arrivals, node.pool_name)
         for event, apart in self.events.items():
@@ -283,7 +297,10 @@ class World:
 
     def _request(self, pool_name: str, sender: Sender) -> None:
         node, random = self.latest(pool_name), self.random
-        if not node.alive or node.clock.paused:
+        if not node.alive:
+            return
+        if node.clock.paused:  # it gets the request when it wakes up
+            node.clock.when_resumed(lambda: self._request(pool_name, sender))
             return
         how = random.choice(self.how) if self.how and random.random() < 0.4 else "honest"
         lines = random.choice([0, 1, 5, 12]) if how == "honest" else random.choice([1, 5])
@@ -308,6 +325,9 @@ class World:
         script = Script(f"r{self._requests}", lines, pause, code, how)
         self.marks[how] += 1
         self.note("request", script.request, "to", node, how, sender.name)
+        trouble = node.pool.trouble
+        if trouble is not None and node.pool.count(Phase.READY):
+            self.ledger.broken(f"23: {node} has a machine ready, and is not: {trouble}")
         client = Client(self, node, script, sender, raw=self.random.random() < 0.2)
         node.take(client)
         return client
@@ -318,25 +338,19 @@ class World:
         self._later(self.random.expovariate(1 / EVENTS[event]), self._strike, event)
         self.marks[event] += 1
         random = self.random
-        alive = [node for node in self.nodes if node.alive]
-        if event == "outage":
-            self.outage = True
-            self._later(random.uniform(5, 120), self._end_outage)
-        elif event == "denied":
-            self.denied = True
+        if event in ("outage", "denied"):
+            self.outage = self.outage or event == "outage"
+            self.denied = self.denied or event == "denied"
             self._later(random.uniform(5, 120), self._end_outage)
         elif event == "vanish":
-            machines = self.machines.now()
-            if machines:
+            if machines := self.machines.now():
                 self.machines.vanish(random.choice(machines).id)
-        elif not alive:
-            pass
-        elif event == "crash":
-            self.replace(random.choice(alive), crash=True)
-        elif event == "restart":
-            self.replace(random.choice(alive), crash=False)
-        elif event == "pause":
-            self.pause(random.choice(alive))
+        elif alive := [node for node in self.nodes if node.alive]:
+            for node in alive if event == "deploy" else [random.choice(alive)]:
+                if event == "pause":
+                    self.pause(node)
+                else:
+                    self.replace(node, crash=event == "crash")
 
     def _end_outage(self) -> None:
         self.outage = self.denied = False
@@ -346,14 +360,14 @@ class World:
         if not node.clock.paused:
             self.note("pause", node)
             node.clock.pause()
-            self._later(
-                self.random.choice([1.0, 20.0, 150.0, 500.0]) * self.random.random(), node.clock.resume
-            )
+            # A long one outlasts leases.
+            longest = 600.0 if self.has("long-pauses") else self.random.choice([1.0, 20.0, 150.0, 500.0])
+            self._later(longest * self.random.random(), node.clock.resume)
 
     def replace(self, node: Node, *, crash: bool) -> None:
         """End a coordinator; most times another of its pool follows, which may be of another kind."""
         random = self.random
-        size = random.choice([1, 2, 3]) if self.has("resized") else node.size
+        size = random.choice(self.sizes) if self.has("resized") else node.size
         image = random.choice(["i1", "i2"]) if self.has("new-image") else node.image
         if self.has("overlap") and random.random() < 0.5:
             self._start_node(node.pool_name, size, image)
@@ -418,9 +432,20 @@ class World:
                 self.ledger.broken(f"22: {client.script.request} waits, though {ready} machines stand by")
         return clients
 
+    def _check_ready(self) -> None:
+        """Who is asked says that all is well; if not, as while a machine is destroyed, a second later."""
+        troubled = [node for node in self._settled_nodes() if node.pool.trouble]
+        self._run(1.0 if troubled else 0.0)
+        for node in troubled:
+            if node.pool.trouble:
+                self.ledger.broken(f"23: {node}: {node.pool.trouble}")
+
     def _check_standby(self) -> None:
-        """As many machines stand by as should."""
+        """As many machines stand by as should; nobody waits, and all is well."""
+        self._check_ready()
         for node in self._settled_nodes():
+            if node.pool.waiting:
+                self.ledger.broken(f"11: {node.pool.waiting} still wait for {node}")
             ready = node.pool.count(Phase.READY) + node.pool.count(Phase.SUSPENDED)
             if ready != node.settings.standby:
                 self.ledger.broken(f"22: {node} has {ready} machines ready, of {node.settings.standby}")
@@ -446,7 +471,7 @@ class World:
         left = {node: self._machines_of(node) for node in old}
         new = {}
         for node in old:
-            size = self.random.choice([1, 2, 3]) if self.has("resized") else node.size
+            size = self.random.choice(self.sizes) if self.has("resized") else node.size
             image = self.random.choice(["i1", "i2"]) if self.has("new-image") else node.image
             new[node] = self._start_node(node.pool_name, size, image)
         self._check_service()
