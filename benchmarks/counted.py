@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 
     from bfaas.machines.memory import MemoryMachines
 
-_OFTEN = {"get": (5.0, 10.0)}
-_USUALLY = (1.0, 3.0)
-"""Calls a second, and in a burst, that Fly allows for one action on one machine (or on the app)."""
-
 
 class Book:
     """
@@ -57,7 +53,7 @@ class Book:
         self.asked[second, action] += 1
         self.of_machine[action, machine_id] += 1
         try:
-            self._limits.take(action, machine_id, *_OFTEN.get(action, _USUALLY))
+            self._limits.take(action, machine_id)
         except RateLimitedError:
             self.asked[second, "refused"] += 1
             self.asked[second, f"refused {action}"] += 1

@@ -32,7 +32,6 @@ from twisted.internet.defer import Deferred
 from twisted.logger import ILogObserver, LogEvent, globalLogBeginner
 from zope.interface import provider
 
-from benchmarks.clock import ForgetfulClock
 from benchmarks.counted import Book, CountedMachines
 from benchmarks.report import Report
 from bfaas.deadline import sleep
@@ -40,7 +39,7 @@ from bfaas.machines.api import MachineConfig
 from bfaas.machines.memory import MemoryMachines, Timing
 from bfaas.member import PoolSettings, lease_ttl, owner
 from bfaas.pool import Pool
-from tests.sim.clock import NodeClock
+from tests.sim.clock import HeapClock, NodeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,7 +94,7 @@ class Fleet:
     """Coordinators that share an app."""
 
     def __init__(self, coordinators: int, size: int, latency: float, boot: float) -> None:
-        self.heap = ForgetfulClock()
+        self.heap = HeapClock()
         self._windows = 0
         self.size = size
         self.latency = latency

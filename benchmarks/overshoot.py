@@ -110,10 +110,6 @@ class Measured:
             report.add(name, "ms", values, *([] if name == "baseline" else ["baseline"]))
         return report
 
-    def table(self) -> str:
-        """Tell it as a table."""
-        return self.report().table()
-
 
 async def measure(
     reactor: Any, runs: int, *, clients: int = 48, machines: int = 8, max_req_time: float = 1.0

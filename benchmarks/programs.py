@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.client import ask, get, post
 from benchmarks.report import ROOT
 from bfaas.auth import Signer, genkey
-from bfaas.machines.local import find_sandbox, sandbox_for, script_user
+from bfaas.machines.local import find_sandbox, free_port, sandbox_for, script_user
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +38,9 @@ ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") els
 
 _KEYS = genkey()
 _MACHINE = "measured"
+TRUST = {"PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE}
+"""What a worker is told of whom to trust, and who it is."""
+
 _PATIENCE = 60.0
 _TOLD = 4000
 
@@ -102,6 +105,12 @@ def coordinator(command: Sequence[str] = COORD, **settings: str) -> AbstractCont
     return program(*command, **usual | settings)
 
 
+def signed(script: str, query: str = "") -> bytes:
+    """Write a request to a worker to run a script, as a coordinator would."""
+    ticket = Signer(_KEYS.private).sign(_MACHINE, time.time())
+    return post(script, query, f"Authorization: {ticket}")
+
+
 @dataclass(frozen=True)
 class Worker:
     """A worker without a coordinator, for one run."""
@@ -110,8 +119,7 @@ class Worker:
 
     def run(self, script: str, query: str = "") -> Heard:
         """Run a script, as a coordinator would have it run."""
-        ticket = Signer(_KEYS.private).sign(_MACHINE, time.time())
-        return ask(self.program.port, post(script, query, f"Authorization: {ticket}"))
+        return ask(self.program.port, signed(script, query))
 
     def end(self) -> None:
         """Kill it, as a pool frees a machine."""
@@ -144,9 +152,8 @@ def worker() -> Iterator[Worker]:
     """Run a worker as local machines are run, from when all of it is loaded: it has answered twice."""
     with confined() as (home, user, sandbox):
         settings = {
-            "PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE, "MAXREQTIME": "100s",
-            "MAXOUTPUT": str(MAX_OUTPUT), "HOME": home, "RUN_AS": str(user.uid) if user else "",
-            "SANDBOX": shlex.join(sandbox),
+            **TRUST, "MAXREQTIME": "100s", "MAXOUTPUT": str(MAX_OUTPUT), "HOME": home,
+            "RUN_AS": str(user.uid) if user else "", "SANDBOX": shlex.join(sandbox),
         }  # fmt: skip
         with program("-m", "bfaas.basher", **settings) as running:
             for _ in range(2):
@@ -157,13 +164,6 @@ def worker() -> Iterator[Worker]:
 @cache
 def _sandboxed() -> bool:
     return find_sandbox()
-
-
-def free_port() -> int:
-    """Choose a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:

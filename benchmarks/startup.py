@@ -31,16 +31,16 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from benchmarks.client import get
+from benchmarks.programs import TRUST, signed
 from benchmarks.report import ROOT, Report
-from bfaas.auth import Signer, genkey
+from bfaas.machines.local import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = ["ROOT", "measure"]
 
-_MACHINE = "measured"
-_KEYS = genkey()
 _IDLE = 0.3
 _PATIENCE = 60.0
 _BEFORE = " before"
@@ -55,10 +55,9 @@ class _Worker:
     """A worker of some checkout, from outside."""
 
     def __init__(self, checkout: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         listen = f"tcp:{self._port}:interface=127.0.0.1"
-        settings = {"PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE, "HOME": tempfile.gettempdir()}
+        settings = {**TRUST, "HOME": tempfile.gettempdir()}
         self.started = time.perf_counter()
         self._process = _start(
             ["-m", "bfaas.basher", "--listen", listen], checkout, settings, subprocess.DEVNULL
@@ -68,7 +67,7 @@ class _Worker:
         """Ask for /healthz until it is answered."""
         while True:
             try:
-                if self._ask(b"GET /healthz HTTP/1.1\r\nHost: w\r\nConnection: close\r\n\r\n", b"ok\n"):
+                if self._ask(get("/healthz"), b"ok\n"):
                     return
             except ConnectionError:
                 if time.perf_counter() - self.started > _PATIENCE or self._process.poll() is not None:
@@ -77,10 +76,7 @@ class _Worker:
 
     def run(self) -> None:
         """Run a script, until the first of its output is there."""
-        script = b"echo " + _MARK
-        ticket = Signer(_KEYS.private).sign(_MACHINE, time.time()).encode()
-        head = b"POST /run HTTP/1.1\r\nHost: w\r\nAuthorization: %b\r\nContent-Length: %d\r\n\r\n"
-        if not self._ask(head % (ticket, len(script)) + script, _MARK):
+        if not self._ask(signed("echo " + _MARK.decode()), _MARK):
             raise RuntimeError("the script was not run")
 
     def memory(self) -> Iterator[float]:

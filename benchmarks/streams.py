@@ -18,9 +18,10 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from benchmarks.client import begin, get, post, read_to_body
-from benchmarks.programs import coordinator, free_port, program
+from benchmarks.programs import coordinator, program
 from benchmarks.report import Report
 from bfaas.auth import genkey
+from bfaas.machines.local import free_port
 
 if TYPE_CHECKING:
     from benchmarks.programs import Program

@@ -160,8 +160,10 @@ class Coordinator:
     def trouble(self) -> str | None:
         """What speaks against a machine, in time, for a request that comes now; None where nothing does."""
         settings, pool = self._settings, self._pool
-        if self._draining or pool.trouble is not None:
-            return "shutting down" if self._draining else pool.trouble
+        if self._draining:
+            return "shutting down"
+        if (trouble := pool.trouble) is not None:
+            return trouble
         if pool.next_in_line > settings.max_queue or pool.expected_wait > settings.max_wait:
             return "too many requests are waiting"
         waited = self._waited_in_vain

@@ -13,7 +13,6 @@ from bfaas.machines.api import (
     Machine,
     MachineConfig,
     MachinesAPI,
-    MachinesError,
     State,
     UnavailableError,
 )
@@ -34,7 +33,7 @@ class Fault:
 class Refuse(Fault):
     """It fails, and is not done."""
 
-    def __init__(self, error: MachinesError) -> None:
+    def __init__(self, error: Exception) -> None:
         self.error = error
 
     async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:

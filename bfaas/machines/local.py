@@ -162,7 +162,7 @@ class LocalBodies:
 
     def place(self) -> str:
         """Choose a port that is free."""
-        return f"http://127.0.0.1:{_free_port()}"
+        return f"http://127.0.0.1:{free_port()}"
 
     async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start a worker; it may not listen yet."""
@@ -300,7 +300,8 @@ def _leaders(*, sandboxed: bool) -> list[str]:
     return ["setsid", *([setpriv, "--pdeathsig", "KILL"] if setpriv else [])]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Choose a port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind(("127.0.0.1", 0))

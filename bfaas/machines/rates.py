@@ -1,8 +1,8 @@
 """
 How often the Machines API may be asked.
 
-For each action and machine (for creations and lists: the app), once a second and three times in a burst
-(https://fly.io/docs/machines/api/working-with-machines-api/#rate-limits).
+For each action and machine (for creations and lists: the app), once a second and three times in a burst; to
+look at a machine more often (https://fly.io/docs/machines/api/working-with-machines-api/#rate-limits).
 """
 
 from __future__ import annotations
@@ -15,10 +15,15 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
 
+_USUALLY = (1.0, 3.0)
+_RATES = {"get": (5.0, 10.0)}
+"""Calls a second, and in a burst, by action."""
+
+
 class NoLimits:
     """Lets everything through."""
 
-    def take(self, action: str, machine_id: str = "", rate: float = 1, burst: float = 3) -> None:
+    def take(self, action: str, machine_id: str = "") -> None:
         """Let it through."""
 
 
@@ -29,8 +34,9 @@ class RateLimits(NoLimits):
         self._clock = clock
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def take(self, action: str, machine_id: str = "", rate: float = 1, burst: float = 3) -> None:
-        """Take a token; `rate` are added a second, up to `burst`. Raises `RateLimitedError`."""
+    def take(self, action: str, machine_id: str = "") -> None:
+        """Take a token. Raises `RateLimitedError` where there is none."""
+        rate, burst = _RATES.get(action, _USUALLY)
         now = self._clock.seconds()
         tokens, since = self._buckets.get((action, machine_id), (burst, now))
         tokens = min(burst, tokens + rate * (now - since))

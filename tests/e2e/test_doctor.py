@@ -77,16 +77,6 @@ class Bodies(NoBodies):
             reactor.callLater(self.lasts, exited)
 
 
-class Reject(Fault):
-    """The API does not like what it is asked, or who asks."""
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error
-
-    async def strike(self, _: object) -> Any:
-        raise self.error
-
-
 class Tell(Fault):
     """A machine is said to be in some state."""
 
@@ -253,11 +243,11 @@ async def test_a_machine_that_is_not_made() -> None:
 
     image = "WORKER_IMAGE: is there basher:1? FLY_REGION: is there ams?"
     await together([
-        refused(Reject(BadRequestError("manifest unknown")), "400 invalid_argument: manifest", image),
+        refused(Refuse(BadRequestError("manifest unknown")), "400 invalid_argument: manifest", image),
         refused(Refuse(NotFoundError("region not found")), "404 region not found", image),
         refused(Refuse(CapacityError("insufficient memory")), "409 aborted: could not", "no room in ams"),
         refused(Refuse(RateLimitedError("")), "429 rate limit exceeded", "try again in a minute"),
-        refused(Reject(PermissionError()), "401 Authenticate", "it may look, but not make machines"),
+        refused(Refuse(PermissionError()), "401 Authenticate", "it may look, but not make machines"),
         refused(Refuse(MachinesError("down")), "503 down", "the API does not answer"),
     ])  # fmt: skip
 

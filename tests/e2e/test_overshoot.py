@@ -19,7 +19,7 @@ with_twisted = pytest_twisted.ensureDeferred
 async def test_clients_see_their_endings_soon_after_the_deadline() -> None:
     measured = await measure(reactor, 24, clients=12, machines=4, max_req_time=2.0)
 
-    told = measured.table()
+    told = measured.report().table()
     counts = {len(measured.samples[name]) for name in ("overshoot", "decided", "delivered", "baseline")}
     assert counts == {24 - measured.others["504"]}, told
     assert min(counts) >= 12, told

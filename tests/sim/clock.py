@@ -41,6 +41,10 @@ class Timer:
     def cancel(self) -> None:
         self._check()
         self.cancelled = True
+        self.forget()
+
+    def forget(self) -> None:
+        self.call, self.arguments = _nothing, ()
 
     def reset(self, seconds: float) -> None:
         self._check()
@@ -62,7 +66,12 @@ def _nothing() -> None:
 
 
 class HeapClock:
-    """The world's time, in seconds from its beginning."""
+    """
+    The world's time, in seconds from its beginning.
+
+    A timer that is over lets go of what it called, which mostly knows it: there are millions, and to collect
+    such circles takes long.
+    """
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -89,6 +98,8 @@ class HeapClock:
             self.now = max(self.now, due)
             timer.done = True
             timer.call(*timer.arguments)
+            if timer.done:  # a node that stands still takes its timers up again
+                timer.forget()
         self.now = max(self.now, moment)
 
 
@@ -112,7 +123,6 @@ class NodeTimer:
             clock.when_resumed(lambda: clock.world.push(timer, clock.world.now))
             return
         del clock.timers[self]
-        self._forget()
         call()
 
     def getTime(self) -> float:
@@ -124,11 +134,6 @@ class NodeTimer:
     def cancel(self) -> None:
         self._timer.cancel()
         self._clock.timers.pop(self, None)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Let go of what leads back here: there are millions of timers, and circles are collected slowly."""
-        self._timer.call, self._timer.arguments = _nothing, ()
 
     def reset(self, seconds: float) -> None:
         self._timer.reset(seconds / self._clock.rate)
