@@ -142,7 +142,3 @@ class StructureTests(SynchronousTestCase):
             seen = "twisted.internet.reactor"
             self.assertTrue(seen not in imports(path) or name in REACTOR, name)
             self.assertNotIn(seen, imports_at_module_level(path), name)
-
-    def test_files_stay_readable(self) -> None:
-        for name, path in self.modules.items():
-            self.assertLessEqual(len(path.read_text().splitlines()), 350, name)
