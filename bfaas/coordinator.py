@@ -42,6 +42,17 @@ REPLAYED = "bfaas-replayed"
 
 _REASONS = frozenset(wire.Reason)
 
+MAX_GRACE = 5.0
+"""
+Seconds that a worker has to begin its answer, at the most, where its run may take less.
+
+A run whose time is over is a timeout, however short that time was: a worker needs some milliseconds to start
+bash, more on a busy host. Only a worker that does not answer at all is a failure (504).
+"""
+
+MIN_GRACE = 2.0
+"""Seconds that a worker has to begin its answer at the least, where `MAXREQTIME` is less."""
+
 TOLD_FOR = 60.0
 """Seconds for which one request that waited in vain speaks for the next, unless one is served."""
 
@@ -214,14 +225,16 @@ class Coordinator:
         """Relay one run within its time; whatever happens, the answer has one ending."""
         settings = self._settings
         started = self._clock.seconds()
-        deadline = Deadline(self._clock, ask.limit(settings.max_req_time))
+        limit = ask.limit(settings.max_req_time)
+        deadline = Deadline(self._clock, limit)
+        first = Deadline(self._clock, max(limit, min(settings.max_req_time, MAX_GRACE), MIN_GRACE))
         format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
         answer = Answer(request, format_, self._clock)
         headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
         ticket = settings.signer.sign(machine.id, self._wall())
         try:
-            relay = self._proxy.relay(machine, ticket, run.id, ask, format_, answer, headers)
-            exit_ = await deadline.run(relay)
+            response = await first.run(self._proxy.begin(machine, ticket, run.id, ask, format_))
+            exit_ = await deadline.run(self._proxy.stream(response, format_, answer, headers))
             run.ending = exit_.reason if exit_.reason in _REASONS else f"exit {exit_.code}"
         except DeadlineExceededError:
             run.ending = wire.Reason.TIMEOUT

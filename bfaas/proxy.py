@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from bfaas.answer import Answer
     from bfaas.ask import Ask
     from bfaas.machines.api import Machine
-    from bfaas.reader import RunReader
 
 
 class WorkerError(Exception):
@@ -104,24 +103,14 @@ class Proxy:
             return True
         return -SLACK < told - self._wall() < self._AHEAD
 
-    async def relay(
-        self,
-        machine: Machine,
-        ticket: str,
-        run_id: str,
-        ask: Ask,
-        format_: wire.Format,
-        answer: Answer,
-        headers: dict[str, str],
-    ) -> wire.Exit:
+    async def begin(
+        self, machine: Machine, ticket: str, run_id: str, ask: Ask, format_: wire.Format
+    ) -> IResponse:
         """
-        Run what is asked for on the machine, and answer with what comes; returns how the run ended.
+        Send a run to the machine's worker, once; return the head of the worker's answer, for `stream`.
 
-        The worker is told the run's id, for its log.
-
-        The request is sent once. Raises `WorkerError` as long as the answer has not begun; what goes wrong
-        after that is an exit. Cancelling closes the connection to the worker, and leaves the answer to the
-        caller.
+        The worker gets the run's id for its log. Raises `WorkerError` if the worker does not answer as a
+        worker does. Cancelling closes the connection.
         """
         # Workers write events or raw runs; lines are made here.
         written = wire.Format.RAW if format_ is wire.Format.RAW else wire.Format.EVENTS
@@ -140,11 +129,19 @@ class Proxy:
         except WorkerError:
             discard(response)
             raise
-        return await self._stream(response, run_reader(format_, self._max_output), answer, headers)
+        return response
 
-    async def _stream(
-        self, response: IResponse, reader: RunReader, answer: Answer, headers: dict[str, str]
+    async def stream(
+        self, response: IResponse, format_: wire.Format, answer: Answer, headers: dict[str, str]
     ) -> wire.Exit:
+        """
+        Answer the client with what the worker sends; return how the run ended.
+
+        Begins the answer at once, with what has come by then. Every failure of the worker is an exit.
+        Cancelling closes the connection to the worker, and leaves the answer to the caller.
+        """
+        reader = run_reader(format_, self._max_output)
+
         def pass_on(data: bytes) -> None:
             answer.write(reader.feed(data))
             if reader.error is not None:

@@ -66,13 +66,14 @@ class Front(Resource):
 
     def render_POST(self, request: Request) -> int:
         self.answer = Answer(request, self.format, self._clock)
-        headers = {"Worker": "m1", "Coord": "c1"}
-        relay = self._proxy.relay(
-            machine(self.url), "ticket", "0" * 16, Ask.plain(b"script"), self.format, self.answer, headers
-        )
-        self.relay = running = Deferred.fromCoroutine(relay)
+        self.relay = running = Deferred.fromCoroutine(self._relay())
         request.notifyFinish().addErrback(lambda _: running.cancel())
         return NOT_DONE_YET
+
+    async def _relay(self) -> Exit:
+        script, headers = Ask.plain(b"script"), {"Worker": "m1", "Coord": "c1"}
+        response = await self._proxy.begin(machine(self.url), "ticket", "0" * 16, script, self.format)
+        return await self._proxy.stream(response, self.format, self.answer, headers)
 
 
 def machine(url: str | None) -> Machine:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
 
+from tests.e2e.coordinator import start_coordinator, stop
+
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
 
@@ -63,6 +65,32 @@ async def test_a_timeout_of_its_own_ends_a_run(coordinator: Running) -> None:
     assert output(lines) == "up\n"
     assert (end["code"], end["reason"]) == (124, "timeout")
     assert 1000 <= end["wall_ms"] < 15_000
+
+
+@with_twisted
+async def test_a_run_whose_time_is_over_is_a_timeout_however_short_it_was(coordinator: Running) -> None:
+    for timeout in ("1ns", "1us", "1ms", "10ms", "20ms", "40ms", "60ms", "0.1s"):
+        *_, end = await ask(coordinator, script="sleep 1000", timeout=timeout)
+        assert (end["event"], end["code"], end["reason"]) == ("exit", 124, "timeout"), (timeout, end)
+    body = json.dumps({"script": "sleep 1000", "timeout": "10ms"}).encode()
+    answer = await coordinator.run(body, "?raw=1", headers={"Content-Type": "application/json"})
+    assert (answer.status, answer.body) == (200, b"\nexit: 124 timeout\n")
+
+
+@with_twisted
+async def test_the_longest_timeout_is_no_more_than_any_run_may_take(coordinator: Running) -> None:
+    *lines, end = await ask(coordinator, script="echo fine", timeout="2562047h47m16.854775807s")
+    assert (output(lines), end["code"]) == ("fine\n", 0)
+
+
+@with_twisted
+async def test_the_time_of_all_runs_may_be_short_too() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="50ms")
+    answer = await coordinator.run("sleep 1000")
+    assert (answer.status, answer.exit["code"], answer.exit["reason"]) == (200, 124, "timeout")
+    answer = await coordinator.run("sleep 1000", "?raw=1")
+    assert (answer.status, answer.body) == (200, b"\nexit: 124 timeout\n")
+    assert await stop(coordinator) == 0
 
 
 @with_twisted

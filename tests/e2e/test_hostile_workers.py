@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
 
+from bfaas.coordinator import MIN_GRACE
 from bfaas.deadline import sleep
 from tests.e2e.coordinator import reactor
 from tests.e2e.hostile import HEAD, MAX_LINES, MAX_MEMORY, Spent, stage
@@ -306,3 +307,22 @@ async def test_whatever_a_worker_says_has_one_ending_and_a_price(subtests: pytes
         for case in CASES:
             with subtests.test(case.name):
                 await run(there, case)
+
+
+def once_late() -> Script:
+    """Say an honest worker's head 0.3 s after the request."""
+    return [sleep(reactor, 0.3), HEAD, chunk(OUT)]
+
+
+@pytest_twisted.ensureDeferred
+async def test_a_worker_that_never_answers_is_a_failure_however_short_the_run_may_be() -> None:
+    asked = b'{"script": "true", "timeout": "10ms"}'
+    request = post("/run", asked, "Content-Type: application/json")
+    async with stage(MAXREQTIME="1s") as there:
+        there.worker.says[b'{"script":"true","timeout":"10ms"}'] = once(b"")
+        heard, seconds = await there.ask(request)
+        assert read(heard, raw=False) == (Ending.LATE.value, "")
+        assert MIN_GRACE - 0.1 <= seconds < MIN_GRACE + SLACK
+        there.worker.says[b'{"script":"true","timeout":"10ms"}'] = once_late
+        heard, _ = await there.ask(request)
+        assert read(heard, raw=False)[0] == Ending.TIMEOUT.value

@@ -332,7 +332,10 @@ MUTANTS = [
         "a failing request keeps its machine",
     ),
     Mutant(
-        "coordinator", "exit_ = await deadline.run(relay)", "exit_ = await relay", "a run has no deadline"
+        "coordinator",
+        "exit_ = await deadline.run(self._proxy.stream(",
+        "exit_ = await (self._proxy.stream(",
+        "a run has no deadline",
     ),
     Mutant(
         "coordinator",
