@@ -40,6 +40,9 @@ MAX_REPLAYED = 1_000_000
 
 REPLAYED = "bfaas-replayed"
 
+REPLAY_TIMEOUT = "2s"
+"""How long Fly's proxy tries to reach another coordinator, before it sends a request back."""
+
 _REASONS = frozenset(wire.Reason)
 
 MAX_GRACE = 5.0
@@ -200,15 +203,21 @@ class Coordinator:
         """
         Where that is wanted, let Fly's proxy take the request to a coordinator that may have a machine.
 
-        Once: the proxy tells the next coordinator in `fly-replay-src` the state that this one gave it.
+        Once: the proxy sends the next coordinator in `fly-replay-src` the state that this one set. If the
+        proxy reaches no other machine within `REPLAY_TIMEOUT`, it sends the request back with
+        `fly-replay-failed`, and the request waits here. Without that fallback the client would get an empty
+        502 (https://fly.io/docs/networking/dynamic-request-routing/#replay-timeout-and-fallback).
         """
         settings = self._settings
         if not settings.replay or ask.size > MAX_REPLAYED or self._pool.next_in_line == 0:
             return
         source = request.getHeader(b"fly-replay-src") or b""
-        if f"state={REPLAYED}".encode() not in [part.strip() for part in source.split(b";")]:
-            replay = {"fly-replay": f"elsewhere=true;state={REPLAYED}"}
-            raise RefusalError(503, "no worker here; trying elsewhere", replay, Refused.REPLAYED)
+        is_replayed = f"state={REPLAYED}".encode() in [part.strip() for part in source.split(b";")]
+        if not is_replayed and not request.requestHeaders.hasHeader(b"fly-replay-failed"):
+            where = f"elsewhere=true;timeout={REPLAY_TIMEOUT};fallback=force_self;state={REPLAYED}"
+            refusal = self._refusal(503, "no worker here; trying elsewhere", Refused.REPLAYED)
+            refusal.headers["fly-replay"] = where
+            raise refusal
 
     def _refusal(self, code: int, line: str, reason: Refused) -> RefusalError:
         """

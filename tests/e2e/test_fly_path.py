@@ -177,27 +177,54 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     coordinator = await start_coordinator(**fly.settings("p", 1, FLY_REPLAY="1", MAXWAIT="5s"))
     busy = await coordinator.begin("echo begun; sleep 1000")
 
-    async def ask(script: bytes, source: str | None) -> Any:
-        headers = Headers({"fly-replay-src": [source]} if source else {})
+    async def ask(script: bytes, **added: str) -> Any:
+        headers = Headers({name.replace("_", "-"): [value] for name, value in added.items()})
         url = f"http://127.0.0.1:{coordinator.port}/run"
         response = await HTTPClient(coordinator.agent).post(url, data=script, headers=headers)
         await response.content()
         return response
 
-    replayed = await ask(b"true", None)
+    replayed = await ask(b"true")
     assert replayed.code == 503
+    assert replayed.headers.hasHeader("retry-after")
     [answer] = replayed.headers.getRawHeaders("fly-replay")
-    assert answer.startswith("elsewhere=true;state=")
-    state = answer.partition("state=")[2]
+    # https://fly.io/docs/networking/dynamic-request-routing/; a state may contain anything, so it is last.
+    fields = dict(field.split("=", 1) for field in answer.split(";"))
+    assert list(fields) == ["elsewhere", "timeout", "fallback", "state"]
+    assert (fields["elsewhere"], fields["fallback"]) == ("true", "force_self")
+    assert re.fullmatch("[0-9]+(ms|s)", fields["timeout"])
 
     status = json.loads((await coordinator.get("/status")).body)
     assert [run["ending"] for run in status["runs"]["recent"]] == ["replayed"]
 
-    for script, source in ((b"true", f"instance=x;region=ams;t=1;state={state}"), (b"#" * 1_000_001, None)):
-        waited = await ask(script, source)
-        assert waited.code == 503
-        assert not waited.headers.hasHeader("fly-replay")
+    source = f"instance=x;region=ams;t=1;state={fields['state']}"
+    waited = await ask(b"true", fly_replay_src=source)
+    assert (waited.code, waited.headers.hasHeader("fly-replay")) == (503, False)
+    waited = await ask(b"#" * 1_000_001)
+    assert (waited.code, waited.headers.hasHeader("fly-replay")) == (503, False)
+
+    # The proxy found no other machine: this one is what is left, and the request waits for it.
+    failed = "instance=;app=coords;region=ams;replay_source=x;reason=no_candidate;elapsed_ms=2003"
+    waiting = Deferred.fromCoroutine(ask(b"true", fly_replay_failed=failed))
+
+    async def waits() -> bool:
+        return bool(json.loads((await coordinator.get("/status")).body)["queue"]["waiting"])
+
+    await until(waits)
     busy.leave()
+    served = await waiting
+    assert served.code == 200
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_a_short_run_is_a_timeout_behind_the_proxy_too(fly: Fly) -> None:
+    coordinator = await start_coordinator(**fly.settings("p", 1))
+    for timeout in ("1ms", "10ms", "50ms"):
+        body = json.dumps({"script": "sleep 1000", "timeout": timeout}).encode()
+        answer = await coordinator.run(body, headers={"Content-Type": "application/json"})
+        assert answer.status == 200, answer.body
+        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
     assert await stop(coordinator) == 0
 
 
