@@ -142,7 +142,7 @@ class Coordinator:
         """Tell whether a run that came now would find a machine, as far as we know; 503 and why if not."""
         trouble = self.trouble
         if trouble is not None:
-            raise RefusalError(503, trouble)
+            raise RefusalError(503, trouble, {"Retry-After": self._retry_after})
         return tell(request, "ready")
 
     @app.route("/status", methods=["GET"])
@@ -178,7 +178,7 @@ class Coordinator:
             return "shutting down"
         if (trouble := pool.trouble) is not None:
             return trouble
-        if pool.next_in_line > settings.max_queue or pool.expected_wait > settings.max_wait:
+        if pool.next_in_line > settings.max_queue:
             return "too many requests are waiting"
         waited = self._waited_in_vain
         in_vain = waited is not None and self._clock.seconds() - waited < TOLD_FOR
@@ -220,15 +220,19 @@ class Coordinator:
             raise refusal
 
     def _refusal(self, code: int, line: str, reason: Refused) -> RefusalError:
-        """
-        Refuse a request, and tell its client when to come back: in whole seconds, at least one.
+        """Refuse a request, with when to come back."""
+        return RefusalError(code, line, {"Retry-After": self._retry_after}, reason)
 
-        By then all who wait now should have been served, by what the pool expects; and if it is wrong, they
-        have given up after `MAXWAIT`, and the last to be served has had its `MAXREQTIME`.
+    @property
+    def _retry_after(self) -> str:
+        """
+        Choose when a client should come back: in whole seconds, at least one.
+
+        By then all requests that wait now should have been served, by what the pool expects. If that is
+        wrong, they have ended after `MAXWAIT`, and the last to be served has had its `MAXREQTIME`.
         """
         longest = self._settings.max_wait + self._settings.max_req_time
-        retry = max(1, ceil(min(self._pool.expected_wait, longest)))
-        return RefusalError(code, line, {"Retry-After": str(retry)}, reason)
+        return str(max(1, ceil(min(self._pool.expected_wait, longest))))
 
     async def _answer(self, request: Request, ask: Ask, run: Run, machine: Machine) -> None:
         """Relay one run within its time; whatever happens, the answer has one ending."""

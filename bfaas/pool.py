@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from bfaas.sweep import Seen
 
 
+_TAKEN = (Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
+"""Phases of machines that have to come free before they can serve a request."""
+
+
 class PoolClosedError(Exception):
     """The pool gives out no machines any more."""
 
@@ -81,7 +85,7 @@ class Pool:
         self._sweep = Sweep(api, clock, random, settings, pauses.after, self._know)
         self._members: dict[Member, Deferred[None]] = {}
         self._line: Line[Allocation] = Line()
-        self._turn = settings.max_req_time
+        self._turn, self._turns = 0.0, 0
         self._reclaimed = False
         self._limited = False
         self._creating = Backoff(clock, pauses.after, self._balance)
@@ -98,19 +102,23 @@ class Pool:
     @property
     def next_in_line(self) -> int:
         """How many machines have to come free before one more request is served; 0 where none has to."""
-        taken = self._in(Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
-        return max(0, len(self._line) + 1 - (self._settings.size - len(taken)))
+        return max(0, len(self._line) + 1 - (self._settings.size - len(self._in(*_TAKEN))))
 
     @property
     def expected_wait(self) -> float:
         """
-        Estimate the seconds until so many machines have come free.
+        Estimate the seconds until so many machines have come free; 0 as long as nothing is known.
 
-        A machine's turn is taken to be as long as the latest were: a mean, in which each new one counts for
-        a fifth. It begins with a start, ends with a confirmed stop, and counts as a request of full length
-        and a stop at the most.
+        A machine's turn begins with a start and ends with a confirmed stop. It is taken to last as long as
+        the latest did: a mean, in which each new one counts for a fifth, and the first few for more. A turn
+        under way that has taken longer already counts with its age, so that a pool which has never finished
+        one does not guess. None counts for more than a request of full length and a stop.
         """
-        return self._turn * self.next_in_line / self._settings.size
+        taken = self._in(*_TAKEN)
+        now = self._clock.seconds()
+        turns = [max(self._turn, min(now - member.since, self._longest_turn)) for member in taken]
+        turn = sum(turns) / len(turns) if turns else self._turn
+        return turn * self.next_in_line / self._settings.size
 
     @property
     def waiting(self) -> int:
@@ -279,8 +287,12 @@ class Pool:
         return Call.STAND_BY
 
     def _took_turn(self, seconds: float) -> None:
-        longest = self._settings.max_req_time + self._settings.limits.stop
-        self._turn += (min(seconds, longest) - self._turn) / 5
+        self._turns += 1
+        self._turn += (min(seconds, self._longest_turn) - self._turn) / min(self._turns, 5)
+
+    @property
+    def _longest_turn(self) -> float:
+        return self._settings.max_req_time + self._settings.limits.stop
 
     def _is_leased(self, member: Member, seconds: float) -> bool:
         """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""

@@ -209,7 +209,6 @@ class AllocationTests(PoolCase):
         pool, _ = self.world.pool("q", size=1)
         self.assertEqual(0.0, pool.expected_wait)
         allocation = self.allocated(pool)
-        self.assertEqual(MAX_REQ_TIME, pool.expected_wait)
         for _ in range(30):
             allocation.release()
             self.world.advance(3)
@@ -224,10 +223,42 @@ class AllocationTests(PoolCase):
             place.cancel()
 
     def test_more_machines_make_the_wait_shorter(self) -> None:
+        allocations = [self.allocated() for _ in range(2)]
+        self.world.advance(8)
+        for allocation in allocations:
+            allocation.release()
+        self.world.advance(5)
         for _ in range(2):
             self.allocated()
 
-        self.assertEqual(MAX_REQ_TIME / 2, self.pool.expected_wait)
+        self.assertApproximates(6.5, self.pool.expected_wait, 2.5)  # half of a start, a run and a stop
+
+    def test_nothing_is_expected_before_anything_is_known(self) -> None:
+        for _ in range(2):
+            self.allocated()
+        places = [self.pool.allocate("c") for _ in range(6)]
+        before = self.pool.expected_wait
+        self.assertEqual(7, self.pool.next_in_line)
+        self.world.advance(4)
+
+        # Two machines have been in use for four more seconds: a turn takes so long at the least.
+        self.assertApproximates(before + 7 / 2 * 4, self.pool.expected_wait, 0.1)
+        self.world.advance(10 * MAX_REQ_TIME)
+        self.assertEqual(7 / 2 * (MAX_REQ_TIME + Limits().stop), self.pool.expected_wait)
+        for place in places:
+            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            place.cancel()
+
+    def test_one_long_turn_at_first_does_not_count_for_long(self) -> None:
+        pool, _ = self.world.pool("q", size=1)
+        allocation = self.allocated(pool)
+        self.world.advance(MAX_REQ_TIME)
+        for _ in range(9):
+            allocation.release()
+            self.world.advance(3)
+            allocation = self.allocated(pool, within=2)
+
+        self.assertLess(pool.expected_wait, 4)
 
     def test_a_turn_counts_as_a_request_of_full_length_and_a_stop_at_the_most(self) -> None:
         pool, _ = self.world.pool("q", size=1)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import pytest_twisted
 from prometheus_client.parser import text_string_to_metric_families
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 
 from bfaas.deadline import sleep
 from tests.e2e.coordinator import (
@@ -132,12 +132,40 @@ async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> No
 
 
 @with_twisted
-async def test_it_is_not_ready_while_the_line_is_longer_than_anybody_waits() -> None:
-    coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="20s", MAXREQTIME="30s")
+async def test_it_is_not_ready_while_the_line_is_full() -> None:
+    coordinator = await start_coordinator(POOLSIZE="1", MAXQUEUE="1", MAXREQTIME="30s")
     busy = await coordinator.begin("sleep 1000")
-    assert (await coordinator.get("/readyz")).body == b"too many requests are waiting\n"
+    assert (await coordinator.get("/readyz")).body == b"ready\n"
+    waiting = Deferred.fromCoroutine(coordinator.run("true"))
+
+    async def full() -> bool:
+        return bool((await status(coordinator))["queue"]["waiting"])
+
+    await until(full)
+    refused = await coordinator.get("/readyz")
+    assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
+    assert int(refused.headers["retry-after"]) >= 1
     busy.leave()
+    assert (await waiting).status == 200
     await readiness(coordinator, 200)
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_a_fresh_coordinator_with_short_scripts_is_ready_and_does_not_guess() -> None:
+    coordinator = await start_coordinator(MAXWAIT="30s", MAXREQTIME="10s", MAXPERCLIENT="8")
+    running = [Deferred.fromCoroutine(coordinator.run("sleep 1")) for _ in range(8)]
+
+    async def all_there() -> bool:
+        told = await status(coordinator)
+        return bool(told["queue"]["waiting"] + told["runs"]["running"] == 8)
+
+    await until(all_there)
+    assert (await coordinator.get("/readyz")).body == b"ready\n"
+    refused = await coordinator.run("true")
+    assert refused.status == 429
+    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    assert {answer.status for answer in await gatherResults(running)} == {200}
     assert await stop(coordinator) == 0
 
 
