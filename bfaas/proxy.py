@@ -198,7 +198,7 @@ def _check_head(response: IResponse, machine: Machine, format_: wire.Format) -> 
     if response.code != 200:  # noqa: PLR2004 - OK
         raise WorkerError(f"status {response.code}")
     kinds = response.headers.getRawHeaders("content-type", [""])
-    if [kind.partition(";")[0].strip().lower() for kind in kinds] != [format_.value]:
+    if [kind.partition(";")[0].strip().lower() for kind in kinds] != [format_.media_type]:
         raise WorkerError("an answer of another content type")
     names = response.headers.getRawHeaders(wire.WORKER)
     if names is not None and names != [machine.id]:

@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from typing import Protocol
 
-from bfaas.wire import Exit, Format, WireError, is_code, read_json, write_event
+from bfaas.wire import (
+    MAX_DATA,
+    Exit,
+    Format,
+    WireError,
+    has_raw_controls,
+    is_code,
+    read_json,
+    write_event,
+    write_output,
+)
 
 MAX_EVENT = 512 * 1024
 """Bytes of one event that a reader takes: a piece of 64 KiB of what JSON writes in six bytes each."""
@@ -58,7 +68,9 @@ class EventReader:
     Reads events, lets only well-formed output through, and keeps the exit for its owner to tell.
 
     Comments are dropped. What counts towards `max_output` is the bytes that a script must at least have
-    written for the text that came. What is passed on can be written as lines instead.
+    written for the text that came. What is passed on can be written as lines instead. Data of more than
+    `MAX_DATA` bytes, or with characters that some clients take for a line end, is encoded again, since workers
+    of the Go original may send such events.
     """
 
     exit_passed_on = False
@@ -119,21 +131,29 @@ class EventReader:
         if name == b"exit":
             self.exit = Exit.from_json(data)
             return b""
-        self._room -= _least_output(data)
+        stream, text = name.decode(), _text(data)
+        self._room -= _least_output(text)
         if self._room < 0:
             raise OutputLimitError("more output than the limit")
-        return write_event(self._format, name.decode(), data)
+        if len(data) > MAX_DATA or has_raw_controls(data):
+            return write_output(self._format, stream, text)
+        return write_event(self._format, stream, data)
 
 
-def _least_output(data: bytes) -> int:
-    """
-    Tell how many bytes a script must at least have written for an output event with this data.
-
-    U+FFFD may stand for one byte that was not UTF-8. Raises `WireError` for data that is no string.
-    """
+def _text(data: bytes) -> str:
+    """Read the data of an output event. Raises `WireError` unless it is a JSON string."""
     if not data.startswith(b'"'):
         raise WireError("an output event that is not a string")
     text: str = read_json(data)
+    return text
+
+
+def _least_output(text: str) -> int:
+    """
+    Return how many bytes a script must at least have written for an output event with this text.
+
+    U+FFFD may stand for one byte that was not UTF-8. Raises `WireError` for a lone surrogate.
+    """
     try:
         return max(1, len(text.encode()) - 2 * text.count("\ufffd"))
     except UnicodeEncodeError:

@@ -38,6 +38,12 @@ KEEPALIVE = 15.0
 
 COMMENT = b": \n\n"
 
+MAX_DATA = 16 * 1024
+"""
+Bytes of an output event's data, as JSON. Common readers take lines of up to 64 KiB: Go's `bufio.Scanner`,
+asyncio's `StreamReader`.
+"""
+
 MAX_EXIT = 4096
 """Bytes of an exit event's data that a reader takes."""
 
@@ -63,11 +69,16 @@ class Reason(enum.StrEnum):
 
 
 class Format(enum.Enum):
-    """How a run is written; the value is its content type."""
+    """How a run is written; the value is its `Content-Type`."""
 
-    EVENTS = "text/event-stream"
+    EVENTS = "text/event-stream; charset=utf-8"
     RAW = "application/octet-stream"
     LINES = "application/x-ndjson"
+
+    @property
+    def media_type(self) -> str:
+        """The content type without its parameters."""
+        return self.value.partition(";")[0]
 
 
 # What is written in silence, and means nothing. An empty line would be a fault to many who read JSON.
@@ -84,7 +95,7 @@ def requested_format(arguments: Mapping[bytes, Sequence[bytes]], accept: str = "
         return Format.RAW
     for kind in accept.lower().split(","):
         name, *parameters = (part.replace(" ", "") for part in kind.split(";"))
-        if name == Format.LINES.value:
+        if name == Format.LINES.media_type:
             return Format.EVENTS if any(map(_REFUSED.fullmatch, parameters)) else Format.LINES
     return Format.EVENTS
 
@@ -188,6 +199,61 @@ def write_event(format_: Format, stream: str, data: bytes) -> bytes:
     return b"event: %b\ndata: %b\n\n" % (stream.encode(), data)
 
 
+def write_output(format_: Format, stream: str, text: str) -> bytes:
+    """Write output as events, each with at most `MAX_DATA` bytes of data."""
+    return b"".join([write_event(format_, stream, data) for data in _json_strings(text)])
+
+
+# JSON allows these characters in a string, and some readers split lines at them: U+0085, U+2028, U+2029. The
+# other C1 controls are escaped too, since terminals obey them.
+_C1_CONTROL = re.compile(rb"\xc2[\x80-\x9f]")
+_SEPARATOR = re.compile(rb"\xe2\x80[\xa8\xa9]")
+
+
+def has_raw_controls(data: bytes) -> bool:
+    """Return whether UTF-8 has C1 controls, U+2028 or U+2029."""
+    # To look for a single byte first costs next to nothing, and most output has neither of them.
+    if b"\xc2" in data and _C1_CONTROL.search(data):
+        return True
+    return b"\xe2" in data and _SEPARATOR.search(data) is not None
+
+
+def _escaped(match: re.Match[bytes]) -> bytes:
+    return b"\\u%04x" % ord(match[0].decode())
+
+
+def _json_strings(text: str) -> list[bytes]:
+    """Encode text as JSON strings of at most `MAX_DATA` bytes, without line ends of any kind."""
+    encoded = encode_basestring(text).encode()
+    if has_raw_controls(encoded):
+        encoded = _SEPARATOR.sub(_escaped, _C1_CONTROL.sub(_escaped, encoded))
+    if len(encoded) <= MAX_DATA:
+        return [encoded]
+    pieces = []
+    start, end = 1, len(encoded) - 1
+    while start < end:
+        stop = start + MAX_DATA - 2
+        stop = end if stop >= end else _boundary(encoded, start, stop)
+        pieces.append(b'"%b"' % encoded[start:stop])
+        start = stop
+    return pieces
+
+
+def _boundary(encoded: bytes, start: int, stop: int) -> int:
+    """Return the last position up to `stop` that is not within a character or an escape sequence."""
+    while encoded[stop] & 0xC0 == 0x80:  # noqa: PLR2004 - the mark of a continuation byte in UTF-8
+        stop -= 1
+    backslash = encoded.rfind(b"\\", stop - 5, stop)
+    if backslash >= 0:
+        before = encoded[start : backslash + 1]
+        # An even number of backslashes is that many escaped ones.
+        starts_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+        length = 6 if encoded[backslash + 1] == ord("u") else 2
+        if starts_escape and backslash + length > stop:
+            return backslash
+    return stop
+
+
 def write_exit(format_: Format, exit_: Exit) -> bytes:
     """Write the exit's event."""
     if format_ is Format.LINES:
@@ -204,7 +270,7 @@ class EventWriter:
         self._decoders = {stream: decoder("replace") for stream in Stream}
 
     def output(self, stream: Stream, data: bytes) -> bytes:
-        """Write a piece of output as an event, or nothing while it is not one whole character."""
+        """Write a piece of output as events, or nothing while it is not one whole character."""
         return self._event(stream, self._decoders[stream].decode(data))
 
     def end(self, exit_: Exit) -> bytes:
@@ -215,8 +281,7 @@ class EventWriter:
         return b"".join([*rest, write_exit(self._format, exit_)])
 
     def _event(self, stream: Stream, text: str) -> bytes:
-        # JSON escapes both line ends, the only characters that could end a `data:` line.
-        return write_event(self._format, stream, encode_basestring(text).encode()) if text else b""
+        return write_output(self._format, stream, text) if text else b""
 
 
 class RawWriter:

@@ -97,7 +97,7 @@ class PlayedRunTests(SynchronousTestCase):
         head = self.post()
         self.assertIn(" 200 ", head)
         self.assertIn(f"Worker: {MACHINE}", head)
-        self.assertIn("Content-Type: text/event-stream", head)
+        self.assertIn("Content-Type: text/event-stream; charset=utf-8", head)
         self.assertEqual("", self.rest)
         self.end()
 

@@ -15,7 +15,7 @@ from bfaas.exchange import single_use_agent
 from bfaas.machines.api import Machine, State
 from bfaas.proxy import Proxy, WorkerError
 from bfaas.site import BoundedSite
-from bfaas.wire import COMMENT, KEEPALIVE, Exit, Format, Reason
+from bfaas.wire import COMMENT, KEEPALIVE, Exit, Format, Reason, write_output
 from tests.liar import (
     LAST_CHUNK,
     End,
@@ -170,7 +170,7 @@ class RelayTests(ProxyTestCase):
             "Server": answer.getheader("Server"),
             "Date": answer.getheader("Date"),
             "Transfer-Encoding": "chunked",
-            "Content-Type": "text/event-stream",
+            "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-store",
             "X-Accel-Buffering": "no",
             "X-Content-Type-Options": "nosniff",
@@ -255,7 +255,7 @@ class LostTests(ProxyTestCase):
             Format.RAW: b"\nexit: 125 output-limit\n",
         }
         for format_, piece, told in (
-            (Format.EVENTS, event, event * 16),
+            (Format.EVENTS, event, write_output(Format.EVENTS, "stdout", PIECE.decode()) * 16),
             (Format.RAW, PIECE, PIECE * 16 + b"x" * 64),
         ):
             body, exit_ = await self.run_it(format_, began(format_), *[chunk(piece)] * 20)
@@ -331,8 +331,11 @@ class WorkerErrorTests(ProxyTestCase):
 
     async def test_a_kind_with_a_charset_and_no_worker_named_will_do(self) -> None:
         head = began(Format.EVENTS).replace(b"Worker: m1\r\n", b"")
-        head = head.replace(b"text/event-stream", b"Text/Event-Stream ; charset=utf-8")
-        self.assertEqual((EXIT, Exit(3)), await self.run_it(Format.EVENTS, head, chunk(EXIT), LAST_CHUNK))
+        ours = Format.EVENTS.value.encode()
+        self.assertIn(ours, head)
+        for kind in (b"text/event-stream", b"Text/Event-Stream ; charset=UTF-8"):
+            answer = await self.run_it(Format.EVENTS, head.replace(ours, kind), chunk(EXIT), LAST_CHUNK)
+            self.assertEqual((EXIT, Exit(3)), answer)
 
 
 class CancelTests(ProxyTestCase):

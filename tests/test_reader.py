@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from itertools import cycle
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.reader import MAX_COMMENTS, MAX_EVENT, EventReader, OutputLimitError, RawReader
-from bfaas.wire import COMMENT, MAX_EXIT, EventWriter, Exit, Stream
+from bfaas.wire import COMMENT, MAX_DATA, MAX_EXIT, EventWriter, Exit, Format, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -110,14 +111,42 @@ class EventReaderTests(SynchronousTestCase):
     def test_an_event_without_end_is_refused_before_it_fills_the_memory(self) -> None:
         start = b'event: stdout\ndata: "'
         longest = start + b"x" * (MAX_EVENT - len(start) - 1) + b'"\n\n'
+        whole, _, _ = read(longest, [len(longest)])
+        self.assertEqual(longest.count(b"x"), whole.count(b"x"))
         for size in (len(longest), len(longest) - 1, 65536, 1000):
-            self.assertEqual((longest, None, None), read(longest, [size]))
+            self.assertEqual((whole, None, None), read(longest, [size]))
             passed_on, _, error = read(longest + b'event: stdout\ndata: "x' + longest, [size])
-            self.assertEqual((longest, "an event that does not end"), (passed_on, error))
+            self.assertEqual((whole, "an event that does not end"), (passed_on, error))
         reader = EventReader(MAX_OUTPUT)
         for _ in range(100):
             reader.feed(start + b"x" * 65536)
         self.assertLessEqual(sum(map(len, [*reader._event, reader._line])), MAX_EVENT)
+
+    def test_events_of_other_workers_are_cut_and_escaped_as_our_own_are(self) -> None:
+        # As Go's encoder, Python's with and without ensure_ascii, and careless ones would write them.
+        texts = [
+            "\U0001f600" * 40_000,
+            "\0" * 60_000,
+            "a\u2028b\u2029c\x85d\x9b",
+            "<&>\n" * 30_000,
+            "\\" * 50_000,
+        ]
+        for text in texts:
+            for ensure_ascii in (True, False):
+                data = json.dumps(text, ensure_ascii=ensure_ascii)
+                for format_ in (Format.EVENTS, Format.LINES):
+                    reader = EventReader(MAX_OUTPUT, format_)
+                    passed_on = reader.feed(event("stderr", data)).decode()
+                    self.assertIsNone(reader.error)
+                    lines = passed_on.splitlines()
+                    self.assertEqual(passed_on.count("\n"), len(lines))
+                    self.assertLessEqual(max(len(line.encode()) for line in lines), MAX_DATA + 32)
+                    if format_ is Format.LINES:
+                        read_ = [json.loads(line)["data"] for line in lines]
+                    else:
+                        read_ = [json.loads(line[6:]) for line in lines if line.startswith("data: ")]
+                    self.assertEqual(text, "".join(read_))
+                    self.assertNotIn("", read_)
 
     @settings(deadline=None)
     @given(st.binary() | st.text().map(str.encode), st.binary(), SIZES)

@@ -11,6 +11,7 @@ from bfaas.reader import RawReader, run_reader
 from bfaas.wire import (
     COMMENT,
     HEARTBEATS,
+    MAX_DATA,
     EventWriter,
     Exit,
     Format,
@@ -83,8 +84,44 @@ class EventTests(SynchronousTestCase):
             passed_on, exit_, error = read(written, [len(written)])
             self.assertEqual((Exit(7), None), (exit_, error))
             self.assertEqual(forged, texts(passed_on)["stdout"])
-            self.assertEqual(3, passed_on.count(b"\n"))
+            self.assertEqual(3, len(passed_on.decode().splitlines()))
             self.assertNotIn(b"\r", written)
+
+    def test_no_reader_takes_a_character_of_the_output_for_a_line_end(self) -> None:
+        every = "".join(map(chr, range(0x2100))) + "\ufeff\U0001f600"
+        for format_ in (Format.EVENTS, Format.LINES):
+            written = EventWriter(format_).output(Stream.STDOUT, every.encode()).decode()
+            self.assertEqual(written.split("\n")[:-1], written.splitlines())
+            self.assertNotRegex(written.replace("\n", ""), "[\0-\x1f\x80-\x9f\u2028\u2029]")
+        written = EventWriter().output(Stream.STDOUT, every.encode())
+        self.assertEqual(every, texts(written)["stdout"])
+
+    def test_what_looks_like_an_escape_stays_text(self) -> None:
+        for text in ("\\\u2028", "\\u2028", "\\\\\x85\\", "\xc2\xa0\u2027"):
+            written = EventWriter().output(Stream.STDOUT, text.encode())
+            self.assertEqual(text, texts(written)["stdout"])
+
+    @settings(deadline=None, max_examples=200)
+    @given(
+        st.sampled_from(
+            ["\0", "\\", "\\\n", "\u20ac", "\U0001f600", '"a', "\u2028\\", "\x85\u00e9", "abc\n"]
+        ),
+        st.integers(0, 7),
+        st.sampled_from([Format.EVENTS, Format.LINES]),
+    )
+    def test_large_output_is_cut_between_characters_into_events_of_bounded_size(
+        self, unit: str, offset: int, format_: Format
+    ) -> None:
+        text = "x" * offset + unit * (2 * MAX_DATA // len(unit.encode()))
+        written = EventWriter(format_).output(Stream.STDOUT, text.encode())
+        lines = [line for line in written.split(b"\n") if line]
+        self.assertLessEqual(max(map(len, lines)), MAX_DATA + 32)
+        if format_ is Format.EVENTS:
+            self.assertEqual(text, texts(written)["stdout"])
+            # What is within the limits already is passed on as it is.
+            self.assertEqual((written, None, None), read(written, [len(written)]))
+        else:
+            self.assertEqual(text, "".join(json.loads(line)["data"] for line in lines))
 
     def test_it_is_written_as_the_original_writes_it(self) -> None:
         writer = EventWriter()

@@ -98,7 +98,7 @@ async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator
     script = b'echo "{\\"script\\"}"'
     for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json-seq"):
         status, told, text = await post(coordinator, script, Content_Type=kind)
-        assert (status, told) == (200, "text/event-stream")
+        assert (status, told) == (200, "text/event-stream; charset=utf-8")
         assert text.startswith('event: stdout\ndata: "{\\"script\\"}\\n"\n\n')
 
 

@@ -272,7 +272,7 @@ def read(heard: bytes, *, raw: bool) -> tuple[str, str]:
         output, line, ending = content.decode().rpartition("\nexit: ")
         assert line, content[-80:]
         return ending.removesuffix("\n"), output
-    assert answer.getheader("content-type") == "text/event-stream"
+    assert answer.getheader("content-type") == "text/event-stream; charset=utf-8"
     pairs = [event.split("\n") for event in content.decode().split("\n\n")[:-1]]
     names = [name.removeprefix("event: ") for name, _ in pairs]
     said: list[Any] = [json.loads(data.removeprefix("data: ")) for _, data in pairs]

@@ -40,7 +40,7 @@ async def test_a_script_is_run_and_its_output_told_apart(coordinator: Running) -
     answer = await coordinator.run("echo out; echo err >&2; exit 3")
 
     assert answer.status == 200
-    assert answer.headers["content-type"] == "text/event-stream"
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["coord"] == "mock"
     assert len(answer.headers["worker"]) == 14
     assert ("stdout", "out\n") in answer.events
