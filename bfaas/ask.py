@@ -1,18 +1,20 @@
 """
 What a request asks for: a script, and where its body is JSON also standard input, variables and a timeout.
 
-A plain body is the script, whatever its content type (curl calls it a form). A JSON body is an object:
+A plain body is the script (`curl -d` calls it a form; see `bfaas.media`). A JSON body is an object:
 `{"script": "...", "stdin": "...", "env": {"NAME": "..."}, "timeout": "2.5s"}`, of which only `script` must be
 there. What is not exactly so is refused, rather than run as something that was not meant.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from bfaas.media import JSON, body_is_json
 from bfaas.settings import parse_duration
 from bfaas.site import RefusalError
 from bfaas.site import body as body_of
@@ -22,10 +24,10 @@ if TYPE_CHECKING:
 
     from twisted.web.server import Request
 
-JSON = "application/json"
-
 MAX_ENV = 128 * 1024 - 1
 """Bytes that variables may have together, as Linux counts them: so each fits into one argument too."""
+
+_BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
@@ -56,11 +58,16 @@ class Ask:
         """Ask for a script and nothing else. Raises `AskError`."""
         if b"\0" in script:
             raise AskError("a script cannot contain a NUL byte")
+        # Bash would take it for a part of the first command, and go on with the next line.
+        if script.startswith(_BYTE_ORDER_MARKS):
+            raise AskError("the script starts with a byte order mark: send UTF-8 without one")
         return cls(script, script, len(script))
 
     @classmethod
     def from_json(cls, data: bytes) -> Ask:
         """Read a JSON body. Raises `AskError`."""
+        if data.startswith(_BYTE_ORDER_MARKS):
+            raise AskError("the body starts with a byte order mark: send UTF-8 without one")
         told = _object(data)
         for name in told:
             if name not in ("script", "stdin", "env", "timeout"):
@@ -82,11 +89,14 @@ class Ask:
 
 
 def asked(request: Request) -> Ask:
-    """Read what a request asks for; refuse it with 400 where that is not clear."""
-    kind = request.getHeader("Content-Type") or ""
-    is_json = kind.partition(";")[0].strip().lower() == JSON
+    """
+    Read what a request asks for.
+
+    Raises `RefusalError`: 400 where that is not clear, 415 where the body is in a form that is not supported.
+    """
+    body = body_of(request)
     try:
-        return (Ask.from_json if is_json else Ask.plain)(body_of(request))
+        return (Ask.from_json if body_is_json(request.requestHeaders, body) else Ask.plain)(body)
     except AskError as error:
         raise RefusalError(400, str(error)) from None
 

@@ -7,10 +7,17 @@ bytes are answered 400 and the connection ends, so that they are never two reque
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twisted.protocols.basic import LineReceiver
-from twisted.web.http import RESPONSES, HTTPChannel
+from twisted.web.http import RESPONSES, SERVICE_UNAVAILABLE, HTTPChannel, datetimeToString
+
+if TYPE_CHECKING:
+    from twisted.web.http import Request
+    from twisted.web.http_headers import Headers
+
+RETRY_AFTER = "1"
+"""Seconds, in the header of a 503 for which nothing better is known."""
 
 _MAX_DIGITS = 18
 """Digits of a length; Python itself takes no more than 4300, with an exception."""
@@ -52,6 +59,8 @@ class Channel(HTTPChannel):
         text = line.encode() + b"\n"
         head = [
             b"HTTP/1.1 %d %b" % (code, RESPONSES[code]),
+            b"Date: " + datetimeToString(),
+            *([b"Retry-After: " + RETRY_AFTER.encode()] if code == SERVICE_UNAVAILABLE else []),
             b"Content-Type: text/plain; charset=utf-8",
             b"Content-Length: %d" % len(text),
             b"Connection: close",
@@ -111,7 +120,27 @@ class Channel(HTTPChannel):
         elif self.length > self.max_body:
             self.too_large()
             return
+        if self._version == b"HTTP/1.1" and not self._expects_nothing_unknown():
+            self.requests[-1].gotLength(self.length)  # the body may have come already
+            self.refuse(417, "the only expectation that is supported is 100-continue")
+            return
         super().allHeadersReceived()
+
+    def _expects_nothing_unknown(self) -> bool:
+        expected = _listed(self.requests[-1].requestHeaders, "Expect")
+        return all(item == "100-continue" for item in expected)
+
+    def checkPersistence(self, request: Request, version: bytes) -> bool:
+        """Return whether the connection stays open after the answer; Twisted reads one option alone."""
+        return version == b"HTTP/1.1" and "close" not in _listed(request.requestHeaders, "Connection")
+
+    def writeHeaders(self, version: bytes, code: bytes, reason: bytes, headers: Headers) -> None:
+        """Write a head, which says whether the connection ends with this answer."""
+        if "close" in _listed(headers, "Connection"):
+            self.persistent = 0
+        elif not self.persistent:
+            headers.setRawHeaders("Connection", ["close"])
+        super().writeHeaders(version, code, reason, headers)
 
     def allContentReceived(self) -> None:
         """Have the request answered; its time is over."""
@@ -153,6 +182,12 @@ class Channel(HTTPChannel):
         """Close, once what was written is sent."""
         self.setTimeout(None)
         super().loseConnection()
+
+
+def _listed(headers: Headers, name: str) -> list[str]:
+    """Return the items of a header whose value is a list, in lower case."""
+    items = ",".join(headers.getRawHeaders(name, [])).lower().split(",")
+    return [stripped for item in items if (stripped := item.strip(" \t"))]
 
 
 def _is_sound(name: bytes, value: bytes) -> bool:

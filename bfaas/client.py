@@ -21,8 +21,9 @@ from twisted.internet.defer import CancelledError
 from twisted.web.http_headers import Headers
 
 from bfaas import wire
-from bfaas.ask import JSON, Ask
+from bfaas.ask import Ask
 from bfaas.exchange import Body, BytesProducer, head, read_body, single_use_agent
+from bfaas.media import JSON
 from bfaas.process import in_own_reactor
 from bfaas.reader import EventReader
 

@@ -69,8 +69,8 @@ class EventReader:
 
     Comments are dropped. What counts towards `max_output` is the bytes that a script must at least have
     written for the text that came. What is passed on can be written as lines instead. Data of more than
-    `MAX_DATA` bytes, or with characters that some clients take for a line end, is encoded again, since workers
-    of the Go original may send such events.
+    `MAX_DATA` bytes, or with characters that some clients take for a line end, is encoded again: workers of
+    the Go original may send such events.
     """
 
     exit_passed_on = False

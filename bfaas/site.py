@@ -6,6 +6,7 @@ Both roles stand on this; it knows nothing of runs or machines.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from functools import partial
 from tempfile import SpooledTemporaryFile
@@ -15,10 +16,11 @@ from urllib.parse import unquote_to_bytes
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.internet.interfaces import IHalfCloseableProtocol
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
+from twisted.web.http import SERVICE_UNAVAILABLE, datetimeToString
 from twisted.web.server import Request, Site
 from zope.interface import implementer
 
-from bfaas.channel import Channel
+from bfaas.channel import RETRY_AFTER, Channel
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +34,9 @@ if TYPE_CHECKING:
 
 MAX_CONNECTIONS = 4096
 """Connections that a site has at the same time, unless it is told otherwise."""
+
+
+_TEXT = "text/plain; charset=utf-8"
 
 
 class RefusalError(Exception):
@@ -48,18 +53,25 @@ class RefusalError(Exception):
 
 
 def refuse(request: Request, code: int, line: str) -> bytes:
-    """Make the request's answer a one-line error; returns its body."""
+    """Make the request's answer a one-line error; returns its body. A 503 has a `Retry-After`."""
     request.setResponseCode(code)
-    request.setHeader("Content-Type", "text/plain; charset=utf-8")
-    return line.encode() + b"\n"
+    if code == SERVICE_UNAVAILABLE and not request.responseHeaders.hasHeader("Retry-After"):
+        request.setHeader("Retry-After", RETRY_AFTER)
+    return _text(request, line, _TEXT)
 
 
-def tell(request: Request, text: str, kind: str = "text/plain; charset=utf-8") -> bytes:
+def tell(request: Request, text: str, kind: str = _TEXT) -> bytes:
     """Make the request's answer something small that is true now; returns its body."""
-    request.setHeader("Content-Type", kind)
     request.setHeader("Cache-Control", "no-store")
     request.setHeader("X-Content-Type-Options", "nosniff")
-    return text.encode() + b"\n"
+    return _text(request, text, kind)
+
+
+def _text(request: Request, text: str, kind: str) -> bytes:
+    data = text.encode() + b"\n"
+    request.setHeader("Content-Type", kind)
+    request.setHeader("Content-Length", str(len(data)))
+    return data
 
 
 def body(request: Request) -> bytes:
@@ -126,6 +138,14 @@ class BoundedRequest(Request):
         if self._is_ambiguous():
             self.channel.malformed()
             return
+        # Methods are case-sensitive; the router's are not.
+        if self.method == b"CONNECT" or not self.method.isupper():
+            self.channel.refuse(501, "the method is not supported")
+            return
+        if not self._take_target():
+            self.channel.refuse(400, "the request target is not a path, or a URL of the Host that is asked")
+            return
+        self.setHeader("Date", datetimeToString())
         objection = self._guard(self) if self._guard else None
         if objection is not None:
             error = refuse(self, 403, objection)
@@ -136,6 +156,28 @@ class BoundedRequest(Request):
             return
         self.write(error)
         self.finish()
+
+    def _take_target(self) -> bool:
+        """
+        Reduce the absolute form of the request target to a path. Return whether the target is valid.
+
+        RFC 9112, 3.2.2: the authority of such a target counts, and not `Host`. Others may read it the other
+        way round, so the two must be the same.
+        """
+        if self.uri.startswith(b"/") or (self.uri == b"*" and self.method == b"OPTIONS"):
+            return True
+        match = _ABSOLUTE.fullmatch(self.uri)
+        if match is None:
+            return False
+        scheme, authority = match[1].lower(), match[2]
+        hosts = self.requestHeaders.getRawHeaders(b"Host", [authority])
+        is_ours = _without_default_port(hosts[0], scheme) == _without_default_port(authority, scheme)
+        if not is_ours or (scheme == b"https" and not self.isSecure()):
+            return False
+        self.requestHeaders.setRawHeaders(b"Host", hosts)  # HTTP/1.0 may leave it out
+        self.uri = match[3] if match[3].startswith(b"/") else b"/" + match[3]
+        self.path = self.uri.partition(b"?")[0]
+        return True
 
     def _is_ambiguous(self) -> bool:
         """Tell whether others could read this request as one to another host, or of another length."""
@@ -149,10 +191,19 @@ class BoundedRequest(Request):
         return b"localhost"
 
 
+_ABSOLUTE = re.compile(rb"(https?)://([^/?#@\s]+)((?:[/?][^#]*)?)", re.IGNORECASE)
+
+
+def _without_default_port(authority: bytes, scheme: bytes) -> bytes:
+    """Normalize `host` or `host:port` (RFC 3986, 6.2.3)."""
+    host, colon, port = authority.lower().rpartition(b":")
+    return host if colon and port in (b"", b"443" if scheme == b"https" else b"80") else authority.lower()
+
+
 def _is_routable(path: bytes) -> bool:
     """Tell what klein can be given: it finds `/run` for `//run`, and logs an error without UTF-8."""
     try:
-        return path != b"*" and "//" not in unquote_to_bytes(path).decode()
+        return "//" not in unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
         return False
 

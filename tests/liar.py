@@ -51,14 +51,14 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def parse_answer(heard: bytes) -> tuple[HTTPResponse, bytes]:
-    """Read an answer. Raises `http.client.HTTPException` unless it is whole."""
+def parse_answer(heard: bytes, method: str = "POST") -> tuple[HTTPResponse, bytes]:
+    """Read an answer to a request of this method. Raises `http.client.HTTPException` unless it is whole."""
 
     class Heard:
         def makefile(self, _: str) -> io.BytesIO:
             return io.BytesIO(heard)
 
-    answer = HTTPResponse(cast("socket", Heard()))
+    answer = HTTPResponse(cast("socket", Heard()), method=method)
     answer.begin()
     return answer, answer.read()
 

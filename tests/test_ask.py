@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.ask import JSON, MAX_ENV, Ask, AskError
+from bfaas.ask import MAX_ENV, Ask, AskError
+from bfaas.media import JSON
 
 text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20)
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}", fullmatch=True)
@@ -65,7 +66,9 @@ class AskTests(SynchronousTestCase):
             (b"", "not JSON, at line 1"),
             (b"echo hello", "not JSON, at line 1, column 1"),
             (b'{"script": ""} more', "not JSON"),
-            (b"\xef\xbb\xbf{}", "not JSON"),
+            (b"\xef\xbb\xbf{}", "the body starts with a byte order mark"),
+            (b"\xff\xfe{\0}\0", "the body starts with a byte order mark"),
+            (b'{"script": "\xef\xbb\xbfecho"}', "the script starts with a byte order mark"),
             (b'{"script": "\xff"}', "not UTF-8, at byte 12"),
             (b"[]", "not a JSON object"),
             (b"{}", "script is missing"),
@@ -97,6 +100,8 @@ class AskTests(SynchronousTestCase):
             self.assertIn(told, str(raised.exception))
             self.assertRegex(str(raised.exception), r"\A[ -~]{1,120}\Z")
         self.assertRaises(AskError, Ask.plain, b"a\0b")
+        for mark in (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"):
+            self.assertRaises(AskError, Ask.plain, mark + b"echo hello\necho again\n")
 
     def test_variables_have_a_size(self) -> None:
         def read(length: int) -> Ask:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import tempfile
+import time
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from klein import Klein
@@ -11,7 +13,7 @@ from twisted.internet.task import Clock
 from zope.interface import directlyProvides
 
 from bfaas.channel import Channel
-from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body
+from bfaas.site import BoundedSite, RefusalError, answer_errors_in_text, body, tell
 from tests.liar import LAST_CHUNK, LoopbackTestCase, Peer, chunk, parse_answer, post, reactor, until
 
 if TYPE_CHECKING:
@@ -40,6 +42,15 @@ class Little:
     @app.route("/busy", methods=["POST"])
     async def busy(self, _: Request) -> bytes:
         raise RefusalError(503, "busy", {"Retry-After": "7"})
+
+    @app.route("/bye", methods=["POST"])
+    def bye(self, request: Request) -> bytes:
+        request.setHeader("Connection", "close")
+        return b"bye"
+
+    @app.route("/ok", methods=["GET"])
+    def ok(self, request: Request) -> bytes:
+        return tell(request, "ok")
 
     @app.route("/much", methods=["POST"])
     async def much(self, _: Request) -> bytes:
@@ -88,6 +99,7 @@ class ErrorTests(SiteTestCase):
         text = {"Content-Type": "text/plain; charset=utf-8"}
         not_found = (404, "not found\n", text)
         not_allowed = (405, "method not allowed\n", {**text, "Allow": "POST"})
+        not_supported = (501, "the method is not supported\n", text)
         malformed = (400, MALFORMED, text)
         get = b"GET %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n"
         cases = {
@@ -100,13 +112,13 @@ class ErrorTests(SiteTestCase):
             post("/run%2F", b""): not_found,
             post("/%2frun", b""): not_found,
             post("/run%ff", b""): not_found,
-            post("http://there/run", b""): not_found,
             post("/none", b"").replace(b"localhost", b"a..b:c"): not_found,
             post("/none", b"").replace(b"localhost", b"\xff"): malformed,
             get.replace(b"Host: there\r\n", b"") % b"/none": malformed,
-            get % b"*": not_found,
-            get.replace(b"GET", b"OPTIONS") % b"*": not_found,
-            get.replace(b"GET", b"CONNECT") % b"there:80": not_found,
+            get.replace(b"GET", b"CONNECT") % b"there:80": not_supported,
+            get.replace(b"GET", b"OPTIONS") % b"/run": not_allowed,
+            post("/run", b"").replace(b"POST", b"post"): not_supported,
+            get.replace(b"GET", b"Head") % b"/ok": not_supported,
             get % b"/none": not_found,
             get % b"/run": not_allowed,
             get.replace(b"GET", b"PUT") % b"/run": not_allowed,
@@ -115,6 +127,129 @@ class ErrorTests(SiteTestCase):
         for request, expected in cases.items():
             self.assertEqual(expected, await self.ask(request), request)
         self.assertEqual([], self.little.bodies)
+
+    async def test_every_error_has_a_date_and_one_that_ends_the_connection_says_so(self) -> None:
+        whole = post("/none", b"").replace(b"Connection: close\r\n", b"")
+        chunked = whole.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+        requests = [
+            whole,
+            whole.replace(b"/none", b"//none"),
+            whole.replace(b"/none", b"/busy"),
+            whole.replace(b"POST", b"CONNECT"),
+            whole.replace(b"/none", b"ftp://localhost/none"),
+            whole.replace(b"\r\n\r\n", b"\r\nExpect: a-miracle\r\n\r\n"),
+            whole.replace(b"Length: 0", b"Length: 11"),
+            whole.replace(b"Host: localhost\r\n", b""),
+            whole.replace(b"/none", b"/none none"),
+            whole.replace(b"HTTP/1.1", b"HTTP/1.0"),
+            chunked + chunk(b"x" * 11) + LAST_CHUNK,
+            b"\x16\x03\x01",
+        ]
+        persistent = 0
+        for request in requests:
+            peer = await self.call(self.port, request)
+            await peer.hear(b"\n\r\n" if b"Transfer-Encoding: chunked" in peer.heard else b"\r\n\r\n")
+            answer, _ = parse_answer(bytes(peer.heard) + b"x" * 100)
+            self.assertGreaterEqual(answer.status, 400)
+            date = parsedate_to_datetime(answer.headers["Date"])
+            self.assertLess(abs(date.timestamp() - time.time()), 60)
+            self.assertEqual(1, len(answer.headers.get_all("Date", [])))
+            self.assertIn("Content-Length", answer.headers)
+            self.assertEqual(answer.status == 503, "Retry-After" in answer.headers)
+            if answer.headers["Connection"] == "close":
+                self.assertIn(bytes(peer.heard), await peer.hear_out())
+            else:
+                peer.heard.clear()
+                await peer.say(post("/run", b""))
+                await peer.hear(b"ran")
+                persistent += 1
+        self.assertEqual(3, persistent)
+
+    async def test_a_connection_ends_where_either_side_says_so_in_any_of_its_options(self) -> None:
+        for options in (["close"], ["TE, Close"], ["keep-alive,close"], ["TE", "close"]):
+            lines = "".join(f"Connection: {option}\r\n" for option in options).encode()
+            request = post("/run", b"").replace(b"Connection: close\r\n", lines)
+            peer = await self.call(self.port, request)
+            answer, content = parse_answer(await peer.hear_out())
+            self.assertEqual((b"ran", "close"), (content, answer.getheader("Connection")), options)
+        kept = post("/bye", b"").replace(b"Connection: close\r\n", b"")
+        answer, content = parse_answer(await (await self.call(self.port, kept)).hear_out())
+        self.assertEqual((b"bye", "close"), (content, answer.getheader("Connection")))
+
+    async def test_the_answer_to_head_has_no_body_and_the_heads_of_the_other(self) -> None:
+        for path in (b"/ok", b"/none", b"//none"):
+            heads = []
+            for method in (b"GET", b"HEAD"):
+                request = b"%b %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n" % (method, path)
+                head, _, content = (await (await self.call(self.port, request)).hear_out()).partition(
+                    b"\r\n\r\n"
+                )
+                self.assertEqual(method == b"HEAD", content == b"")
+                heads.append([line for line in head.split(b"\r\n") if not line.startswith(b"Date:")])
+            self.assertEqual(*heads)
+
+    async def test_an_expectation_that_cannot_be_met_is_refused(self) -> None:
+        for value, status in (
+            ("100-Continue", 200),
+            ("100-continue, a-miracle", 417),
+            ("a-miracle=1", 417),
+            ("100-continue\r\nExpect: a-miracle", 417),
+            ("", 200),
+        ):
+            peer = await self.call(self.port, post("/run", b"abc", f"Expect: {value}"))
+            heard = (await peer.hear_out()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            self.assertEqual(status, parse_answer(heard)[0].status, value)
+        self.assertEqual(2, len(self.little.bodies))
+        waiting = post("/run", b"abc", "Expect: a-miracle")[:-3]
+        self.assertEqual(417, (await self.ask(waiting))[0])
+        old = post("/run", b"", "Expect: a-miracle").replace(b"HTTP/1.1", b"HTTP/1.0")
+        self.assertEqual(200, (await self.ask(old))[0])
+
+    async def test_a_target_in_absolute_form_is_one_of_the_host_that_is_asked(self) -> None:
+        def to(target: str, host: str, version: str = "1.1", method: str = "POST") -> bytes:
+            lines = [f"{method} {target} HTTP/{version}", *([f"Host: {host}"] if host else [])]
+            return "\r\n".join([*lines, "Connection: close", "Content-Length: 1", "", "x"]).encode()
+
+        ours = [
+            to("http://there/run", "there"),
+            to("HTTP://There/run?raw=1", "tHERE"),
+            to("http://there:80/run", "there"),
+            to("http://there/run", "there:80"),
+            to("http://there:/run", "there"),
+            to("http://there:8000/run", "there:8000"),
+            to("http://[::1]/run", "[::1]"),
+            to("http://[::1]:80/run", "[::1]"),
+            to("http://there/run", "", "1.0"),
+        ]
+        for request in ours:
+            self.assertEqual((200, "ran", {}), await self.ask(request), request)
+        self.assertEqual([b"x"] * len(ours), self.little.bodies)
+        self.assertEqual(404, (await self.ask(to("http://there", "there")))[0])
+        self.assertEqual(404, (await self.ask(to("http://there?/run", "there")))[0])
+        for request in (
+            to("http://elsewhere/run", "there"),
+            to("http://there:8000/run", "there"),
+            to("http://there:443/run", "there"),
+            to("http://there/run", "there:8000"),
+            to("https://there/run", "there"),
+            to("http://a@there/run", "there"),
+            to("http://a@there/run", "a@there"),
+            to("ftp://there/run", "there"),
+            to("file:///run", "there"),
+            to("http:///run", "there"),
+            to("http:/run", "there"),
+            to("http://there/run#x", "there"),
+            to("http://elsewhere/run", "there", "1.0"),
+            to("run", "there"),
+            to("there:80", "there"),
+            to("there/run", "there"),
+            to("*", "there"),
+            to("?raw=1", "there"),
+            to("http://there/run", ""),
+        ):
+            self.assertEqual(400, (await self.ask(request))[0], request)
+        self.assertEqual(len(ours), len(self.little.bodies))
+        self.assertEqual(200, (await self.ask(to("*", "there", method="OPTIONS")))[0])
 
     async def test_after_a_malformed_request_nothing_is_heard_any_more(self) -> None:
         peer = await self.call(self.port)
@@ -195,7 +330,7 @@ class DiskTests(SiteTestCase):
         self.assertEqual(200, (await self.ask(whole))[0])
         more = post("/run", b"x" * ((1 << 14) + 1))
         text = {"Content-Type": "text/plain; charset=utf-8"}
-        self.assertEqual((503, "no room for the body\n", text), await self.ask(more))
+        self.assertEqual((503, "no room for the body\n", {**text, "Retry-After": "1"}), await self.ask(more))
         self.assertEqual(1, len(self.little.bodies))
 
 

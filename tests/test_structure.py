@@ -33,6 +33,7 @@ ROOMS = [
     "bfaas.process",
     "bfaas.channel",
     "bfaas.site",
+    "bfaas.media",
     "bfaas.ask",
     "bfaas.browser",
     "bfaas.machines.routes",

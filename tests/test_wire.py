@@ -90,9 +90,9 @@ class EventTests(SynchronousTestCase):
     def test_no_reader_takes_a_character_of_the_output_for_a_line_end(self) -> None:
         every = "".join(map(chr, range(0x2100))) + "\ufeff\U0001f600"
         for format_ in (Format.EVENTS, Format.LINES):
-            written = EventWriter(format_).output(Stream.STDOUT, every.encode()).decode()
-            self.assertEqual(written.split("\n")[:-1], written.splitlines())
-            self.assertNotRegex(written.replace("\n", ""), "[\0-\x1f\x80-\x9f\u2028\u2029]")
+            text = EventWriter(format_).output(Stream.STDOUT, every.encode()).decode()
+            self.assertEqual(text.split("\n")[:-1], text.splitlines())
+            self.assertNotRegex(text.replace("\n", ""), "[\0-\x1f\x80-\x9f\u2028\u2029]")
         written = EventWriter().output(Stream.STDOUT, every.encode())
         self.assertEqual(every, texts(written)["stdout"])
 

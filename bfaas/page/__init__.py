@@ -6,9 +6,12 @@ It loads nothing from elsewhere, and is forbidden to: see `_POLICY`.
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from twisted.web.http import NOT_MODIFIED
 
 if TYPE_CHECKING:
     from klein import Klein
@@ -49,16 +52,28 @@ def serve_page(app: Klein) -> None:
 
 
 def _serve(app: Klein, url: str, type_: str, content: bytes) -> None:
-    etag = f'"{sha256(content).hexdigest()[:32]}"'.encode()
+    etag = f'"{sha256(content).hexdigest()[:32]}"'
 
     def render(_: object, request: Request) -> bytes:
         for name, value in _HEADERS.items():
             request.setHeader(name, value)
-        request.setHeader("Content-Type", type_)
-        if request.setETag(etag):
+        request.setHeader("ETag", etag)
+        if _is_known(request, etag):
+            request.setResponseCode(NOT_MODIFIED)
             return b""
+        request.setHeader("Content-Type", type_)
         request.setHeader("Content-Length", str(len(content)))
         return content
 
     route: Any = app.route(url, methods=["GET"], endpoint=f"page {url}")
     route(render)
+
+
+# RFC 9110, 8.8.3; what makes a tag a weak one stands before it.
+_TAG = re.compile(r'"[^"\s]*"')
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Return whether `If-None-Match` has the tag, which is compared weakly (RFC 9110, 13.1.2)."""
+    listed = ",".join(request.requestHeaders.getRawHeaders("If-None-Match", []))
+    return listed.strip() == "*" or etag in _TAG.findall(listed)

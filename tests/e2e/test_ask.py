@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
@@ -96,7 +99,7 @@ async def test_the_time_of_all_runs_may_be_short_too() -> None:
 @with_twisted
 async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator: Running) -> None:
     script = b'echo "{\\"script\\"}"'
-    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/json-seq"):
+    for kind in ("application/x-www-form-urlencoded", "text/plain", "application/x-sh; a=b", ""):
         status, told, text = await post(coordinator, script, Content_Type=kind)
         assert (status, told) == (200, "text/event-stream; charset=utf-8")
         assert text.startswith('event: stdout\ndata: "{\\"script\\"}\\n"\n\n')
@@ -106,8 +109,93 @@ async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator
 async def test_what_is_wrong_is_told_and_no_machine_is_used(coordinator: Running) -> None:
     for body, told in [
         (b"echo", "the body is not JSON, at line 1, column 1"),
+        (codecs.BOM_UTF8 + b"{}", "the body starts with a byte order mark: send UTF-8 without one"),
         (b'{"script": "", "timeout": "5"}', 'timeout: "5" is not a duration such as 2.5s'),
         (b'{"script": "\\u0000"}', "a script cannot contain a NUL byte"),
     ]:
         status, kind, text = await post(coordinator, body, Content_Type="application/json")
         assert (status, kind, text) == (400, "text/plain; charset=utf-8", told + "\n")
+
+
+def curl(running: Running, *arguments: str | bytes, data: bytes = b"") -> tuple[int, str, str]:
+    """Send a request with curl: the status, the headers, the body."""
+    command = [
+        "curl",
+        "-sN",
+        "-i",
+        "--max-time",
+        "50",
+        *arguments,
+        f"http://localhost:{running.port}/run?raw=1",
+    ]
+    done = subprocess.run(command, input=data, capture_output=True, check=True)
+    head, _, body = done.stdout.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n").partition(b"\r\n\r\n")
+    return int(head.split()[1]), head.decode().lower(), body.decode()
+
+
+@with_twisted
+async def test_what_curl_calls_a_form_is_a_script_unless_it_is_a_form() -> None:
+    coordinator = await start_coordinator(MAXBODY="2MiB", MAXPERCLIENT="100")
+    for arguments, output in [
+        (["-d", "echo hello"], "hello"),
+        (["-d", "A=1; echo $A"], "1"),
+        (["-d", "X=5 env | grep ^X="], "X=5"),
+        (["-d", "A=1&B=2;echo $B"], "2"),
+        (["-d", "echo hello", "-H", "Expect: 100-continue"], "hello"),
+        (["-d", "A=1&B=2", "-H", "Content-Type: text/plain"], ""),
+        (["-H", "Content-Encoding: identity", "-d", "echo hello"], "hello"),
+        (["--request-target", f"http://LOCALHOST:{coordinator.port}/run?raw=1", "-d", "echo hello"], "hello"),
+        (["--http1.0", "-d", "echo hello"], "hello"),
+        (["-H", "Connection: Upgrade, HTTP2-Settings", "-H", "Upgrade: h2c", "-d", "echo hello"], "hello"),
+    ]:
+        status, head, body = curl(coordinator, *arguments)
+        assert status == 200, (arguments, body)
+        if output:
+            assert body == f"{output}\n\nexit: 0\n", arguments
+
+    # Larger than a megabyte: curl asks first.
+    status, _, body = curl(coordinator, "--data-binary", "@-", data=b"echo large\n" + b"#" * (3 << 19))
+    assert (status, body) == (200, "large\n\nexit: 0\n")
+
+    lines = b"garbage\necho must not run\n" * 100
+    for arguments, data, accepts in [
+        (["--data-urlencode", "script=echo hello"], b"", "accept: text/plain, application/json"),
+        (["--data-urlencode", "script@-"], b"echo hello\necho again\n", "accept: text/plain"),
+        (["--data-urlencode", "@-"], b"#!/bin/bash\necho hello\n", "accept: text/plain"),
+        (["-F", "script=echo hello"], b"", "accept: text/plain"),
+        (["-F", "script=@-"], b"echo hello\n", "accept: text/plain"),
+        (
+            ["-H", "Content-Encoding: gzip", "--data-binary", "@-"],
+            gzip.compress(lines),
+            "accept-encoding: identity",
+        ),
+        (["-H", "Content-Encoding: br", "--data-binary", "@-"], lines, "accept-encoding: identity"),
+        (
+            ["-H", "Content-Encoding: identity, gzip", "--data-binary", "@-"],
+            lines,
+            "accept-encoding: identity",
+        ),
+        (["-H", "Content-Type: application/gzip", "--data-binary", "@-"], lines, "accept: text/plain"),
+        (
+            ["-H", "Content-Type: text/plain; charset=utf-16", "--data-binary", "@-"],
+            lines,
+            "accept: text/plain",
+        ),
+    ]:
+        status, head, body = curl(coordinator, *arguments, data=data)
+        assert (status, body.count("\n")) == (415, 1), (arguments, body)
+        assert f"\r\n{accepts}" in head
+    for arguments in (
+        ["-H", "Content-Type: text/plain", "-H", "Content-Type: application/json", "--data-binary", "@-"],
+        ["-H", "Content-Range: bytes 0-9/100", "--data-binary", "@-"],
+        ["--request-target", "http://elsewhere/run", "--data-binary", "@-"],
+    ):
+        status, _, body = curl(coordinator, *arguments, data=lines)
+        assert (status, body.count("\n")) == (400, 1), (arguments, body)
+    status, _, body = curl(coordinator, "--data-binary", "@-", data=codecs.BOM_UTF8 + lines)
+    assert (status, body) == (400, "the script starts with a byte order mark: send UTF-8 without one\n")
+    status, _, body = curl(coordinator, "-H", "Expect: a-miracle", "--data-binary", "@-", data=lines)
+    assert (status, body.count("\n")) == (417, 1)
+    recent = json.loads((await coordinator.get("/status")).body)["runs"]["recent"]
+    assert {run["ending"] for run in recent} == {"exit 0"}
+    assert await stop(coordinator) == 0

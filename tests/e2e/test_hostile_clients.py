@@ -18,6 +18,7 @@ import pytest_twisted
 
 from bfaas.channel import Channel
 from bfaas.deadline import Deadline, sleep
+from bfaas.media import FORM
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop, together
 from tests.e2e.hostile import MAX_LINES, MAX_MEMORY, Spent, Stage, Worker, stage
 from tests.liar import LAST_CHUNK, End, chunk, parse_answer, post
@@ -33,6 +34,10 @@ TOO_LARGE = "413 the body is larger than 1048576 bytes"
 LATE = "408 the request was not complete within 15 s"
 NOT_FOUND = "404 not found"
 NOT_ALLOWED = "405 method not allowed"
+NOT_SUPPORTED = "501 the method is not supported"
+NO_TARGET = "400 the request target is not a path, or a URL of the Host that is asked"
+CODED = "415 a Content-Encoding is not supported: send the body as it is"
+FORM_FOUND = "415 the body is a form: send the script itself, or as text/plain"
 FINE = "0"
 TIMEOUT = "124 timeout"
 CUT = "cut off"
@@ -182,9 +187,17 @@ CASES = [
     Case("OPTIONS", asks(b"OPTIONS", b"/run"), NOT_ALLOWED),
     Case("TRACE", asks(b"TRACE", b"/run"), NOT_ALLOWED),
     Case("HEAD", asks(b"HEAD", b"/run"), "405 "),
-    Case("everything", asks(b"OPTIONS", b"*"), NOT_FOUND),
-    Case("a tunnel", asks(b"CONNECT", b"169.254.169.254:80"), NOT_FOUND),
-    Case("a proxy", asks(b"POST", b"http://169.254.169.254/run"), NOT_FOUND),
+    Case("in lower case", asks(b"post", b"/run"), NOT_SUPPORTED),
+    Case("a tunnel", asks(b"CONNECT", b"169.254.169.254:80"), NOT_SUPPORTED),
+    Case("everything", asks(b"POST", b"*"), NO_TARGET),
+    Case("a proxy", asks(b"POST", b"http://169.254.169.254/run"), NO_TARGET),
+    # Not a script.
+    Case("a compressed body", once(post("/run", b"evil", "Content-Encoding: br")), CODED),
+    Case("two types", once(post("/run", b"evil", "Content-Type: text/plain", "Content-Type: text/plain")),
+         "400 more than one Content-Type"),
+    Case("a form", once(post("/run", b"script=evil&x=1", f"Content-Type: {FORM}")), FORM_FOUND),
+    Case("an expectation", once(post("/run", b"evil", "Expect: evil")),
+         "417 the only expectation that is supported is 100-continue"),
     Case("two slashes", asks(b"POST", b"//run"), NOT_FOUND),
     Case("a path that climbs", asks(b"POST", b"/run/../run"), NOT_FOUND),
     Case("a path that is no UTF-8", asks(b"POST", b"/run%ff"), NOT_FOUND),
@@ -229,12 +242,12 @@ HEADERS = {
 }  # fmt: skip
 
 
-def read(heard: bytes) -> str:
+def read(heard: bytes, method: str = "POST") -> str:
     """Tell what the client got. Fails on what is not one answer, whole or cut off."""
     heard = heard.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert heard.count(b"HTTP/1.") == 1, heard[:2000]
     assert b"evil" not in heard
-    answer, content = parse_answer(heard)
+    answer, content = parse_answer(heard, method)
     if answer.status != 200:
         assert answer.getheader("content-type") == "text/plain; charset=utf-8"
         return f"{answer.status} {content.decode().removesuffix(chr(10))}"
@@ -265,7 +278,7 @@ async def attack(there: Stage, case: Case) -> tuple[str, float]:
             await step
     heard = await Deadline(reactor, PATIENCE).run(peer.hear_out())
     seconds = time.monotonic() - began
-    return CUT if case.ending == CUT else read(heard), seconds
+    return CUT if case.ending == CUT else read(heard, "HEAD" if case.name == "HEAD" else "POST"), seconds
 
 
 def check_runs(there: Stage, before: int, scripts: int) -> None:
