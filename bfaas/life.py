@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.deadline import Deadline, DeadlineExceededError, sleep
 from bfaas.machines.api import (
+    EndedError,
     Lease,
     LeaseHeldError,
     Machine,
@@ -43,7 +44,8 @@ T = TypeVar("T")
 SETTLED = 60.0
 """Seconds after which whatever was asked of the API is done, or never will be, and its lists show it."""
 
-_PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED)
+_PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED, State.LAUNCH_FAILED)
+_HAS_STARTED = (State.STARTING, State.STARTED)
 
 
 class DeafError(MachinesError):
@@ -67,6 +69,7 @@ class Life:
 
     _log = Logger()
     _START_PAUSE = 0.25  # some 0.4 s after a stop it can be started; the API takes three calls in a burst
+    _PROMPT_ANSWER = 0.5  # most workers answer within it, so that most starts need no second wait
 
     def __init__(
         self, api: MachinesAPI, probe: Probe, clock: IReactorTime, pauses: Pauses, settings: PoolSettings
@@ -188,10 +191,48 @@ class Life:
     async def _become_ready(self, member: Member) -> None:
         limit = self._limits.create if member.phase is Phase.CREATING else self._limits.start
         await self._within(limit + 1, self._api.wait(member.machine, State.STARTED, limit))
+        await self._wait_for_worker(member)
+
+    async def _wait_for_worker(self, member: Member) -> None:
+        """
+        Wait until the worker takes requests.
+
+        Raises `DeafError` where it does not in time, and `EndedError` as soon as its machine has ended.
+        """
+        probing = Deferred.fromCoroutine(self._within(self._limits.ready, self._probe(member.machine)))
+        watching = Deferred.fromCoroutine(self._watch_start(member))
+        ended: list[str] = []
+
+        def give_up(reason: str | None) -> None:
+            if reason is not None:
+                ended.append(reason)
+                probing.cancel()
+
+        def stop_watching(result: T) -> T:
+            watching.cancel()
+            return result
+
+        watching.addCallback(give_up)
+        watching.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        watching.addErrback(lambda failure: self._log.failure("in {name}", failure, name=member.name))
+        probing.addBoth(stop_watching)
         try:
-            await self._within(self._limits.ready, self._probe(member.machine))
+            await probing
         except DeadlineExceededError as error:
             raise DeafError(f"its worker does not answer: {error}") from error
+        except CancelledError:
+            if not ended:
+                raise
+            raise EndedError(f"its worker has ended: {ended[0]}") from None
+
+    async def _watch_start(self, member: Member) -> str | None:
+        """Return how a machine ended whose worker has not answered yet; None where it goes on."""
+        await sleep(self._clock, self._PROMPT_ANSWER)
+        try:
+            has_stopped = await self._stops_within(member, self._limits.ready)
+        except MachinesError as error:
+            return str(error)
+        return "its machine has stopped" if has_stopped else None
 
     async def suspend(self, member: Member) -> bool:
         """
@@ -202,7 +243,7 @@ class Life:
         limit = self._limits.stop
         try:
             # A worker answers its first probe before it has loaded what it needs, a second one after that.
-            await self._within(self._limits.ready, self._probe(member.machine))
+            await self._wait_for_worker(member)
             await self._within(limit, self._api.suspend(member.machine.id, member.nonce))
             await self._within(limit + 1, self._api.wait(member.machine, State.SUSPENDED, limit))
         except (MachinesError, DeadlineExceededError) as error:
@@ -308,15 +349,24 @@ class Life:
             return None
 
     async def _call_start(self, member: Member) -> None:
-        """Ask for the start, again for as long as the last stop is not over."""
+        """
+        Start the machine, trying again until its last stop is over.
+
+        A machine that is found to start, after a call whose answer was lost, has been started.
+        """
         for failures in count():
             try:
-                await self._api.start(member.machine.id, member.nonce)
+                if await self._api.start(member.machine.id, member.nonce):
+                    member.known_machine = await self._api.get(member.machine.id)
             except NotReadyError:
-                if (await self._api.get(member.machine.id)).state in _PAST_STARTING:
+                machine = await self._api.get(member.machine.id)
+                if machine.state in _PAST_STARTING:
                     raise
+                if machine.state in _HAS_STARTED:
+                    member.known_machine = machine
+                    return
             except RateLimitedError:
-                pass  # we asked too often whether it is over
+                pass  # the last stop was checked too often
             else:
                 return
             await self._pauses.nap(max(self._START_PAUSE, self._pauses.after(failures + 2)))

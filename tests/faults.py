@@ -95,8 +95,9 @@ class CallingMachines:
         machine: Machine = await self._call("get", machine_id)
         return machine
 
-    async def start(self, machine_id: str, nonce: str | None) -> None:
-        await self._call("start", machine_id, nonce)
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
+        is_stale: bool = await self._call("start", machine_id, nonce)
+        return is_stale
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
         await self._call("stop", machine_id, nonce)

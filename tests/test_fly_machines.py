@@ -13,6 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from bfaas.exchange import single_use_agent
 from bfaas.machines.api import (
     CapacityError,
+    EndedError,
     LeaseHeldError,
     Machine,
     MachinesError,
@@ -315,8 +316,11 @@ class WaitTests(LiarTestCase):
     async def test_a_wait_goes_on_until_the_state_of_this_version_is_told(self) -> None:
         fly = self.fly(
             answer(200, {"ok": False}),
+            answer(200, MACHINE),
             answer(200, {"ok": True, "version": "01G"}),
+            answer(200, {**MACHINE, "state": "starting"}),
             answer(408, {"error": "deadline_exceeded"}),
+            answer(200, {**MACHINE, "state": "created"}),
             answer(503, b"oops"),
             answer(429, b"slow down"),
             answer(200, {"ok": True, "state": "started", "version": "01H"}),
@@ -324,9 +328,8 @@ class WaitTests(LiarTestCase):
 
         await fly.wait(M, State.STARTED, 100)
 
-        asked = self.asked()
-        self.assertEqual(f"GET {PATH}/wait?state=started&timeout=60&instance_id=01H", asked[0])
-        self.assertEqual(6, len(asked))
+        wait = f"GET {PATH}/wait?state=started&timeout=10&instance_id=01H"
+        self.assertEqual([*3 * [wait, f"GET {PATH}"], *3 * [wait]], self.asked())
         self.assertEqual([], self.clock.getDelayedCalls())
 
     async def test_each_slice_of_a_wait_is_one_that_the_api_takes(self) -> None:
@@ -336,22 +339,90 @@ class WaitTests(LiarTestCase):
         self.clock.advance(60)
         peer.transport.write(answer(408, {"error": "deadline_exceeded"})[0])
         peer = await self.liar.asked.get()
+        peer.transport.write(answer(200, MACHINE)[0])
+        peer = await self.liar.asked.get()
         self.clock.advance(31)
 
         await waiting
         await peer.hear_out()
-        seconds = [int(line.partition("timeout=")[2].partition("&")[0]) for line in self.asked()]
+        waits = [line for line in self.asked() if "timeout=" in line]
+        seconds = [int(line.partition("timeout=")[2].partition("&")[0]) for line in waits]
         self.assertEqual(60, seconds[0])
         self.assertIn(seconds[1], range(28, 32))
         self.assertEqual(2, len(seconds))
 
     async def test_an_api_that_says_no_at_once_is_not_asked_without_a_pause(self) -> None:
-        fly = self.fly(answer(408, {"error": "deadline_exceeded"}))
+        fly = self.fly(*[answer(408, {"error": "deadline_exceeded"}), answer(200, MACHINE)] * 100)
 
         await self.refused(WaitTimeoutError, fly.wait(M, State.STOPPED, 20))
 
-        self.assertGreaterEqual(len(self.clock.pauses) + 1, len(self.liar.peers))
+        self.assertGreaterEqual(2 * len(self.clock.pauses) + 2, len(self.liar.peers))
         self.assertTrue(all(0.05 <= pause <= 2.5 for pause in self.clock.pauses), self.clock.pauses)
+
+    async def test_a_machine_that_has_ended_is_not_waited_for(self) -> None:
+        for wanted, ended in (
+            (State.STARTED, "stopped"),
+            (State.STARTED, "failed"),
+            (State.STARTED, "launch_failed"),
+            (State.SUSPENDED, "stopped"),
+            (State.STOPPED, "failed"),
+        ):
+            told = {"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, .."}
+            for status in (408, 412):
+                fly = self.fly(answer(status, told), answer(200, {**MACHINE, "state": ended}))
+                await self.refused(EndedError, fly.wait(M, wanted, 20))
+                self.assertEqual(2, len(self.liar.peers))
+        self.assertLess(self.clock.seconds(), 1)
+
+    async def test_a_machine_that_is_destroyed_is_waited_for_in_no_other_state(self) -> None:
+        for gone in ("destroying", "destroyed"):
+            fly = self.fly(answer(408, {}), answer(200, {**MACHINE, "state": gone}), answer(200, OK))
+            await self.refused(NotFoundError, fly.wait(M, State.STARTED, 20))
+            await fly.wait(M, State.DESTROYED, 20)
+        fly = self.fly(answer(408, {}), answer(404, {"error": "machine not found"}))
+        await self.refused(NotFoundError, fly.wait(M, State.STARTED, 20))
+        fly = self.fly(answer(408, {}), answer(404, {"error": "machine not found"}))
+        await fly.wait(M, State.DESTROYED, 20)
+
+    async def test_a_machine_of_another_version_by_now_is_waited_for_under_that(self) -> None:
+        replaced: list[list[bytes | Deferred[None] | End]] = [
+            answer(408, {"error": "deadline_exceeded"}),
+            answer(412, {"error": "failed_precondition: machine getting replaced"}),
+            answer(409, {"error": "aborted: machine is currently replaced"}),
+            answer(200, {"ok": True, "state": "started", "version": "01J"}),
+        ]
+        for first in replaced:
+            fly = self.fly(
+                first,
+                answer(200, {**MACHINE, "state": "replacing", "instance_id": "01J"}),
+                answer(200, {"ok": True, "state": "started", "version": "01J"}),
+            )
+            await fly.wait(M, State.STARTED, 20)
+            self.assertTrue(self.asked()[-1].endswith("instance_id=01J"), self.asked())
+
+    async def test_a_look_that_fails_does_not_end_a_wait(self) -> None:
+        fly = self.fly(
+            answer(408, {"error": "deadline_exceeded"}),
+            *[answer(200, b"<html>")] * 2,
+            answer(200, {**MACHINE, "state": "starting"}),
+            answer(200, OK),
+        )
+
+        await fly.wait(M, State.STARTED, 20)
+
+        self.assertEqual(5, len(self.liar.peers))
+
+    async def test_a_start_tells_whether_the_machine_has_to_be_looked_at(self) -> None:
+        for told, stale in {
+            (("previous_state", "stopped"), ("migrated", False), ("new_host", "")): False,
+            (("previous_state", "stopped"), ("migrated", True), ("new_host", "c1")): True,
+            (("previous_state", "stopped"), ("migrated", None), ("new_host", "c1")): True,
+            (("previous_state", "started"), ("migrated", False)): True,
+            (("previous_state", "suspended"),): False,
+            (("ok", True),): False,
+            (): False,
+        }.items():
+            self.assertIs(stale, await self.fly(answer(200, dict(told))).start(M.id, None), told)
 
     async def test_a_machine_that_is_gone_is_destroyed_and_in_no_other_state(self) -> None:
         fly = self.fly(answer(404, {"error": "machine not found"}))

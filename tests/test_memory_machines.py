@@ -9,6 +9,7 @@ from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.machines.api import (
+    EndedError,
     Lease,
     Machine,
     MachineConfig,
@@ -56,12 +57,17 @@ class Recorded(NoBodies):
     def __init__(self) -> None:
         self.alive: dict[str, Callable[[], None]] = {}
         self.deeds: list[str] = []
+        self.can_thaw = True
 
     async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         self.deeds.append("boot")
         if config.image == "bad":
             raise OSError("no such image")
         self.alive[machine.id] = exited
+
+    async def thaw(self, machine_id: str) -> None:
+        if not self.can_thaw:
+            raise OSError("no snapshot")
 
     async def kill(self, machine_id: str) -> None:
         self.deeds.append("kill")
@@ -219,6 +225,21 @@ class BodyTests(MemoryCase):
         self.assert_state(State.STOPPED, machine)
         self.assertEqual({}, self.bodies.alive)
 
+    def test_a_suspended_machine_that_cannot_be_resumed_boots_anew(self) -> None:
+        machine, nonce = self.started()
+        self.now(self.machines.suspend(machine.id, nonce))
+        before = self.bodies.alive[machine.id]
+        self.bodies.deeds.clear()
+        self.bodies.can_thaw = False
+
+        self.assertIs(False, self.now(self.machines.start(machine.id, nonce)))
+        self.assert_state(State.STARTING, machine)
+        before()  # the end of what was suspended is not the end of the machine
+        self.clock.pump([0.5, 0.5])
+
+        self.assert_state(State.STARTED, machine)
+        self.assertEqual(["kill", "boot"], self.bodies.deeds)
+
     def test_a_suspended_machine_whose_body_ends_is_stopped(self) -> None:
         machine, nonce = self.started()
         self.now(self.machines.suspend(machine.id, nonce))
@@ -256,6 +277,35 @@ class WaitTests(MemoryCase):
         self.assertEqual("stopped, currently started", told)
         self.assertEqual([], self.machines._entries[machine.id].watchers)
         self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_the_end_of_a_machine_ends_the_wait_for_its_start(self) -> None:
+        machine, nonce = self.create()
+        waiting = self.begin(self.machines.wait(machine, State.STARTED, 10))
+        self.now(self.machines.stop(machine.id, nonce))
+        self.assertNoResult(waiting)
+        self.clock.advance(0.5)
+
+        for ended in (waiting, self.begin(self.machines.wait(machine, State.STARTED, 10))):
+            told = str(self.failureResultOf(ended, EndedError).value)
+            self.assertEqual("started, currently stopped", told)
+
+    def test_a_version_of_before_reaches_no_state(self) -> None:
+        machine, nonce = self.started()
+        self.now(self.machines.stop(machine.id, nonce))
+        self.clock.pump([0.5, 0.5])
+        self.machines.migrate_at_start(machine.id)
+
+        self.assertIs(True, self.now(self.machines.start(machine.id, nonce)))
+        stale = self.begin(self.machines.wait(machine, State.STARTED, 10))
+        after = self.now(self.machines.get(machine.id))
+        waiting = self.begin(self.machines.wait(after, State.STARTED, 10))
+        self.clock.pump([0.5, 0.5])
+
+        self.successResultOf(waiting)
+        self.assertNoResult(stale)
+        self.assertNotEqual(machine.instance_id, after.instance_id)
+        self.clock.advance(10)
+        self.failureResultOf(stale, WaitTimeoutError)
 
     def test_all_who_wait_are_told(self) -> None:
         machine, nonce = self.started()

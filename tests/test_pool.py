@@ -9,6 +9,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
+from bfaas.deadline import sleep
 from bfaas.machines.api import (
     CapacityError,
     LeaseHeldError,
@@ -27,12 +28,24 @@ from bfaas.pool import Allocation, Pool, PoolClosedError
 from tests.faults import Fault, FaultyMachines, Hang, LoseAnswer, Refuse, Slow, Twice
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from bfaas.machines.api import Machine
 
 EPOCH = 1_700_000_000.0
 MAX_REQ_TIME = 10.0
+
+
+class LostStart(Fault):
+    """A start is done, its answer is lost, and the call that repeats it is refused."""
+
+    def __init__(self, clock: Clock, seconds: float, refusal: NotReadyError) -> None:
+        self.clock, self.seconds, self.refusal = clock, seconds, refusal
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await call()
+        await sleep(self.clock, self.seconds)
+        raise self.refusal
 
 
 class World:
@@ -806,6 +819,104 @@ class FailureTests(PoolCase):
         self.world.advance(45)
 
         self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
+
+    def end_by_itself(self, machine_id: str) -> None:
+        """End a machine's body, as a worker that exits does."""
+        self.world.machines._begin(self.world.machines._halt(self.world.machines._entries[machine_id]))
+
+    def test_a_worker_that_ends_while_its_machine_starts_is_given_up_at_once(self) -> None:
+        for ends_after in (0.7, 1.2, 4.0):  # before it has started, and before its first answer
+            self.world = World()
+            self.pool, self.api = self.world.pool()
+            self.world.nobody_ready = True
+            place = self.pool.allocate("c")
+            self.world.advance(ends_after)
+            [machine] = self.machines()
+            self.world.nobody_ready = False
+
+            self.end_by_itself(machine.id)
+            self.world.advance(4)
+
+            second = self.successResultOf(place)
+            self.assertNotEqual(machine.id, second.machine.id)
+            self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
+
+    def test_a_machine_that_cannot_boot_is_given_up_at_once(self) -> None:
+        for state in (State.FAILED, State.LAUNCH_FAILED, State.STOPPED):
+            first = self.allocated()
+            first.release()
+            self.world.advance(2)
+            place = self.pool.allocate("c")
+            self.world.advance(0.2)
+            entry = self.world.machines._entries[first.machine.id]
+            entry.boot_number += 1
+            self.world.machines._turn(entry, state)
+            self.world.advance(3)
+
+            second = self.successResultOf(place)
+            self.assertNotEqual(first.machine.id, second.machine.id)
+            second.release()
+            self.world.advance(2)
+
+    def test_a_worker_that_answers_promptly_costs_no_second_wait(self) -> None:
+        self.allocated()
+
+        self.assertEqual(1, self.api.count("wait"))
+
+    def test_a_failing_api_does_not_end_the_wait_for_a_slow_worker(self) -> None:
+        self.world.nobody_ready = True
+        place = self.pool.allocate("c")
+        self.world.advance(1.2)
+        self.api.always["wait"] = Refuse(UnavailableError("500"))
+        self.world.advance(10)
+        self.assertNoResult(place)
+        self.assertEqual(([State.STARTED], 1), (self.states(), self.api.count("create")))
+        self.api.always.clear()
+        place.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+        self.close()
+        self.assert_nothing_pending()
+
+    def test_a_machine_that_migrates_as_it_starts_is_waited_for_under_its_new_version(self) -> None:
+        first = self.allocated()
+        first.release()
+        self.world.advance(2)
+        self.world.machines.migrate_at_start(first.machine.id)
+
+        second = self.allocated(within=3)
+
+        self.assertEqual(first.machine.id, second.machine.id)
+        self.assertNotEqual(first.machine.instance_id, second.machine.instance_id)
+        second.release()
+        self.world.advance(2)
+        self.assertEqual([State.STOPPED], self.states())
+        self.assertEqual(first.machine.id, self.allocated().machine.id)
+
+    def test_a_machine_that_was_started_by_a_call_whose_answer_was_lost_has_started(self) -> None:
+        for refusal in ("unable to start machine from current state: 'started'", "still attempting to start"):
+            for seconds in (0.0, 0.3):
+                first = self.allocated()
+                first.release()
+                self.world.advance(2)
+                self.api.next("start", LostStart(self.world.clock, seconds, NotReadyError(refusal)))
+                self.world.machines.migrate_at_start(first.machine.id)
+
+                second = self.allocated(within=3)
+
+                self.assertEqual(first.machine.id, second.machine.id)
+                second.release()
+                self.world.advance(2)
+        self.assertEqual(1, self.api.count("create"))
+
+    def test_an_image_that_cannot_be_pulled_yet_is_tried_again_until_it_can(self) -> None:
+        # As right after a push, for some 15 s.
+        self.api.always["create"] = Refuse(RefusedError("400 MANIFEST_UNKNOWN: manifest unknown"))
+        place = self.pool.allocate("c")
+        self.world.advance(15)
+        self.assertNoResult(place)
+        del self.api.always["create"]
+        self.world.advance(15)
+
+        self.successResultOf(place)
 
     def test_a_machine_is_not_used_again_until_its_stop_is_known(self) -> None:
         for fault in (Refuse(UnavailableError("500")), LoseAnswer(), Hang()):

@@ -302,14 +302,48 @@ class AnswerTests(RoutesTestCase):
             )
         self.assertEqual([], self.machines._entries[machine_id].watchers)
 
-        late = Deferred.fromCoroutine(self.ask(f"{path}?state=started,suspended&timeout=1"))
+        late = Deferred.fromCoroutine(self.ask(f"{path}?state=failed,suspended&timeout=1"))
         await until(lambda: len(self.machines._entries[machine_id].watchers) == 2)
         self.clock.advance(1)
         reply = await late
         error = (
-            "deadline_exceeded: machine failed to reach desired state, started,suspended, currently stopped"
+            "deadline_exceeded: machine failed to reach desired state, failed,suspended, currently stopped"
         )
         self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+
+    async def test_a_wait_for_the_start_of_a_machine_that_has_ended_is_over_at_once(self) -> None:
+        machine_id = await self.create("m")
+        starting = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?timeout=60"))
+        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        await self.ask(f"POST /{machine_id}/stop")
+        self.clock.advance(1)
+        error = "deadline_exceeded: machine failed to reach desired state, started, currently stopped"
+        reply = await starting
+        self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+
+        await self.assert_refused(408, error, f"GET /{machine_id}/wait?state=started")
+
+    async def test_a_start_that_migrates_makes_another_version_and_waits_for_the_old_one_stale(self) -> None:
+        machine_id = await self.create("m")
+        before = (await self.machines.get(machine_id)).instance_id
+        await self.ask(f"POST /{machine_id}/stop")
+        self.clock.pump([1, 1])
+        self.machines.migrate_at_start(machine_id)
+
+        started = await self.ask(f"POST /{machine_id}/start")
+
+        told = {"previous_state": "stopped", "migrated": True, "new_host": "local"}
+        self.assertEqual((200, told), (started.status, started.told))
+        self.boot()
+        after = (await self.ask(f"GET /{machine_id}")).told["instance_id"]
+        self.assertNotEqual(before, after)
+        for name, version in (("instance_id", after), ("version", after), ("version", "")):
+            reply = await self.ask(f"GET /{machine_id}/wait?{name}={version}")
+            self.assertEqual((200, after), (reply.status, reply.told["version"]))
+        stale = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?instance_id={before}&timeout=1"))
+        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        self.clock.advance(1)
+        self.assertEqual(408, (await stale).status)
 
     async def test_a_wait_of_one_who_leaves_is_over(self) -> None:
         machine_id = await self.create("m")

@@ -27,6 +27,7 @@ class State(enum.StrEnum):
     DESTROYING = "destroying"
     DESTROYED = "destroyed"
     FAILED = "failed"
+    LAUNCH_FAILED = "launch_failed"
     UNKNOWN = "unknown"
 
     @classmethod
@@ -80,6 +81,17 @@ class Lease:
     description: str = ""
 
 
+_STOPPED = frozenset({State.STOPPED, State.FAILED, State.LAUNCH_FAILED})
+_FAILED = frozenset({State.FAILED, State.LAUNCH_FAILED})
+
+
+def has_ended(state: State, wanted: State) -> bool:
+    """Return whether a machine in a state, once told to reach another, has ended before it did."""
+    if wanted in (State.STARTED, State.SUSPENDED):
+        return state in _STOPPED
+    return wanted is State.STOPPED and state in _FAILED
+
+
 class MachinesAPI(Protocol):
     """
     Machines of one app, and their leases.
@@ -110,8 +122,14 @@ class MachinesAPI(Protocol):
         """Look at one machine. Raises `NotFoundError`."""
         ...
 
-    async def start(self, machine_id: str, nonce: str | None) -> None:
-        """Start it. Raises `NotReadyError` while it cannot, as in the moment after a stop."""
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
+        """
+        Start it. Return True if what is known of the machine is stale and `get` is needed.
+
+        That is so when the start moved it to another host, which gives it another `instance_id`, or when an
+        earlier call, whose answer may be lost, had started it. Raises `NotReadyError` while the machine
+        cannot be started, as in the moment after a stop.
+        """
         ...
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
@@ -123,7 +141,12 @@ class MachinesAPI(Protocol):
         ...
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        """Return when it has reached the state. Raises `WaitTimeoutError` after `timeout`."""
+        """
+        Return when it has reached the state.
+
+        Raises `WaitTimeoutError` after `timeout`, and before that `EndedError` when it is in a state that
+        does not lead there, `NotFoundError` when it is destroyed.
+        """
         ...
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
@@ -180,6 +203,10 @@ class NotReadyError(MachinesError):
 
 class WaitTimeoutError(MachinesError):
     """The machine did not reach the state in time."""
+
+
+class EndedError(MachinesError):
+    """The machine has stopped or failed: by itself, it does not reach the state that was waited for."""
 
 
 class CapacityError(MachinesError):

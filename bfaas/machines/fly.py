@@ -23,6 +23,7 @@ from bfaas.exchange import BytesProducer, head, read_body
 from bfaas.machines.api import (
     Call,
     CapacityError,
+    EndedError,
     Lease,
     LeaseHeldError,
     Machine,
@@ -37,6 +38,7 @@ from bfaas.machines.api import (
     State,
     UnavailableError,
     WaitTimeoutError,
+    has_ended,
 )
 from bfaas.machines.documents import (
     DocumentError,
@@ -62,6 +64,9 @@ NONCE = "fly-machine-lease-nonce"
 _CALL_LIMIT = 15.0  # seconds for a call that needs no waiting, its repetitions included
 _CREATE_LIMIT = 60.0  # a create waits for a host
 _WAIT_SLICE = 60  # the API refuses to wait longer
+_START_SLICE = 10  # a start whose answer was lost may have made another version, which this wait does not see
+_NOT_REACHED = (408, 409, 412)
+_GONE = (State.DESTROYING, State.DESTROYED)
 _MAX_ANSWER = 16 << 20  # bytes; a list of ten thousand machines has about five million
 _EXCERPT = 300
 _PAUSES = (0.1, 5.0)
@@ -136,9 +141,11 @@ class FlyMachines:
         """Look at one machine."""
         return await self._call("GET", f"/{machine_id}", read_machine)
 
-    async def start(self, machine_id: str, nonce: str | None) -> None:
-        """Start it."""
-        await self._call("POST", f"/{machine_id}/start", read_object, nonce)
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
+        """Start it. Return True if it migrated, or had started before: `get` tells its version then."""
+        told = await self._call("POST", f"/{machine_id}/start", read_object, nonce)
+        had_started = told.get("previous_state") in (State.STARTING, State.STARTED)
+        return told.get("migrated") is True or bool(told.get("new_host")) or had_started
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
         """Stop it, without grace."""
@@ -151,14 +158,20 @@ class FlyMachines:
         await self._call("POST", f"/{machine_id}/suspend", read_object, nonce)
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        """Wait, in slices that the API allows."""
+        """
+        Wait, in slices that the API allows.
+
+        The API answers 408 when a slice is over, when it is slow itself, and at once when the machine has
+        ended; and nothing that counts when the machine has another version by now. `get` tells them apart.
+        """
         deadline = Deadline(self._clock, timeout)
-        path = f"/{machine.id}/wait"
+        path, version = f"/{machine.id}/wait", machine.instance_id
+        longest = _START_SLICE if state is State.STARTED else _WAIT_SLICE
         while remaining := deadline.remaining:
-            seconds = min(_WAIT_SLICE, max(1, ceil(remaining)))
+            seconds = min(longest, max(1, ceil(remaining)))
             query = {"state": state.value, "timeout": str(seconds)}
-            if machine.instance_id:
-                query["instance_id"] = machine.instance_id
+            if version:
+                query["instance_id"] = version
             try:
                 told = await deadline.run(
                     self._call(
@@ -175,15 +188,34 @@ class FlyMachines:
                 if state is State.DESTROYED:
                     return
                 raise
-            except UnavailableError as error:
-                # Among them is 408: that the slice is over, or that the API itself was slow, and soon.
+            except (UnavailableError, NotReadyError) as error:
                 self._log.debug("again: {error}", error=error)
+                is_doubtful = error.call is not None and error.call.status in _NOT_REACHED
             else:
-                version = told.get("version") or machine.instance_id
-                if told.get("ok") is True and version == machine.instance_id:
+                if told.get("ok") is True and (told.get("version") or version) == version:
                     return
+                is_doubtful = True
+            if is_doubtful and deadline.remaining:
+                version = await self._inspect(machine.id, state, deadline) or version
             await sleep(self._clock, self._random.uniform(*_PAUSES) / 2)
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
+
+    async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:
+        """Return the version of a machine that is to reach a state; empty where it is not known."""
+        try:
+            machine = await deadline.run(self.get(machine_id))
+        except (UnavailableError, DeadlineExceededError) as error:
+            self._log.debug("cannot inspect {id}: {error}", id=machine_id, error=error)
+            return ""
+        except NotFoundError:
+            if wanted is State.DESTROYED:
+                return ""  # the next wait finds it so
+            raise
+        if has_ended(machine.state, wanted):
+            raise EndedError(f"machine {machine_id} is {machine.state} and will not be {wanted}")
+        if machine.state in _GONE and wanted is not State.DESTROYED:
+            raise NotFoundError(f"machine {machine_id} is {machine.state}")
+        return machine.instance_id
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
         """Destroy it, in whatever state it is."""

@@ -17,6 +17,7 @@ from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
 from bfaas.machines.api import (
+    EndedError,
     Lease,
     LeaseHeldError,
     Machine,
@@ -27,6 +28,7 @@ from bfaas.machines.api import (
     NotReadyError,
     State,
     WaitTimeoutError,
+    has_ended,
 )
 from bfaas.machines.bodies import Bodies, NoBodies
 from bfaas.machines.rates import NoLimits, RateLimits
@@ -59,6 +61,7 @@ class _Entry:
     lease: Lease | None = None
     restless_until: float = 0.0
     boot_number: int = 0
+    migrates: bool = False
     watchers: list[Deferred[None]] = field(default_factory=list)
 
 
@@ -130,20 +133,25 @@ class MemoryMachines:
         self._limits.take("get", machine_id)
         return self._entry(machine_id).machine
 
-    async def start(self, machine_id: str, nonce: str | None) -> None:
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
         """Boot a stopped machine, thaw a suspended one."""
         entry = self._guarded("start", machine_id, nonce)
         state = entry.machine.state
         if state is State.SUSPENDED:
             self._begin(self._resume(entry))
         elif state is State.STARTED:
-            return
+            return True
         elif state not in (State.STOPPED, State.FAILED):
             raise NotReadyError(f"unable to start machine from current state: '{state}'")
         elif self._clock.seconds() < entry.restless_until:
             raise NotReadyError("machine still active, refusing to start")
         else:
+            if migrates := entry.migrates:
+                entry.machine = replace(entry.machine, instance_id=self._ulid())
+                entry.migrates = False
             self._begin(self._boot(entry))
+            return migrates
+        return False
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
         """End a machine's body, in whatever state it is."""
@@ -159,10 +167,12 @@ class MemoryMachines:
         self._begin(self._suspend(entry))
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        """Wait for a state."""
+        """Wait for a state of the version that `machine` names; that of another is not seen."""
         deadline = Deadline(self._clock, timeout)
         entry = self._entries.get(machine.id)
-        while entry is not None and entry.machine.state is not state and not _is_gone(entry):
+        while entry is not None and not self._has_reached(entry, machine, state) and not _is_gone(entry):
+            if state is State.STARTED and has_ended(entry.machine.state, state):
+                raise EndedError(f"{state}, currently {entry.machine.state}")
             change: Deferred[None] = Deferred(entry.watchers.remove)
             entry.watchers.append(change)
             try:
@@ -217,6 +227,10 @@ class MemoryMachines:
         kept = {key: value for key, value in metadata.items() if value is not None}
         entry.machine = replace(entry.machine, metadata=kept)
 
+    def migrate_at_start(self, machine_id: str) -> None:
+        """Have the machine's next start move it to another host: it is another version from then on."""
+        self._entry(machine_id).migrates = True
+
     async def shutdown(self) -> None:
         """End all bodies and everything that is under way; the machines are forgotten."""
         for deferred in list(self._under_way):
@@ -236,6 +250,9 @@ class MemoryMachines:
     def _lease(self, entry: _Entry) -> Lease | None:
         """Tell the lease in force; one that has run out is none."""
         return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
+
+    def _has_reached(self, entry: _Entry, known: Machine, state: State) -> bool:
+        return entry.machine.state is state and known.instance_id in ("", entry.machine.instance_id)
 
     def _guarded(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
         self._limits.take(action, machine_id)
@@ -316,8 +333,18 @@ class MemoryMachines:
             self._turn(entry, State.SUSPENDED)
 
     async def _resume(self, entry: _Entry) -> None:
+        """Bring a machine back as it was, or, where that fails, by a cold boot."""
         self._turn(entry, State.STARTING)
-        await self._bodies.thaw(entry.machine.id)
+        number = entry.boot_number
+        try:
+            await self._bodies.thaw(entry.machine.id)
+        except OSError as error:
+            self._log.warn("{name} does not resume: {error}", name=entry.machine.name, error=error)
+            entry.boot_number = number = number + 1  # the end of its body is not that of the machine
+            await self._bodies.kill(entry.machine.id)
+            if entry.boot_number == number:
+                await self._boot(entry)
+            return
         if entry.machine.state is State.STARTING:
             self._turn(entry, State.STARTED)
 

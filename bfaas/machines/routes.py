@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from klein import Klein
@@ -19,6 +20,7 @@ from werkzeug.exceptions import HTTPException
 
 from bfaas.machines.api import (
     CapacityError,
+    EndedError,
     LeaseHeldError,
     Machine,
     MachineConfig,
@@ -178,9 +180,11 @@ class MachinesServer:
     async def start(self, request: Request, app: str, machine_id: str) -> bytes:
         """Start a machine."""
         self._check(request, app)
-        before = (await self._machines.get(machine_id)).state
-        await self._machines.start(machine_id, _nonce(request))
-        return self._reply(request, {"previous_state": before, "migrated": False, "new_host": ""})
+        before = await self._machines.get(machine_id)
+        is_stale = await self._machines.start(machine_id, _nonce(request))
+        migrated = is_stale and before.state is not State.STARTED
+        told = {"previous_state": before.state, "migrated": migrated, "new_host": "local" if migrated else ""}
+        return self._reply(request, told)
 
     @app.route(f"{ROOT}/<machine_id>/stop", methods=["POST"])
     async def stop(self, request: Request, app: str, machine_id: str) -> bytes:
@@ -201,7 +205,7 @@ class MachinesServer:
 
     @app.route(f"{ROOT}/<machine_id>/wait", methods=["GET"])
     async def wait(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Wait until a machine is in one of some states, for 1 to 60 seconds."""
+        """Wait until a machine is in one of some states, for 1 to 60 seconds; until a version of it is."""
         self._check(request, app)
         words = ",".join(map(_text, request.args.get(b"state", [b"started"]))).split(",")
         if not set(words) <= set(_WAITABLE):
@@ -210,12 +214,14 @@ class MachinesServer:
         if not re.fullmatch("[0-9]{1,3}", timeout) or not 1 <= int(timeout) <= _MAX_WAIT:
             raise BadRequestError("invalid WaitMachineRequest.Timeout: value must be inside range [1s, 1m0s]")
         machine = await self._machines.get(machine_id)
+        version = _query(request, "version") or _query(request, "instance_id") or machine.instance_id
+        machine = replace(machine, instance_id=version)
         states = [state for word in words for state in (_SETTLED if word == "settled" else [State(word)])]
         waits = [self._machines.wait(machine, state, float(timeout)) for state in states]
         try:
             await race([Deferred.fromCoroutine(wait) for wait in waits])
         except FailureGroup as group:
-            if not any(failure.check(WaitTimeoutError) for failure in group.failures):
+            if not any(failure.check(WaitTimeoutError, EndedError) for failure in group.failures):
                 group.failures[0].raiseException()
             now = (await self._machines.get(machine_id)).state
             raise WaitTimeoutError(f"{','.join(words)}, currently {now}") from None
@@ -314,6 +320,7 @@ _ERRORS: list[tuple[type[MachinesError], int, str]] = [
     (NotReadyError, 412, "failed_precondition: {error}"),
     (NotFoundError, 404, "{error}"),
     (WaitTimeoutError, 408, "deadline_exceeded: machine failed to reach desired state, {error}"),
+    (EndedError, 408, "deadline_exceeded: machine failed to reach desired state, {error}"),
     (RateLimitedError, 429, "rate limit exceeded"),
     (MachinesError, 503, "{error}"),
 ]

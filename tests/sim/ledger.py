@@ -26,6 +26,9 @@ CALLS_A_MINUTE = 150
 """Calls that one coordinator makes in a minute at the most, for each place in its pool."""
 
 
+NOTICED = 6.0
+"""Seconds after a boot within which a pool gives up the machine if its worker ended before an answer."""
+
 HANDED_OVER = 10.0
 """Seconds for which a machine is its pool's though its lease was given back: its next instance takes it."""
 
@@ -102,6 +105,12 @@ class Ledger:
         boot = Boot(self._count, machine, config, exited, world.clock.now + delay)
         self.boots[machine.id] = boot
         world.note("boot", machine.name, boot.number)
+        if world.exits_at_boot or world.fault("exits-at-boot"):
+            world.exits_at_boot = max(0, world.exits_at_boot - 1)
+            boot.listens_at = world.clock.now + 1e9
+            world.clock.call_later(world.random.uniform(0, 1), self.die, boot)
+            if not world.chaos:
+                world.clock.call_later(NOTICED, world.check_noticed, boot)
         if world.fault("body-dies"):
             world.clock.call_later(world.random.uniform(0, 40), self.die, boot)
 
@@ -120,7 +129,9 @@ class Ledger:
         """Nothing reaches a machine that is not started, so there is nothing to do."""
 
     async def thaw(self, machine_id: str) -> None:
-        """Nothing was done."""
+        """Nothing was done, except that what was kept of it may be lost."""
+        if self._world.fault("cold-resume"):
+            raise OSError("no snapshot")
 
     def die(self, boot: Boot) -> None:
         """Let a machine's main process end by itself."""
@@ -256,6 +267,11 @@ class SimMachines(MemoryMachines):
         if entry is not None:
             entry.lease = None
             self._begin(self._destroy(entry))
+
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
+        if machine_id in self._entries and self.world.fault("migrates"):
+            self.migrate_at_start(machine_id)
+        return await super().start(machine_id, nonce)
 
     async def _boot(self, entry: Any) -> None:
         if self.world.fault("stuck-created"):

@@ -233,10 +233,27 @@ MUTANTS = [
     ),
     Mutant(
         "life",
-        "            await self._within(self._limits.ready, self._probe(member.machine))\n"
-        "        except Deadline",
-        "            pass\n        except Deadline",
+        "            await probing\n",
+        "            pass\n",
         "a worker is used before it listens",
+    ),
+    Mutant(
+        "life",
+        "                probing.cancel()\n",
+        "                pass\n",
+        "a worker that has ended is probed on",
+    ),
+    Mutant(
+        "life",
+        "if await self._api.start(member.machine.id, member.nonce):\n",
+        "if await self._api.start(member.machine.id, member.nonce) and False:\n",
+        "a machine that migrated is waited for under its old version",
+    ),
+    Mutant(
+        "fly",
+        "        if has_ended(machine.state, wanted):\n",
+        "        if False:\n",
+        "a machine that has ended is waited for",
     ),
     Mutant(
         "life",

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from twisted.logger import LogEvent
 
     from bfaas.machines.api import Machine
+    from tests.sim.ledger import Boot
 
 CALL_FAULTS = {
     # name: how likely it may be, for each call
@@ -42,6 +43,7 @@ HTTP_FAULTS = {"http-breaks": 0.1, "http-html": 0.1, "http-cut": 0.1, "http-nons
 MACHINE_FAULTS = {
     "boot-fails": 0.1, "stuck-created": 0.1, "stuck-starting": 0.1, "stuck-stopping": 0.1,
     "never-listens": 0.1, "listens-late": 0.2, "body-dies": 0.3, "probe-hangs": 0.2, "probe-fails": 0.2,
+    "exits-at-boot": 0.1, "migrates": 0.3, "cold-resume": 1.0,
 }  # fmt: skip
 EVENTS = {
     # name: how many seconds apart, about
@@ -91,6 +93,8 @@ class World:
         self.chaos = True
         self.outage = False
         self.denied = False
+        self.exits_at_boot = 0
+        """How many of the next boots end before their worker answers."""
         self._stuck: list[Deferred[None]] = []
         self._choose_faults()
         self.sizes = [4, 5] if self.has("large") else [1, 2, 3]
@@ -225,6 +229,8 @@ class World:
             self._check_standby()
             self._check_refill()
             self._check_service()
+            self._check_migration()
+            self._check_exits_at_boot()
             self._check_succession()
             self._run(max(0.0, self._healed_at + CLEAN_AGAIN - self.clock.now))
             self._check_clean()
@@ -419,6 +425,33 @@ class World:
         for client in clients:
             if client.ending != "exit 0 None":
                 self.ledger.broken(f"11: {client.script.request} on a healed world: {client.ending}")
+
+    def _check_migration(self) -> None:
+        """A request is served by a machine that its start moves to another host."""
+        for machine in self.machines.now():
+            if machine.state is State.STOPPED:
+                self.machines.migrate_at_start(machine.id)
+        self._check_service()
+
+    def _check_exits_at_boot(self) -> None:
+        """Send requests to machines whose workers end at boot: the ledger checks that the pool notices."""
+        nodes = self._settled_nodes()
+        self.exits_at_boot = len(nodes)
+        for node in nodes:
+            self._send(node, 1, 0.1, 0)
+        self._run(self.max_wait + self.max_req_time + 1)
+        self.exits_at_boot = 0
+
+    def check_noticed(self, boot: Boot) -> None:
+        """No pool still waits for a worker that ended, unless its machine was started again."""
+        if self.ledger.boots.get(boot.machine.id, boot) is not boot:
+            return
+        for node in self._settled_nodes():
+            waiting = (Phase.CREATING, Phase.STARTING, Phase.THAWING)
+            for member in node.pool._members:
+                known = member.known_machine
+                if member.phase in waiting and known is not None and known.id == boot.machine.id:
+                    self.ledger.broken(f"24: {node} waits for {member.name}, whose worker has ended")
 
     def _send_to_all_places(self, node: Node) -> list[Client]:
         """Send as many requests as a pool has places; those for whom a machine stands by have it at once."""
