@@ -22,6 +22,7 @@ from twisted.web.http_headers import Headers
 
 from bfaas import wire
 from bfaas.ask import Ask
+from bfaas.endpoints import describe
 from bfaas.exchange import Body, BytesProducer, head, read_body, single_use_agent
 from bfaas.media import JSON
 from bfaas.process import in_own_reactor
@@ -112,7 +113,7 @@ async def _relay(reactor: Any, errand: Errand) -> int:
     except CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - refused, no such host, no HTTP: whichever
-        return _complain(f"{errand.url} does not answer: {error or type(error).__name__}", UNAVAILABLE)
+        return _complain(f"{errand.url} does not answer: {describe(error)}", UNAVAILABLE)
     if response.code != _OK:
         code = TRY_LATER if response.code in _TRY_LATER_STATUSES else UNAVAILABLE
         return _complain(f"{response.code}: {await _refusal(response)}", code)

@@ -14,7 +14,10 @@ from dataclasses import replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from OpenSSL.SSL import Error as TLSError
 from twisted.internet.defer import CancelledError
+from twisted.internet.error import ConnectError, DNSLookupError
+from twisted.internet.error import ConnectionRefusedError as RefusedConnectionError
 from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublisher
 from twisted.web.http_headers import Headers
 from zope.interface import provider
@@ -22,6 +25,7 @@ from zope.interface import provider
 from bfaas import wire
 from bfaas.coord import pool_settings
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.endpoints import CertificateError, describe, root_cause
 from bfaas.exchange import BytesProducer, discard, head, lasting_agent, read_body, single_use_agent
 from bfaas.machines.api import (
     CapacityError,
@@ -111,12 +115,44 @@ async def _examine(reactor: Any, settings: CoordSettings) -> bool:
 async def _try_api(reactor: Any, settings: CoordSettings, api: MachinesAPI) -> None:
     assert settings.fly is not None  # noqa: S101 - there is no API on a laptop
     where = settings.fly.api
-    machines = await _step(reactor, "API, token, app", api.list(), {
+    machines = await _step(reactor, "API, token, app", _list(api, where.url), {
         NotFoundError: f"WORKER_APP: is {where.worker_app!r} the app, and may FLY_TOKEN see it?",
         UnavailableError: f"FLY_FLAPS_BASE_URL: is {where.url} the API? The default works on Fly alone",
         MachinesError: f"FLY_TOKEN: make another, with `fly tokens create deploy -a {where.worker_app}`",
     })  # fmt: skip
     _tell("ok", "API, token, app", f"{len(machines)} machines in {where.worker_app}")
+
+
+async def _list(api: MachinesAPI, url: str) -> list[Machine]:
+    """List the app's machines. Raises `_Ill` where there is no connection to the API."""
+    try:
+        return await api.list()
+    except UnavailableError as error:
+        remedy = _connection_remedy(error, url)
+        if remedy is None:
+            raise
+        if isinstance(root_cause(error), DNSLookupError):
+            remedy += ". The default is known on Fly alone; elsewhere it is https://api.machines.dev"
+        raise _Ill(str(error), f"FLY_FLAPS_BASE_URL: {remedy}") from error
+
+
+def _connection_remedy(error: BaseException, url: str) -> str | None:
+    """Return what to do about a connection that was not made; None for other errors."""
+    cause = root_cause(error)
+    if isinstance(cause, DNSLookupError):
+        return f"is the name in {url} right, and does this host's resolver (/etc/resolv.conf) know it?"
+    if isinstance(cause, CertificateError):
+        return (
+            f"is {url} the right name? Is its issuer among this host's trusted ones (ca-certificates, or "
+            "SSL_CERT_FILE), and this host's clock right?"
+        )
+    if isinstance(cause, TLSError):
+        return f"does {url} speak TLS there? If not, it begins with http://"
+    if isinstance(cause, RefusedConnectionError):
+        return f"is the port in {url} right? The host is there, but nothing listens"
+    if isinstance(cause, ConnectError):
+        return f"is the host in {url} right? It cannot be reached: look at the network and at firewalls"
+    return None
 
 
 async def _try_machine(
@@ -192,7 +228,9 @@ async def _until_ready(
         raise
     except Exception as error:
         remedy = f"WORKER_URL: {url} leads nowhere; has the workers' app `fly ips allocate-v6 --private`?"
-        raise _Ill(str(error) or type(error).__name__, remedy) from error
+        if advice := _connection_remedy(error, url):
+            remedy += f" Else: {advice}"
+        raise _Ill(describe(error), remedy) from error
     discard(response)
     if response.code < 500:  # noqa: PLR2004 - a server's own errors
         dates = response.headers.getRawHeaders("date", ["nothing"])

@@ -10,25 +10,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.endpoints import HostnameEndpoint, TCP4ClientEndpoint, wrapClientTLS
-from twisted.internet.interfaces import IStreamClientEndpoint
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
-from twisted.web.client import Agent, BrowserLikePolicyForHTTPS, HTTPConnectionPool, ResponseDone
-from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer
+from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.iweb import IAgent, IBodyProducer
 from zope.interface import implementer
 
 from bfaas.agent import FencedAgent
+from bfaas.endpoints import Endpoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twisted.internet.interfaces import IConsumer
-    from twisted.web.client import URI
-    from twisted.web.iweb import IAgent, IResponse
-
-CONNECT_TIMEOUT = 5.0
-"""Seconds that connecting to one address may take."""
+    from twisted.web.http_headers import Headers
+    from twisted.web.iweb import IResponse
 
 
 class BodyTooLargeError(Exception):
@@ -60,46 +56,42 @@ class BytesProducer:
         """Nothing is left to write."""
 
 
-@implementer(IStreamClientEndpoint)
-class _Quietly:
-    """Connects without a line in the log for each connection made and closed."""
+@implementer(IAgent)
+class Towards:
+    """
+    Sends requests to `base` that are addressed to `ANYWHERE`, for use below treq.
 
-    def __init__(self, endpoint: IStreamClientEndpoint) -> None:
-        self._endpoint = endpoint
+    treq encodes a URL's host with IDNA, and so refuses IPv6 addresses and names with an underscore
+    (`http://_api.internal:4280`). It gets `ANYWHERE`, and this puts the server's own URL back.
+    """
 
-    def connect(self, protocolFactory: Any) -> Deferred[Any]:
-        """Connect."""
-        protocolFactory.noisy = False
-        return self._endpoint.connect(protocolFactory)
+    ANYWHERE = "http://server"
 
+    def __init__(self, agent: IAgent, base: str) -> None:
+        self._agent = agent
+        self._base = base.rstrip("/").encode("ascii")
 
-@implementer(IAgentEndpointFactory)
-class _Endpoints:
-    """TCP, or TLS over it; an IPv4 address is connected to directly, as racing it with nobody costs 0.3 s."""
-
-    def __init__(self, reactor: Any) -> None:
-        self._reactor = reactor
-
-    def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """Choose the endpoint."""
-        host = uri.host.decode("ascii")
-        kind = TCP4ClientEndpoint if host.replace(".", "").isdigit() else HostnameEndpoint
-        endpoint: IStreamClientEndpoint = kind(self._reactor, host, uri.port, timeout=CONNECT_TIMEOUT)
-        if uri.scheme == b"https":
-            creator = BrowserLikePolicyForHTTPS().creatorForNetloc(uri.host, uri.port)
-            endpoint = wrapClientTLS(creator, endpoint)
-        return _Quietly(endpoint)
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """Send a request."""
+        target = self._base + uri.removeprefix(self.ANYWHERE.encode())
+        return self._agent.request(method, target, headers, bodyProducer)
 
 
 def single_use_agent(reactor: Any) -> IAgent:
     """Make an agent for servers that we do not trust: a connection for each request, strictly read."""
-    return FencedAgent(_Endpoints(reactor))
+    return FencedAgent(Endpoints(reactor))
 
 
 def lasting_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
     """Make an agent that keeps connections, TLS or not, for a server that we trust; and their pool."""
     pool = HTTPConnectionPool(reactor)
-    return Agent.usingEndpointFactory(reactor, _Endpoints(reactor), pool=pool), pool
+    return Agent.usingEndpointFactory(reactor, Endpoints(reactor), pool=pool), pool
 
 
 async def head(response: Deferred[Any]) -> Any:

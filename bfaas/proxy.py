@@ -20,7 +20,7 @@ from bfaas import wire
 from bfaas.agent import CutShortError
 from bfaas.auth import SLACK
 from bfaas.deadline import Deadline, sleep
-from bfaas.exchange import Body, BytesProducer, discard, head, single_use_agent
+from bfaas.exchange import Body, BytesProducer, Towards, discard, head, single_use_agent
 from bfaas.reader import OutputLimitError, run_reader
 
 if TYPE_CHECKING:
@@ -179,10 +179,10 @@ class Proxy:
         if base is None:
             raise WorkerError(f"machine {machine.id} has no address")
         headers.setRawHeaders(wire.FORCE_INSTANCE, [machine.id])
-        client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
+        client = HTTPClient(Towards(self._agent, base), data_to_body_producer=BytesProducer)
         sent = client.request(
-            method, base + path, headers=headers, data=body, allow_redirects=False, unbuffered=True,
-            reactor=self._reactor,
+            method, Towards.ANYWHERE + path, headers=headers, data=body,
+            allow_redirects=False, unbuffered=True, reactor=self._reactor,
         )  # fmt: skip
         response: IResponse = await head(sent)
         return response

@@ -10,6 +10,7 @@ import json
 import re
 import shlex
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from bfaas.auth import Signer, Verifier, genkey
@@ -46,10 +47,14 @@ _BYTES = {
 }
 _MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
 
+_MAX_SUSPENDED_MB = 2048
+"""Memory that a machine may have to be suspended (https://fly.io/docs/reference/suspend-resume/)."""
+
 _TERM = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(_NANOSECONDS)})(?![^0-9.])")
 _DURATION = re.compile(rf"[-+]?(?:0|(?:{_TERM.pattern})+)")
 _SIZE = re.compile(rf"([0-9]{{1,18}})(?: ?({'|'.join(_BYTES)}))?")
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
+_URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
 _MACHINE_ID = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 _quoted = json.dumps  # one line of ASCII, whatever the value holds
@@ -156,9 +161,17 @@ class CoordSettings:
                 ),
                 pool_size=(pool_size := read.optional("POOLSIZE", _positive(_whole), 2)),
                 standby=read.optional("POOL_STANDBY", _at_most(pool_size, "POOLSIZE"), 0),
-                standby_suspended=read.optional("POOL_STANDBY_STATE", _is_suspended, default=False),
+                standby_suspended=(
+                    suspends := read.optional("POOL_STANDBY_STATE", _is_suspended, default=False)
+                ),
                 worker_cpus=read.optional("WORKER_CPUS", _positive(_whole), 1),
-                worker_memory_mb=read.optional("WORKER_MEMORY_MB", _positive(_whole), 256),
+                worker_memory_mb=read.optional(
+                    "WORKER_MEMORY_MB",
+                    _positive(
+                        _at_most(_MAX_SUSPENDED_MB, "Fly suspends") if suspends and not mock else _whole
+                    ),
+                    256,
+                ),
                 max_wait=read.optional("MAXWAIT", _positive(parse_duration), 30.0),
                 max_queue=read.optional("MAXQUEUE", _natural, 100),
                 max_per_client=read.optional("MAXPERCLIENT", _positive(_whole), 20),
@@ -335,8 +348,17 @@ def _switch(text: str) -> bool:
 
 
 def _url(text: str) -> str:
-    if not re.fullmatch(r"https?://[A-Za-z0-9_.:\[\]-]+/?", text):
-        raise ValueError(f'"{text}" is not a URL such as http://host:port')
+    """Read a URL that has no more than a scheme, a host and perhaps a port."""
+    match = _URL.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{_quoted(text)} is not a URL such as http://host:port")
+    if match["address"] is not None:
+        try:
+            IPv6Address(match["address"])
+        except ValueError as error:
+            raise ValueError(f"{_quoted(text)} has no IPv6 address in its brackets: {error}") from None
+    if match["port"] is not None and not 0 < int(match["port"]) < 1 << 16:
+        raise ValueError(f"{_quoted(text)} has no port from 1 to 65535")
     return text.rstrip("/")
 
 

@@ -62,8 +62,13 @@ class AuthorizationTests(SynchronousTestCase):
             "FlyV1 fm2_abc,fm2_def": "FlyV1 fm2_abc,fm2_def",
             "Bearer abc": "Bearer abc",
             "fm1r_abc": "FlyV1 fm1r_abc",
-            "fm2_abc,fo1_def": "FlyV1 fm2_abc,fo1_def",
+            "fm2_abc,fo1_def": "FlyV1 fm2_abc",
             "fo1_abc": "Bearer fo1_abc",
+            "fo1_abc, fo1_def": "Bearer fo1_abc,fo1_def",
+            "fm1a_abc,\n fm2_def,": "FlyV1 fm1a_abc,fm2_def",
+            "Bearer fm2_abc": "FlyV1 fm2_abc",
+            "flyv1 fm2_abc": "FlyV1 fm2_abc",
+            "FlyV1 FlyV1 abc": "FlyV1 abc",
             " FlyV1\tfm2_abc\n": "FlyV1 fm2_abc",
         }.items():
             self.assertEqual(expected, authorization(token))

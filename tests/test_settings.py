@@ -293,6 +293,46 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, self.problems(MOCK | given))
 
+    def test_a_url_is_a_scheme_a_host_and_a_port(self) -> None:
+        for url in (
+            "http://_api.internal:4280",
+            "https://api.machines.dev",
+            "http://[fdaa::3]:4280",
+            "http://[fdaa:0:18:a7b::3]",
+            "http://127.0.0.1:1",
+            "http://my_app.flycast.",
+            "http://localhost:65535",
+        ):
+            given = {"FLY_FLAPS_BASE_URL": url, "WORKER_URL": f"{url}/"}
+            fly = CoordSettings.from_environment(FLY | given).fly
+            assert fly is not None
+            self.assertEqual((url, url), (fly.api.url, fly.worker_url))
+        for url, why in {
+            "api.machines.dev": "is not a URL such as http://host:port",
+            "http://[::1": "is not a URL such as http://host:port",
+            "http://::1:80": "is not a URL such as http://host:port",
+            "http://a:b": "is not a URL such as http://host:port",
+            "http://user@a": "is not a URL such as http://host:port",
+            "http://a/v1": "is not a URL such as http://host:port",
+            "http://b\u00fccher.example": "is not a URL such as http://host:port",
+            "http://[127.0.0.1]:80": "has no IPv6 address in its brackets",
+            "http://[fdaa:::3]": "has no IPv6 address in its brackets",
+            "http://a:0": "has no port from 1 to 65535",
+            "http://a:99999": "has no port from 1 to 65535",
+        }.items():
+            [problem] = self.problems(FLY | {"WORKER_URL": url})
+            self.assertIn(why, problem, url)
+
+    def test_what_is_suspended_has_no_more_memory_than_fly_suspends(self) -> None:
+        suspended = FLY | {"POOL_STANDBY_STATE": "suspended", "WORKER_MEMORY_MB": "2048"}
+        self.assertEqual(2048, CoordSettings.from_environment(suspended).worker_memory_mb)
+        self.assertEqual(
+            ('WORKER_MEMORY_MB: "4096" is more than Fly suspends, 2048',),
+            self.problems(suspended | {"WORKER_MEMORY_MB": "4096"}),
+        )
+        started = suspended | {"POOL_STANDBY_STATE": "started", "WORKER_MEMORY_MB": "4096"}
+        self.assertEqual(4096, CoordSettings.from_environment(started).worker_memory_mb)
+
     def test_no_more_can_stand_by_than_there_are(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOL_STANDBY": "2"}).standby)
         self.assertEqual(

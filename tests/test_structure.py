@@ -26,6 +26,7 @@ ROOMS = [
     "bfaas.machines.local",
     "bfaas.fence",
     "bfaas.agent",
+    "bfaas.endpoints",
     "bfaas.exchange",
     "bfaas.machines.documents",
     "bfaas.machines.fly",

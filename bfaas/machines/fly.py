@@ -19,7 +19,8 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.exchange import BytesProducer, head, read_body
+from bfaas.endpoints import describe
+from bfaas.exchange import BytesProducer, Towards, head, read_body
 from bfaas.machines.api import (
     Call,
     CapacityError,
@@ -72,6 +73,10 @@ _EXCERPT = 300
 _PAUSES = (0.1, 5.0)
 
 
+_SCHEMES = {"flyv1": "FlyV1", "bearer": "Bearer"}
+_MACAROONS = ("fm1r", "fm1a", "fm2")
+
+
 class _Answer(NamedTuple):
     status: int
     body: bytes
@@ -80,15 +85,19 @@ class _Answer(NamedTuple):
 
 def authorization(token: str) -> str:
     """
-    Make the header's value from a token.
+    Return the value of the `Authorization` header for a token, or for several separated by commas.
 
-    One that carries its scheme goes out as it is; a macaroon's is `FlyV1`, any other's `Bearer`
-    (superfly/fly-go, tokens/tokens.go).
+    As in superfly/fly-go, tokens/tokens.go, macaroons are sent under `FlyV1`, without the other tokens. Other
+    tokens keep their scheme; the default is `Bearer`.
     """
-    token = " ".join(token.split())
-    if token.startswith(("FlyV1 ", "Bearer ")):
-        return token
-    return f"FlyV1 {token}" if token.startswith(("fm1", "fm2")) else f"Bearer {token}"
+    scheme = "Bearer"
+    words = token.split()
+    while words and words[0].lower() in _SCHEMES:
+        scheme = _SCHEMES[words.pop(0).lower()]
+    tokens = [each for each in "".join(words).split(",") if each]
+    if macaroons := [each for each in tokens if each.partition("_")[0] in _MACAROONS]:
+        return f"FlyV1 {','.join(macaroons)}"
+    return f"{scheme} {','.join(tokens)}"
 
 
 class FlyMachines:
@@ -105,9 +114,8 @@ class FlyMachines:
         self, clock: IReactorTime, agent: IAgent, random: Random, base_url: str, app: str, token: str
     ) -> None:
         self._clock = clock
-        self._agent = agent
+        self._agent = Towards(agent, base_url)
         self._random = random
-        self._base = base_url.rstrip("/")
         self._machines = f"/v1/apps/{app}/machines"
         self._authorization = authorization(token)
 
@@ -257,12 +265,15 @@ class FlyMachines:
         path = self._machines + path
         deadline = Deadline(self._clock, limit)
         pause, longest = _PAUSES
+        last: UnavailableError | None = None
         while True:
             try:
                 return await deadline.run(self._call_once(method, path, read, nonce, body))
             except DeadlineExceededError as error:
-                raise UnavailableError(f"{method} {path}: {error}", Call(method, path)) from None
+                before = f"; before that: {last}" if last else ""
+                raise UnavailableError(f"{method} {path}: {error}{before}", Call(method, path)) from last
             except UnavailableError as error:
+                last = error
                 if not isinstance(error, repeat) or pause > deadline.remaining:
                     raise
                 self._log.debug("again: {error}", error=error)
@@ -282,7 +293,7 @@ class FlyMachines:
         except CancelledError:
             raise
         except Exception as error:
-            raise UnavailableError(f"{method} {path}: {error!r}", Call(method, path)) from error
+            raise UnavailableError(f"{method} {path}: {describe(error)}", Call(method, path)) from error
         call = Call(method, path, answer.status, request_id=answer.request_id)
         if not 200 <= answer.status < 300:  # noqa: PLR2004 - success
             raise _error(replace(call, excerpt=_excerpt(answer.body)), answer.body)
@@ -305,7 +316,8 @@ class FlyMachines:
         client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
         response = await head(
             client.request(
-                method, self._base + path, headers=headers, data=data, allow_redirects=False, unbuffered=True,
+                method, Towards.ANYWHERE + path, headers=headers, data=data,
+                allow_redirects=False, unbuffered=True,
                 reactor=self._clock,  # type: ignore[arg-type]  # only asked for a timeout, which we do not give
             )
         )  # fmt: skip
