@@ -19,7 +19,7 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.endpoints import describe
+from bfaas.endpoints import CertificateError, describe, root_cause
 from bfaas.exchange import BytesProducer, Towards, head, read_body
 from bfaas.machines.api import (
     Call,
@@ -276,6 +276,8 @@ class FlyMachines:
                 last = error
                 if not isinstance(error, repeat) or pause > deadline.remaining:
                     raise
+                if isinstance(root_cause(error), CertificateError):
+                    raise  # it is the same a moment later
                 self._log.debug("again: {error}", error=error)
             await sleep(self._clock, self._random.uniform(0.5, 1.0) * pause)
             pause = min(2 * pause, longest)

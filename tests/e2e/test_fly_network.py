@@ -1,0 +1,383 @@
+"""
+Fly's private network, in a network namespace: names with AAAA records alone, and the README's settings alone.
+
+dnsmasq serves the names, the C library resolves them, and clients' requests are curl's. Needs root, iproute2,
+dnsmasq and curl, which CI has (`.ci/run`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+
+from bfaas.auth import genkey
+from tests.certificates import Authority
+from tests.e2e.coordinator import PATIENCE, TWISTD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TOOLS = ("ip", "dnsmasq", "curl")
+LACKS = [tool for tool in TOOLS if shutil.which(tool) is None]
+if os.geteuid() != 0:
+    LACKS.append("root")
+
+pytestmark = pytest.mark.skipif(
+    bool(LACKS) and "CI" not in os.environ, reason=f"a network namespace needs {', '.join(LACKS)}"
+)
+
+DNS, API, FLYCAST, WEB, SILENT = "fdaa::3", "fdaa:0:18::2", "fdaa:0:18:0:1::3", "fdaa:0:18::4", "fdaa:dead::1"
+TOKEN = "FlyV1 fm2_permission,fm2_discharge"
+
+# What the README has a user of Fly set, and what Fly sets.
+SETTINGS = {
+    "WORKER_APP": "my-basher",
+    "WORKER_IMAGE": "registry.example/basher:1",
+    "FLY_TOKEN": TOKEN,
+    "PRIVATE": genkey().private,
+    "MAXREQTIME": "10s",
+    "FLY_MACHINE_ID": "3d8d9d1f",
+    "FLY_REGION": "ams",
+}
+
+
+class Done(NamedTuple):
+    """What became of a program: its exit code, and both of its outputs."""
+
+    code: int
+    said: str
+
+
+def endpoint(address: str, port: int, kind: str = "tcp", more: str = "") -> str:
+    """Write an endpoint as Twisted reads it."""
+    return f"{kind}:{port}:interface={address.replace(':', chr(92) + ':')}{more}"
+
+
+class Network:
+    """A network namespace, its resolver's configuration, and the programs that run in it."""
+
+    def __init__(self, home: Path) -> None:
+        self.name = f"bfaas-test-{os.getpid()}"
+        self.home = home
+        self.etc = Path("/etc/netns") / self.name
+        self.authority = Authority()
+        self._programs: list[subprocess.Popen[bytes]] = []
+
+    def open(self) -> None:
+        self.etc.mkdir(parents=True)
+        (self.etc / "resolv.conf").write_text(f"nameserver {DNS}\n")
+        # Debian's trust store, as it is in the images, with the tests' authority in it alone.
+        certificates = self.etc / "ssl" / "certs"
+        certificates.mkdir(parents=True)
+        (certificates / "ca-certificates.crt").write_bytes(self.authority.certificate)
+        ip("netns", "add", self.name)
+        self.ip("link", "set", "lo", "up")
+        for address in (DNS, API, FLYCAST, WEB):
+            self.ip("-6", "address", "add", f"{address}/128", "dev", "lo")
+        # A neighbour that is there, and never answers.
+        self.ip("link", "add", "out", "type", "veth", "peer", "name", "away")
+        for end in ("out", "away"):
+            self.ip("link", "set", end, "up")
+        self.ip("-6", "route", "add", f"{SILENT}/128", "dev", "out", "src", API)
+        self.ip("-6", "neigh", "add", SILENT, "lladdr", "02:00:00:00:00:01", "dev", "out")
+
+    def close(self) -> None:
+        for program in reversed(self._programs):
+            self.end(program)
+        subprocess.run(["ip", "netns", "delete", self.name], check=False)
+        shutil.rmtree(self.etc, ignore_errors=True)
+
+    def ip(self, *words: str) -> None:
+        ip("-n", self.name, *words)
+
+    def command(self, *words: str) -> list[str]:
+        return ["ip", "netns", "exec", self.name, *words]
+
+    def start(self, *words: str, **settings: str) -> subprocess.Popen[bytes]:
+        """Start a program in the namespace, with nothing but these settings in its environment."""
+        log = (self.home / f"log-{len(self._programs):03}").open("wb")
+        program = subprocess.Popen(
+            self.command(*words), env=environment(settings), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        )
+        log.close()
+        self._programs.append(program)
+        return program
+
+    def end(self, program: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> int:
+        """Let a program end, and return its exit code."""
+        if program.poll() is None:
+            program.send_signal(number)
+        try:
+            return program.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            program.kill()
+            program.wait()
+            raise
+
+    def log(self, program: subprocess.Popen[bytes]) -> str:
+        return (self.home / f"log-{self._programs.index(program):03}").read_text(errors="replace")
+
+    def logs(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self.home.glob("log-*")))
+
+    def run(self, *words: str, **settings: str) -> Done:
+        """Run a program in the namespace to its end."""
+        done = subprocess.run(
+            self.command(*words), env=environment(settings), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=2 * PATIENCE, check=False,
+        )  # fmt: skip
+        return Done(done.returncode, done.stdout.decode())
+
+    def bfaas(self, *words: str, **settings: str) -> Done:
+        return self.run(sys.executable, "-m", "bfaas.cli", *words, **settings)
+
+    def curl(self, *words: str) -> Done:
+        return self.run("curl", "-sS", "--max-time", "30", *words)
+
+    def until_it_answers(self, url: str, status: int = 200) -> None:
+        """Ask until there is an answer with a status."""
+        end = time.monotonic() + PATIENCE
+        while self.curl("-o", "/dev/null", "-w", "%{http_code}", url).said != str(status):
+            assert time.monotonic() < end, self.logs()
+            time.sleep(0.1)
+
+    @contextmanager
+    def coordinator(self, **settings: str) -> Iterator[str]:
+        """Run a coordinator, and stop it; the URL is where it listens by default."""
+        program = self.start(sys.executable, *TWISTD, "bfaas-coord", **settings)
+        self.until_it_answers("http://127.0.0.1:8000/readyz")
+        yield "http://127.0.0.1:8000"
+        assert self.end(program) == 0, self.logs()
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True)
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ}
+    return {**inherited, "LANG": "C.UTF-8", "HOME": "/", **settings}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
+    """Run the namespace, with its resolver, the Machines API and the workers' proxy."""
+    network = Network(tmp_path_factory.mktemp("network"))
+    try:
+        network.open()
+        records = {
+            "_api.internal": API,
+            "my-basher.flycast": FLYCAST,
+            "under_score.flycast": FLYCAST,
+            "api.machines.test": WEB,
+            "wrong.machines.test": WEB,
+            "under_score.test": WEB,
+            "silent.internal": SILENT,
+        }
+        network.start(
+            "dnsmasq", "--keep-in-foreground", "--conf-file=/dev/null", "--pid-file=", "--user=root",
+            "--no-resolv", "--no-hosts", "--bind-interfaces", f"--listen-address={DNS}",
+            *(f"--local=/{zone}/" for zone in ("internal", "flycast", "test")),
+            *(f"--host-record={name},{address}" for name, address in records.items()),
+        )  # fmt: skip
+        network.start(
+            sys.executable, *TWISTD, "bfaas-machines", "--app", "my-basher",
+            "--listen", endpoint(API, 4280), "--proxy", endpoint(FLYCAST, 80), FLY_TOKEN=TOKEN,
+        )  # fmt: skip
+        network.until_it_answers("http://_api.internal:4280/v1/apps/my-basher/machines", 401)
+        yield network
+    finally:
+        network.close()
+
+
+def test_names_have_aaaa_records_alone(network: Network) -> None:
+    for name, address in (("_api.internal", API), ("my-basher.flycast", FLYCAST)):
+        code, said = network.run("getent", "ahosts", name)
+        assert (code, {line.split()[0] for line in said.splitlines()}) == (0, {address})
+        assert network.run("getent", "ahostsv4", name).code == 2
+
+
+def test_a_coordinator_runs_with_the_readme_s_settings_alone(network: Network) -> None:
+    pool = SETTINGS["FLY_MACHINE_ID"]
+    with network.coordinator(**SETTINGS) as url:
+        assert network.curl(f"{url}/run?raw=1", "-d", "echo hello").said == "hello\n\nexit: 0\n"
+        assert json.loads(network.curl(f"{url}/status").said)["pool"]["name"] == pool
+        [_, line] = network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher").said.splitlines()
+        assert f" {pool} " in line, line
+        assert network.bfaas("run", "--url", "http://localhost:8000", "echo out; exit 3") == (3, "out\n")
+    destroyed = network.bfaas("destroy", "--yes", **SETTINGS)
+    assert destroyed.code == 0, destroyed.said
+    assert destroyed.said.endswith(f"destroyed 1 machines of {pool}\n")
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "fm2_permission,fm2_discharge",
+        "fm2_permission, fm2_discharge,fo1_user",
+        "flyv1 fm2_permission,fm2_discharge",
+    ],
+)
+def test_tokens_have_a_scheme_or_none_and_may_be_several(network: Network, token: str) -> None:
+    done = network.bfaas("machines", FLY_TOKEN=token, WORKER_APP="my-basher")
+    assert done.code == 0, done.said
+
+
+def test_a_doctor_finds_all_well(network: Network) -> None:
+    code, said = network.bfaas("doctor", **SETTINGS)
+    assert code == 0, said
+    assert [line[:4] for line in said.splitlines()] == ["ok  "] * 4, said
+    assert "ran a script at http://my-basher.flycast" in said
+
+
+@pytest.mark.parametrize(
+    ("api", "worker"),
+    [
+        (f"http://[{API}]:4280", f"http://[{FLYCAST}]"),
+        ("http://_api.internal.:4280", "http://my-basher.flycast.:80"),
+        ("http://_api.internal:4280/", "http://under_score.flycast"),
+    ],
+)
+def test_any_host_that_the_resolver_finds_will_do(network: Network, api: str, worker: str) -> None:
+    code, said = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=api, WORKER_URL=worker)
+    assert code == 0, said
+    assert f"ran a script at {worker}" in said
+
+
+def test_names_in_etc_hosts_will_do(network: Network) -> None:
+    # `ip netns exec` puts this file over /etc/hosts.
+    hosts = network.etc / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{API} flaps my_api\n")
+    try:
+        for name in ("flaps", "my_api"):
+            url = f"http://{name}:4280"
+            done = network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher", FLY_FLAPS_BASE_URL=url)
+            assert done.code == 0, done.said
+    finally:
+        hosts.unlink()
+
+
+def test_run_reaches_a_coordinator_at_any_address(network: Network) -> None:
+    listener = network.start(
+        sys.executable, *TWISTD, "bfaas-coord", "--listen", endpoint(WEB, 8001),
+        WORKER_APP="mock", MAXREQTIME="10s",
+    )  # fmt: skip
+    network.until_it_answers(f"http://[{WEB}]:8001/readyz")
+    for url in (f"http://[{WEB}]:8001", "http://under_score.test:8001/"):
+        assert network.bfaas("run", "--url", url, "echo fine") == (0, "fine\n")
+    assert network.bfaas("run", "echo fine", BFAAS_URL="http://under_score.test.:8001") == (0, "fine\n")
+    code, said = network.bfaas("run", "--url", "http://nowhere.test", "true")
+    assert code == 69
+    assert said.startswith("bfaas: http://nowhere.test does not answer: DNS lookup failed: nowhere.test: ")
+    assert network.end(listener) == 0
+
+
+FAILURES: list[tuple[dict[str, str], str, str]] = [
+    ({"FLY_TOKEN": "FlyV1 fm2_other"}, ": 401 ", "FLY_TOKEN: "),
+    ({"WORKER_APP": "other"}, ": 404 ", "WORKER_APP: "),
+    (
+        {"FLY_FLAPS_BASE_URL": "http://_apj.internal:4280"},
+        "DNS lookup failed: _apj.internal: Name or service not known",
+        "FLY_FLAPS_BASE_URL: is the name in http://_apj.internal:4280 right",
+    ),
+    (
+        {"FLY_FLAPS_BASE_URL": "http://_api.internal:4281"},
+        "Connection was refused",
+        "FLY_FLAPS_BASE_URL: is the port in http://_api.internal:4281 right?",
+    ),
+    (
+        {"FLY_FLAPS_BASE_URL": "http://silent.internal:4280"},
+        "no connection within 5 s",
+        "FLY_FLAPS_BASE_URL: is the host in http://silent.internal:4280 right? It cannot be reached",
+    ),
+    (
+        {"FLY_FLAPS_BASE_URL": "https://_api.internal:4280"},
+        "TLS: ",
+        "FLY_FLAPS_BASE_URL: does https://_api.internal:4280 speak TLS there?",
+    ),
+]
+
+
+def test_a_doctor_tells_a_failed_connection_from_a_wrong_token_or_app(network: Network) -> None:
+    # All at once: a call that gets no connection is repeated for 15 s.
+    doctors = [
+        network.start(sys.executable, "-m", "bfaas.cli", "doctor", **{**SETTINGS, **wrong})
+        for wrong, _, _ in FAILURES
+    ]
+    for doctor, (_, found, advice) in zip(doctors, FAILURES, strict=True):
+        assert doctor.wait(PATIENCE) == 1
+        *_, failure, remedy = network.log(doctor).splitlines()
+        assert failure.startswith("FAIL  API, token, app: "), failure
+        assert found in failure
+        assert advice in remedy
+
+
+def test_a_doctor_that_waits_for_a_resolver_ends_at_once(network: Network) -> None:
+    resolv = network.etc / "resolv.conf"
+    before = resolv.read_text()
+    resolv.write_text(f"nameserver {SILENT}\n")
+    try:
+        doctor = network.start(sys.executable, "-m", "bfaas.cli", "doctor", **SETTINGS)
+        end = time.monotonic() + PATIENCE
+        while "ok    settings" not in network.log(doctor):
+            assert time.monotonic() < end, network.log(doctor)
+            time.sleep(0.05)
+        time.sleep(0.5)  # until it has asked the resolver
+        assert doctor.poll() is None
+        began = time.monotonic()
+        assert network.end(doctor, signal.SIGINT) == 130
+        assert time.monotonic() - began < 4.0  # the resolver's own limit is 10 s
+    finally:
+        resolv.write_text(before)
+
+
+def test_https_is_verified_against_the_system_s_trust_store(network: Network) -> None:
+    def serve(authority: Authority, host: str, port: int) -> subprocess.Popen[bytes]:
+        """Run the Machines API behind TLS, with a certificate for a host."""
+        key, certificate = (network.home / f"{kind}-{port}.pem" for kind in ("key", "certificate"))
+        for path, pem in zip((key, certificate), authority.issue(host), strict=True):
+            path.write_bytes(pem)
+        listen = endpoint(WEB, port, "ssl", f":privateKey={key}:certKey={certificate}")
+        return network.start(
+            sys.executable, *TWISTD, "bfaas-machines", "--app", "my-basher", "--listen", listen,
+            "--proxy", endpoint(WEB, port + 1), FLY_TOKEN=TOKEN,
+        )  # fmt: skip
+
+    def machines(url: str) -> Done:
+        return network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher", FLY_FLAPS_BASE_URL=url)
+
+    programs = [
+        serve(network.authority, "api.machines.test", 443),
+        serve(Authority(), "api.machines.test", 8443),
+    ]
+    for port in (443, 8443):
+        network.until_it_answers(f"http://[{WEB}]:{port + 1}/", 503)
+
+    for url in ("https://api.machines.test", "https://API.machines.test", "https://api.machines.test.:443"):
+        done = machines(url)
+        assert (done.code, len(done.said.splitlines())) == (0, 1), done.said
+    for url, why in (
+        ("https://wrong.machines.test", "the certificate is not one for wrong.machines.test"),
+        (f"https://[{WEB}]", f"the certificate is not one for {WEB}"),
+        ("https://api.machines.test:8443", "the certificate is not trusted: "),
+    ):
+        done = machines(url)
+        assert done.code == 1
+        assert why in done.said
+        code, said = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=url)
+        *_, failure, remedy = said.splitlines()
+        assert code == 1
+        assert f"FAIL  API, token, app: GET /v1/apps/my-basher/machines?summary=true: {why}" in failure, said
+        assert f"-> FLY_FLAPS_BASE_URL: is {url} the right name?" in remedy.strip(), said
+    for program in programs:
+        assert network.end(program) == 0, network.logs()
