@@ -51,6 +51,10 @@ class FlyFileTests(SynchronousTestCase):
         self.assertGreater(self.settings.pool_size, self.settings.standby)
         self.assertGreater(self.settings.standby, 0)
 
+    def test_no_variable_of_it_has_a_name_that_fly_reserves(self) -> None:
+        # https://fly.io/docs/reference/configuration/#the-env-variables-section
+        self.assertEqual([], [name for name in self.fly["env"] if name.startswith("FLY_")])
+
     def test_every_variable_of_it_is_in_the_readme(self) -> None:
         readme = (ROOT / "README.md").read_text()
         for name in self.fly["env"]:
@@ -86,6 +90,20 @@ class FlyFileTests(SynchronousTestCase):
 
     def test_workers_have_no_address_of_their_own_and_no_settings(self) -> None:
         self.assertEqual({"app", "primary_region", "build"}, set(self.basher))
+
+    def test_a_coordinator_s_image_can_verify_certificates(self) -> None:
+        stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+        base, built, coord = (
+            next(stage for stage in stages if f" AS {name}\n" in stage)
+            for name in ("python", "built", "coord")
+        )
+        self.assertIn(" ca-certificates ", base)
+        self.assertTrue(coord.startswith("python AS coord\n"))
+        self.assertIn("COPY --from=built /opt/bfaas /opt/bfaas\n", coord)
+        self.assertNotIn("rm -r /opt", built + coord)
+        lock = (ROOT / "requirements.lock").read_text()
+        for package in ("pyOpenSSL", "service-identity"):
+            self.assertIn(f"\n{package}==", lock)
 
     def test_the_targets_are_there(self) -> None:
         targets = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
