@@ -136,13 +136,15 @@ class Worker(Service):
 
     async def _stop(self) -> None:
         super().stopService()
+        # First of all: a signal may have been sent to the script as well, whose end is not its own then.
+        ended = None if self._runner is None else Deferred.fromCoroutine(self._runner.stop())
         if self._listening is not None:
             self._listening.cancel()
             port = await self._listening
             if port is not None:
                 await maybeDeferred(port.stopListening)
-        if self._runner is not None:
-            await self._runner.stop()
+        if ended is not None:
+            await ended
         # A client that reads slowly still gets everything, for as long as its run may take.
         await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
 

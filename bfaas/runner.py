@@ -10,6 +10,7 @@ import re
 from typing import TYPE_CHECKING
 
 from klein import Klein
+from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from bfaas import wire
@@ -79,21 +80,38 @@ class Runner:
         format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
         answer = Answer(request, format_, self._reactor)
         run = BashRun(self._reactor, answer.output, settings.max_output)
-        environment = script_environment(settings.home, settings.machine_id, settings.region)
+        environment = script_environment(settings.home, settings.machine_id, settings.region, settings.run_as)
         try:
             self._used = True
-            run.start(self._reactor, ask, environment, settings.sandbox, settings.run_as)
+            try:
+                run.start(
+                    self._reactor, ask, environment, settings.sandbox, settings.run_as,
+                    merged=format_ is wire.Format.RAW,
+                )  # fmt: skip
+            except OSError as error:
+                raise self._not_started(str(error)) from None
             self._run = run
-            answer.begin(run, {wire.WORKER: settings.machine_id})
-            exit_ = await self._within_time(run, self._limit(ask))
+            exit_ = await self._within_time(run, answer, self._limit(ask))
             self._log.info("run {run}: {exit}", run=_run_id(request), exit=exit_)
+            if exit_.reason == wire.Reason.NOT_STARTED:
+                raise self._not_started(run.complaint)
+            self._begin(run, answer)  # where it was ended before bash had begun
             answer.end(exit_)
-        except OSError as error:
-            self._log.error("bash cannot be started: {error}", error=error)
-            raise RefusalError(500, "bash cannot be started") from None
+        except CancelledError:
+            self._log.info("run {run}: the client has left", run=_run_id(request))
+            raise
         finally:
             answer.close()
             self._finished()
+
+    def _not_started(self, why: str) -> RefusalError:
+        """Refuse a request whose script has not begun: that is not the script's own exit."""
+        self._log.error("bash cannot be started: {why}", why=why or "it is not known why")
+        return RefusalError(500, "bash cannot be started")
+
+    def _begin(self, run: BashRun, answer: Answer) -> None:
+        if not answer.begun:
+            answer.begin(run, {wire.WORKER: self._settings.machine_id})
 
     def _tell_refusal(self, reason: str) -> None:
         """Log the first few: a script can ask its own worker as often as it likes."""
@@ -107,22 +125,33 @@ class Runner:
         most = self._settings.max_req_time
         return ask.timeout if most is None else ask.limit(most)
 
-    async def _within_time(self, run: BashRun, limit: float | None) -> wire.Exit:
-        """Wait for the run's end; kill it at the deadline, and at once when nobody waits any more."""
+    async def _within_time(self, run: BashRun, answer: Answer, limit: float | None) -> wire.Exit:
+        """
+        Answer once bash has begun, and wait for the run's end.
+
+        Kills it at the deadline, and at once when the client has left.
+        """
+
+        async def follow() -> wire.Exit:
+            if await run.when_begun():
+                self._begin(run, answer)
+            return await run.when_ended()
+
         try:
             if limit is not None:
                 try:
-                    return await Deadline(self._reactor, limit).run(run.when_ended())
+                    return await Deadline(self._reactor, limit).run(follow())
                 except DeadlineExceededError:
                     run.kill(wire.Reason.TIMEOUT)
-            return await run.when_ended()
+                    return await run.when_ended()
+            return await follow()
         finally:
             run.kill()
 
     async def stop(self) -> None:
         """Kill what runs, and wait until nothing of it is left."""
         if self._run is not None:
-            self._run.kill()
+            self._run.kill(wire.Reason.WORKER_LOST)
             await self._run.when_ended()
 
 

@@ -61,6 +61,7 @@ class Reason(enum.StrEnum):
     TIMEOUT = "timeout"
     WORKER_LOST = "worker-lost"
     OUTPUT_LIMIT = "output-limit"
+    NOT_STARTED = "not-started"
 
     @property
     def code(self) -> int:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ConnectionDone, ProcessDone
@@ -16,6 +16,7 @@ from twisted.web.server import Site
 
 from bfaas import tree
 from bfaas.auth import Signer, genkey
+from bfaas.confine import BEGUN
 from bfaas.runner import Runner
 from bfaas.settings import BasherSettings
 from tests.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
@@ -30,7 +31,9 @@ class PlayedProcess:
     """A process's transport, without a process."""
 
     pid = 1 << 30  # no process has this number
-    pipes: ClassVar[dict[int, object]] = {}
+
+    def __init__(self) -> None:
+        self.pipes: dict[int, Any] = {}
 
     def pauseProducing(self) -> None:
         pass
@@ -43,13 +46,23 @@ class PlayedReactor(Clock):
     """Moved by hand; its one process is played by the test."""
 
     error: OSError | None = None
+    begins = True
     process: ProcessProtocol
 
     def spawnProcess(self, protocol: ProcessProtocol, *_: object, **__: object) -> None:
         if self.error is not None:
             raise self.error
         self.process = protocol
-        protocol.makeConnection(PlayedProcess())
+        transport = PlayedProcess()
+        protocol.makeConnection(transport)
+        for pipe in transport.pipes.values():
+            os.close(pipe.fileno())
+        transport.pipes.clear()
+        if self.begins:
+            protocol.childDataReceived(BEGUN, b"\n")
+
+    def addReader(self, reader: object) -> None:
+        pass
 
 
 class PlayedRunTests(SynchronousTestCase):
