@@ -18,7 +18,7 @@ from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.member import Phase
 from bfaas.page import serve_page
 from bfaas.pool import PoolClosedError
-from bfaas.proxy import WorkerError
+from bfaas.proxy import NotStartedError, WorkerError
 from bfaas.runs import Refused
 from bfaas.site import RefusalError, answer_errors_in_text, tell
 
@@ -259,6 +259,9 @@ class Coordinator:
             self._log.warn(
                 "run {run}: {machine} failed: {error}", run=run.id, machine=machine.id, error=error
             )
+            if isinstance(error, NotStartedError):
+                line = "the worker could not start the script"
+                raise RefusalError(502, line, reason=Refused.NOT_STARTED) from None
             raise RefusalError(502, "the worker failed", reason=Refused.WORKER_FAILED) from None
         finally:
             answer.close()

@@ -37,6 +37,10 @@ class WorkerError(Exception):
     """The worker did not begin to answer as a worker does; nothing was sent to the client."""
 
 
+class NotStartedError(WorkerError):
+    """The worker reports that it could not start the script."""
+
+
 class Proxy:
     """
     Reaches the workers on machines.
@@ -195,6 +199,8 @@ def _is_from(machine: Machine, response: IResponse) -> bool:
 
 def _check_head(response: IResponse, machine: Machine, format_: wire.Format) -> None:
     """Raise `WorkerError` unless this is the head of a run's answer, from that machine, in that format."""
+    if response.code == 500:  # noqa: PLR2004 - what a worker answers then
+        raise NotStartedError("it could not start the script (status 500): its log tells why")
     if response.code != 200:  # noqa: PLR2004 - OK
         raise WorkerError(f"status {response.code}")
     kinds = response.headers.getRawHeaders("content-type", [""])

@@ -30,6 +30,7 @@ class Refused(enum.StrEnum):
     NO_WORKER = "no-worker"
     REPLAYED = "replayed"
     WORKER_FAILED = "worker-failed"
+    NOT_STARTED = "not-started"
     NO_ANSWER = "no-answer"
 
 

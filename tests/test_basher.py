@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,9 @@ class PlayedProcess:
     def resumeProducing(self) -> None:
         pass
 
+    def signalProcess(self, _: str) -> None:
+        pass
+
 
 class PlayedReactor(Clock):
     """Moved by hand; its one process is played by the test."""
@@ -78,13 +82,13 @@ class PlayedRunTests(SynchronousTestCase):
     def finish(self) -> None:
         self.finished += 1
 
-    def post(self, query: str = "") -> str:
+    def post(self, query: str = "", body: str = ":", kind: str = "text/plain") -> str:
         """Send a request; the head of the answer."""
         self.transport = StringTransport()
         self.channel = self.site.buildProtocol(None)
         self.channel.makeConnection(self.transport)
-        request = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: 1\r\n\r\n:"
-        self.channel.dataReceived(request.encode())
+        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {len(body)}\r\n"
+        self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
         head, _, self.rest = self.written().decode().partition("\r\n\r\n")
         return head
 
@@ -160,6 +164,21 @@ class PlayedRunTests(SynchronousTestCase):
         self.assertEqual("bash cannot be started\n", self.rest)
         self.assertEqual(1, self.finished)
 
+    def test_nothing_is_answered_until_bash_has_begun(self) -> None:
+        self.reactor.begins = False
+        self.assertEqual("", self.post())
+        self.assertEqual(b"", self.say(b"setpriv: a warning\n", 2))
+        self.reactor.process.childDataReceived(BEGUN, b"\n")
+        self.assertIn(b" 200 ", self.written())
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.end()
+
+    def test_a_deadline_before_bash_has_begun_is_told_as_a_timeout(self) -> None:
+        self.reactor.begins = False
+        self.post(body='{"script": ":", "timeout": "1s"}', kind="application/json")
+        self.reactor.advance(1)
+        self.assertIn(b'data: {"code": 124, "reason": "timeout"', self.end())
+
 
 class WorkerTests(TestCase):
     timeout = 2 * LIMIT
@@ -181,7 +200,8 @@ class WorkerTests(TestCase):
             self.assertEqual((200, MACHINE), (answer.code, answer.headers["Worker"]))
             self.assertEqual(("out\n", "err\n"), (answer.text("stdout"), answer.text("stderr")))
             self.assertEqual(3, answer.exit["code"])
-            self.assertEqual({"code", "wall_ms", "cpu_ms", "max_rss_kb"}, set(answer.exit))
+            # What so small a script had in memory cannot be told from its worker's.
+            self.assertEqual({"code", "wall_ms", "cpu_ms"}, set(answer.exit))
             await self.assert_ends(worker)
 
     async def test_tells_the_signal_that_killed_bash(self) -> None:
@@ -196,7 +216,7 @@ class WorkerTests(TestCase):
             "env | sort | sed s/=.*//; pwd; cat; ls /proc/self/fd; echo $FLY_MACHINE_ID $FLY_REGION $HOME"
         )
         answer = await worker.run(script)
-        names = "FLY_MACHINE_ID FLY_REGION HOME LANG PATH PWD SHLVL _ /tmp"
+        names = "FLY_MACHINE_ID FLY_REGION HOME LANG LOGNAME PATH PWD SHELL SHLVL USER _ /tmp"
         # The last descriptor is the directory that ls reads.
         words = f"{names} 0 1 2 3 {MACHINE} ams /tmp".split()
         self.assertEqual((words, ""), (answer.text("stdout").split(), answer.text("stderr")))
@@ -311,20 +331,73 @@ class WorkerTests(TestCase):
         await gatherResults([Deferred.fromCoroutine(expire(script)) for script in scripts])
 
     async def test_signals_end_the_run_and_the_worker(self) -> None:
-        for program, signal in ((BASHER, "TERM"), (TWISTD, "TERM"), (TWISTD, "INT")):
+        for program, name in ((BASHER, "TERM"), (TWISTD, "TERM"), (TWISTD, "INT")):
             worker = await Worker.start(self, program=program)
             reader = await self.begin(worker)
-            worker.send_signal(signal)
+            worker.send_signal(name)
             await reader.finished
-            self.assertIn(b'event: exit\ndata: {"code": 137, "signal": "SIGKILL"', reader.data)
+            self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
             await self.assert_ends(worker)
+
+    async def test_a_signal_to_all_of_a_service_is_a_shutdown_and_not_the_scripts_fate(self) -> None:
+        for query, end in (("?raw=1", b"\nexit: 125 worker-lost\n"), ("", b'"reason": "worker-lost"')):
+            worker = await Worker.start(self)
+            reader = await worker.stream("echo up; sleep 1000; :", query)
+            await until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[misc]
+            for process in reversed(tree.with_root(worker.pid)):  # as systemd does
+                os.kill(process.pid, signal.SIGTERM)
+            await reader.finished
+            self.assertIn(end, reader.data)
+            await self.assert_ends(worker)
+
+    async def test_a_script_that_cannot_be_started_is_told_apart_and_why_is_logged(self) -> None:
+        for sandbox, why in (
+            ("sh -c 'echo it is broken >&2; exit 126' sh", "it is broken"),
+            ("/no/such/program", "/no/such/program"),
+            ("false", "it is not known why"),
+        ):
+            worker = await Worker.start(self, SANDBOX=sandbox)
+            answer = await worker.run("echo never")
+            self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+            await self.assert_ends(worker)
+            log = (worker.output + worker.errors).decode()
+            self.assertEqual(1, log.count("bash cannot be started: "), log)
+            self.assertIn(why, log)
+
+    async def test_what_a_script_does_to_itself_is_its_own_fate(self) -> None:
+        for script, code in (("exit 126", 126), ("exec /no/such/program", 127), ("exec /etc", 126)):
+            worker = await Worker.start(self)
+            answer = await worker.run(script)
+            self.assertEqual((200, code, None), (answer.code, answer.exit["code"], answer.exit.get("reason")))
+            await self.assert_ends(worker)
+
+    async def test_the_memory_of_a_script_is_its_own(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("x=$(head -c 100M /dev/zero | tr '\\0' x); grep VmHWM /proc/$$/status; :")
+        told = int(answer.text("stdout").split()[1])
+        self.assertGreater(told, 100_000)
+        self.assertLess(abs(answer.exit["max_rss_kb"] - told), told / 10)
+        await self.assert_ends(worker)
+
+    async def test_raw_output_keeps_the_order_of_both_streams(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("for i in {1..300}; do echo o$i; echo e$i >&2; done", "?raw=1")
+        lines = "".join(f"o{i}\ne{i}\n" for i in range(1, 301))
+        self.assertEqual(lines + "\nexit: 0\n", answer.body.decode())
+        await self.assert_ends(worker)
+
+    async def test_raw_output_of_both_streams_counts_towards_one_limit(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="1kB")
+        answer = await worker.run("for i in {1..500}; do echo o; echo e >&2; done", "?raw=1")
+        self.assertEqual(b"o\ne\n" * 250 + b"\nexit: 0\n", answer.body)
+        await self.assert_ends(worker)
 
     async def test_an_attached_worker_ends_with_its_input(self) -> None:
         worker = await Worker.start(self, "--attached")
         reader = await self.begin(worker)
         worker.end_input()
         await reader.finished
-        self.assertIn(b"event: exit\n", reader.data)
+        self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
         await self.assert_ends(worker)
 
     async def test_output_past_its_limit_is_dropped(self) -> None:

@@ -34,6 +34,7 @@ const OUR_ENDINGS = {
   timeout: "its time was over",
   "worker-lost": "its machine went away",
   "output-limit": "it wrote more than it may",
+  "not-started": "bash could not be started",
 };
 
 const at = (id) => document.getElementById(id);
