@@ -313,6 +313,23 @@ class CoordinatorTests(HostileTestCase):
             await service.stopService()
         self.assertEqual([], left())
 
+    async def test_the_client_of_a_script_that_cannot_be_started_gets_an_error(self) -> None:
+        machines = LocalMachines(reactor, time.time, sandboxed=False)
+        coordinator = Worker(free_port())
+        env = {"RUN_AS": "", "HOME": str(make_home(self, 0)), "SANDBOX": "sh -c 'exit 127' sh"}
+        service = compose(machines, coordinator.port, env)
+        service.startService()
+        try:
+            for query in ("", "?raw=1"):
+                answer = await coordinator.fetch("POST", "/run" + query, b"echo never")
+                self.assertEqual(
+                    (502, b"the worker could not start the script\n"), (answer.code, answer.body)
+                )
+            status = await coordinator.fetch("GET", "/status")
+            self.assertEqual(2, status.body.count(b'"ending": "not-started"'), status.body)
+        finally:
+            await service.stopService()
+
 
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as free:

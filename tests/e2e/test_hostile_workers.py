@@ -35,6 +35,7 @@ class Ending(enum.Enum):
     """How an answer may end."""
 
     BAD = "502 the worker failed"
+    NOT_STARTED = "502 the worker could not start the script"
     LATE = "504 the worker did not answer in time"
     LOST = "125 worker-lost"
     LIMIT = "125 output-limit"
@@ -166,10 +167,11 @@ HEADS = [
     ("another machine's name", added(b"Worker: 0123456789abcd")),
 ]  # fmt: skip
 
-BAD, LATE, LOST, LIMIT, TIMEOUT, FINE = Ending
+BAD, NOT_STARTED, LATE, LOST, LIMIT, TIMEOUT, FINE = Ending
 
 CASES = [
     *(Case(name, says, BAD) for name, says in HEADS),
+    Case("could not start it", instead(b"200 OK", b"500 Oh\r\nfly-replay: app=evil"), NOT_STARTED),
     Case("says nothing", once(), LATE),
     Case("a head that does not end", once(HEAD[:-2]), LATE),
     Case("a head of a byte at a time", slowly(STATUS, b"X: y\r\n"), LATE),
