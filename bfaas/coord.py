@@ -46,7 +46,7 @@ METRICS_CONNECTIONS = 16
 
 
 class CoordService(MultiService):
-    """The coordinator as a service: on stopping it drains, then closes its pool."""
+    """The coordinator as a service: on stopping it drains, then closes its pool, or destroys it."""
 
     FLUSH_LIMIT = 5.0
 
@@ -57,12 +57,15 @@ class CoordService(MultiService):
         listener: IService,
         pool: Pool,
         shut_down_machines: Callable[[], Awaitable[object]],
+        *,
+        destroys: bool = False,
     ) -> None:
         super().__init__()
         self._coordinator = coordinator
         self._site = site
         self._pool = pool
         self._shut_down_machines = shut_down_machines
+        self._destroys = destroys
         listener.setServiceParent(self)
 
     def privilegedStartService(self) -> None:
@@ -84,7 +87,7 @@ class CoordService(MultiService):
     async def _stop(self) -> None:
         await MultiService.stopService(self)
         # Requests that wait in line are told now; the pool waits for machines that are in use.
-        closing = Deferred.fromCoroutine(self._pool.close())
+        closing = Deferred.fromCoroutine(self._pool.destroy() if self._destroys else self._pool.close())
         await self._coordinator.drain()
         await self._site.drain(self.FLUSH_LIMIT)
         await closing
@@ -132,7 +135,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         max_per_address=most if fly else most // 2, guard=None if fly else foreign_page,
     )  # fmt: skip
     listener = listening(options["listen"] or endpoint, site, reactor)
-    service = CoordService(coordinator, site, listener, pool, shut_down)
+    service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroys_on_exit)
     if options["metrics"]:
         told = metrics.app.resource()
         page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)

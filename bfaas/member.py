@@ -30,7 +30,8 @@ class Limits:
     Seconds that each step of a machine's life may take before the machine is given up.
 
     `create` bounds one attempt to make it, since while nobody knows whether there is one, attempts go on;
-    and its first start, which waits for the image. `look` bounds what cleaning does about one machine.
+    and its first start, which waits for the image. `look` bounds what cleaning does about one machine, `exit`
+    how much longer than a run `Pool.destroy` takes.
     """
 
     create: float = 90.0
@@ -40,6 +41,7 @@ class Limits:
     destroy: float = 20.0
     lease: float = 10.0
     look: float = 20.0
+    exit: float = 75.0
 
 
 @dataclass(frozen=True)

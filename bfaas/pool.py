@@ -92,6 +92,7 @@ class Pool:
         self._standing = Backoff(clock, pauses.after, self._balance)
         self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
         self._closing = False
+        self._destroys = False
 
     def start(self) -> None:
         """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
@@ -166,13 +167,22 @@ class Pool:
         self._line.close(PoolClosedError)
         for member in list(self._members):
             member.wake(wanted=False)
-        await DeferredList(list(self._members.values()))
+        await DeferredList(list(self._members.values()), consumeErrors=True)
 
     async def destroy(self) -> None:
-        """Close, and destroy every machine of this pool, those included that it has lost sight of."""
-        await self.close()
+        """
+        Destroy every machine of this pool, those included that it has lost sight of, instead of stopping it.
+
+        Waits for those in use. Ends after `max_req_time` and `limits.exit` in any case.
+        """
+        self._destroys = True
+        limits = self._settings.limits
+        longest = self._settings.max_req_time + limits.exit - limits.destroy
+        await Deadline(self._clock, longest).run(self.close())  # cancelled, it waits no longer
+        for member in self._members:
+            self._log.error("{name} is not destroyed in time", name=member.name)
         try:
-            await Deadline(self._clock, self._settings.limits.destroy).run(self._sweep.destroy_all_own())
+            await Deadline(self._clock, limits.destroy).run(self._sweep.destroy_all_own())
         except (MachinesError, DeadlineExceededError) as error:
             self._log.error("cannot tell whether a machine is left: {error}", error=error)
 
@@ -253,7 +263,7 @@ class Pool:
             elif isinstance(error, (UnavailableError, DeadlineExceededError)):
                 self._sweep.doubt()
         else:
-            if self._closing and not member.tainted:
+            if self._closing and not self._destroys and not member.tainted:
                 return
         await self._see_off(member)
 
@@ -271,6 +281,8 @@ class Pool:
             released: Deferred[None] = Deferred()
             self._line.serve(Allocation(member.machine, released))
             await released
+        if self._destroys:
+            return
         member.enter(Phase.STOPPING)
         self._balance()
         await self._life.stop(member)

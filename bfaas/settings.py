@@ -133,6 +133,7 @@ class CoordSettings:
     max_per_client: int
     max_body: int
     max_output: int
+    destroys_on_exit: bool = False
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
@@ -177,6 +178,7 @@ class CoordSettings:
                 max_per_client=read.optional("MAXPERCLIENT", _positive(_whole), 20),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
+                destroys_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
             )
 
 
@@ -323,6 +325,12 @@ def _is_suspended(text: str) -> bool:
     if text in ("started", "suspended"):
         return text == "suspended"
     raise ValueError(f"{_quoted(text)} is neither started nor suspended")
+
+
+def _is_destroy(text: str) -> bool:
+    if text in ("stop", "destroy"):
+        return text == "destroy"
+    raise ValueError(f"{_quoted(text)} is neither stop nor destroy")
 
 
 def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:

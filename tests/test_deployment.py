@@ -65,6 +65,7 @@ class FlyFileTests(SynchronousTestCase):
         needs = self.settings.max_req_time + 2 * Limits().stop + 2 * Limits().destroy
         self.assertEqual("SIGTERM", self.fly["kill_signal"])
         self.assertGreaterEqual(self.fly["kill_timeout"], needs)
+        self.assertGreater(self.fly["kill_timeout"], self.settings.max_req_time + Limits().exit)
         self.assertLessEqual(self.fly["kill_timeout"], 300)
 
     def test_its_own_refusals_come_before_those_of_the_proxy(self) -> None:

@@ -1034,6 +1034,48 @@ class EndTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assert_nothing_pending()
 
+    def test_destroy_stops_no_machine_first(self) -> None:
+        allocation = self.allocated()
+        self.allocated().release()
+        self.world.advance(2)
+        destroying = self.begin(self.pool.destroy())
+        self.world.advance(1)
+        stops = self.api.count("stop")
+        self.assertEqual([State.STARTED], self.states())  # the run goes on
+        self.assertNoResult(destroying)
+
+        allocation.release()
+        self.world.advance(1)
+
+        self.successResultOf(destroying)
+        self.assertEqual(([], 1, stops), (self.machines(), stops, self.api.count("stop")))
+
+    def test_destroy_ends_in_time_whatever_hangs(self) -> None:
+        # A machine in each phase that takes calls, and one call or all of them without an answer.
+        for method in ("*", "create", "start", "wait", "stop", "suspend", "destroy", "list", "get_lease"):
+            for waits in (0.5, 3.0):
+                world = self.world = World()
+                before, _ = world.pool(size=1)
+                self.allocated(before).release()
+                world.advance(3)
+                pool, api = world.pool(size=4, standby=2, suspends=True)
+                world.advance(2)
+                allocation = self.allocated(pool, within=10)
+                api.always[method] = Hang()
+                pool.allocate("c").addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+                world.advance(waits)
+                destroying = self.begin(pool.destroy())
+                world.advance(MAX_REQ_TIME)
+                allocation.release()
+                world.advance(Limits().exit + 0.1)
+
+                self.successResultOf(destroying)
+                if method in ("create", "start", "wait", "stop", "suspend"):
+                    self.assertEqual([], self.machines(), method)
+                api.always.clear()
+                world.advance(100)
+                self.flushLoggedErrors()
+
     def test_destroy_goes_on_after_a_machine_that_makes_trouble(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
             allocation.release()

@@ -215,6 +215,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "MAXPERCLIENT": "3",
             "MAXBODY": "64 KiB",
             "MAXOUTPUT": " 1MB ",
+            "POOL_ON_EXIT": "destroy",
         }
         found = CoordSettings.from_environment(FLY | tuning)
 
@@ -239,6 +240,7 @@ class CoordSettingsTests(SynchronousTestCase):
             max_per_client=3,
             max_body=65_536,
             max_output=1_000_000,
+            destroys_on_exit=True,
         )
         self.assertEqual(expected, found)
         self.assertEqual(PAIR.public, found.signer.public)
@@ -259,6 +261,9 @@ class CoordSettingsTests(SynchronousTestCase):
 
     def test_a_blank_value_is_its_default(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOLSIZE": " "}).pool_size)
+        for on_exit in ("", "stop"):
+            found = CoordSettings.from_environment(MOCK | {"POOL_ON_EXIT": on_exit})
+            self.assertIs(False, found.destroys_on_exit)
 
     def test_all_that_is_malformed_is_told_at_once(self) -> None:
         given = {
@@ -275,6 +280,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "FLY_REPLAY": "maybe",
             "POOL_STANDBY": "-1",
             "POOL_STANDBY_STATE": "asleep",
+            "POOL_ON_EXIT": "Destroy",
         }
         expected = (
             'MAXREQTIME: "10" is not a duration such as 1m30s',
@@ -290,6 +296,7 @@ class CoordSettingsTests(SynchronousTestCase):
             'MAXPERCLIENT: "0" is not above zero',
             'MAXBODY: "big" is not a size such as 1MiB',
             'MAXOUTPUT: "0B" is not above zero',
+            'POOL_ON_EXIT: "Destroy" is neither stop nor destroy',
         )
         self.assertEqual(expected, self.problems(MOCK | given))
 

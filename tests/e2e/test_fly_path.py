@@ -143,6 +143,25 @@ async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None
 
 
 @with_twisted
+async def test_a_coordinator_that_does_not_come_back_destroys_its_machines_when_it_ends(fly: Fly) -> None:
+    other = await start_coordinator(**fly.settings("q", 1))
+    assert (await other.run("true")).exit["code"] == 0
+    coordinator = await start_coordinator(**fly.settings("p", 3, POOL_STANDBY="1", POOL_ON_EXIT="destroy"))
+    assert (await coordinator.run("true")).exit["code"] == 0
+    output: list[bytes] = []
+    busy = await coordinator.begin("echo begun; sleep 1; echo done", take=output.append)
+
+    assert await stop(coordinator) == 0
+
+    await busy.end()
+    assert b"done" in b"".join(output)
+    assert await fly.of_pool("p") == {}
+    assert len(await fly.of_pool("q")) == 1
+    assert await stop(other) == 0
+    assert set((await fly.of_pool("q")).values()) == {State.STOPPED}
+
+
+@with_twisted
 async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly) -> None:
     settings = fly.settings("p", 1)
     for pool in ("p", "q"):

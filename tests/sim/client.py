@@ -12,6 +12,7 @@ from twisted.internet.address import IPv4Address
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
 
 from bfaas import wire
 from bfaas.site import RefusalError
@@ -69,6 +70,7 @@ class Client:
         # What a request is to the coordinator.
         self.content = BytesIO(script.encode())
         self.args = {b"raw": [b"1"]} if raw else {}
+        self.requestHeaders = Headers()
         self.channel: object | None = self
         self.code = 200
         self._body: list[bytes] = []
