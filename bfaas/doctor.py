@@ -227,7 +227,10 @@ async def _until_ready(
     except CancelledError:
         raise
     except Exception as error:
-        remedy = f"WORKER_URL: {url} leads nowhere; has the workers' app `fly ips allocate-v6 --private`?"
+        remedy = (
+            f"WORKER_URL: {url} leads nowhere; has the workers' app `fly ips allocate-v6 --private`, with "
+            "`--org` of the coordinators where that is another organization?"
+        )
         if advice := _connection_remedy(error, url):
             remedy += f" Else: {advice}"
         raise _Ill(describe(error), remedy) from error

@@ -20,7 +20,7 @@ from service_identity import VerificationError
 from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identity
 from service_identity.pyopenssl import extract_patterns
 from twisted.internet.abstract import isIPAddress, isIPv6Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
 from twisted.internet.error import DNSLookupError
 from twisted.internet.error import TimeoutError as ConnectTimeoutError
@@ -70,10 +70,14 @@ class Resolver:
 
     def lookup(self, host: str) -> Deferred[list[str]]:
         """Return the addresses of `host`, best first. Raises `DNSLookupError`."""
-        waiting = self._waiting.get(host)
-        if waiting is None:
-            waiting = self._waiting[host] = []
-            Thread(target=self._run, args=(host,), name=f"lookup of {host}", daemon=True).start()
+        if host not in self._waiting:
+            thread = Thread(target=self._run, args=(host,), name=f"lookup of {host}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # too many threads
+                return fail(DNSLookupError(f"{host}: {error}"))
+            self._waiting[host] = []
+        waiting = self._waiting[host]
         addresses: Deferred[list[str]] = Deferred(waiting.remove)
         waiting.append(addresses)
         return addresses

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
-from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from OpenSSL.SSL import TLS_METHOD
@@ -47,7 +47,7 @@ class Names:
     def __init__(self, **known: Sequence[str]) -> None:
         self.known = {name.encode(): addresses for name, addresses in known.items()}
         self.asked: list[bytes] = []
-        self.answers = Event()
+        self.answers = threading.Event()
         self.answers.set()
 
     def __call__(self, host: bytes, port: None, type: int) -> list[Any]:  # noqa: A002 - getaddrinfo's
@@ -157,6 +157,16 @@ class NameTests(EndpointTestCase):
         await until(lambda: all(server.end for server in self.servers))
         self.assertEqual([b"slow"], self.names.asked)
         self.assertEqual(2, len(self.servers))
+
+    async def test_a_lookup_that_gets_no_thread_fails_and_the_next_one_works(self) -> None:
+        port = self.serve()
+        self.know("name", "127.0.0.1")
+        stack = threading.stack_size(1 << 46)  # more than there is
+        connecting = self.connect("name", port)
+        threading.stack_size(stack)
+        with self.assertRaisesRegex(DNSLookupError, "name: can't start new thread"):
+            await connecting
+        await self.close(await self.connect("name", port))
 
     async def test_a_cancelled_lookup_ends_at_once_and_makes_no_connection(self) -> None:
         port = self.serve()

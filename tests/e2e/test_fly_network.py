@@ -283,9 +283,14 @@ def test_run_reaches_a_coordinator_at_any_address(network: Network) -> None:
     assert network.end(listener) == 0
 
 
+CONNECTION = "FAIL  API, token, app: "
 FAILURES: list[tuple[dict[str, str], str, str]] = [
-    ({"FLY_TOKEN": "FlyV1 fm2_other"}, ": 401 ", "FLY_TOKEN: "),
-    ({"WORKER_APP": "other"}, ": 404 ", "WORKER_APP: "),
+    (
+        {"FLY_TOKEN": "FlyV1 fm2_other"},
+        f"{CONNECTION}GET /v1/apps/my-basher/machines?summary=true: 401 ",
+        "FLY_TOKEN: ",
+    ),
+    ({"WORKER_APP": "other"}, f"{CONNECTION}GET /v1/apps/other/machines?summary=true: 404 ", "WORKER_APP: "),
     (
         {"FLY_FLAPS_BASE_URL": "http://_apj.internal:4280"},
         "DNS lookup failed: _apj.internal: Name or service not known",
@@ -306,6 +311,16 @@ FAILURES: list[tuple[dict[str, str], str, str]] = [
         "TLS: ",
         "FLY_FLAPS_BASE_URL: does https://_api.internal:4280 speak TLS there?",
     ),
+    (
+        {"WORKER_URL": "http://other.flycast"},
+        "FAIL  worker: DNS lookup failed: other.flycast: Name or service not known",
+        "WORKER_URL: http://other.flycast leads nowhere; has the workers' app `fly ips allocate",
+    ),
+    (
+        {"WORKER_URL": "http://[fdaa:0:18:0:1::3]:81"},
+        "FAIL  worker: Connection was refused",
+        "WORKER_URL: http://[fdaa:0:18:0:1::3]:81 leads nowhere",
+    ),
 ]
 
 
@@ -318,26 +333,32 @@ def test_a_doctor_tells_a_failed_connection_from_a_wrong_token_or_app(network: N
     for doctor, (_, found, advice) in zip(doctors, FAILURES, strict=True):
         assert doctor.wait(PATIENCE) == 1
         *_, failure, remedy = network.log(doctor).splitlines()
-        assert failure.startswith("FAIL  API, token, app: "), failure
+        assert failure.startswith(CONNECTION if "FAIL" not in found else found), failure
         assert found in failure
         assert advice in remedy
 
 
-def test_a_doctor_that_waits_for_a_resolver_ends_at_once(network: Network) -> None:
+@pytest.mark.parametrize(
+    ("nameserver", "url"), [(SILENT, "http://_api.internal:4280"), (DNS, "http://silent.internal:4280")]
+)
+def test_a_doctor_that_waits_for_a_connection_ends_at_once(
+    network: Network, nameserver: str, url: str
+) -> None:
     resolv = network.etc / "resolv.conf"
     before = resolv.read_text()
-    resolv.write_text(f"nameserver {SILENT}\n")
+    resolv.write_text(f"nameserver {nameserver}\n")
+    settings = {**SETTINGS, "FLY_FLAPS_BASE_URL": url}
     try:
-        doctor = network.start(sys.executable, "-m", "bfaas.cli", "doctor", **SETTINGS)
+        doctor = network.start(sys.executable, "-m", "bfaas.cli", "doctor", **settings)
         end = time.monotonic() + PATIENCE
         while "ok    settings" not in network.log(doctor):
             assert time.monotonic() < end, network.log(doctor)
             time.sleep(0.05)
-        time.sleep(0.5)  # until it has asked the resolver
+        time.sleep(0.5)  # until it has sent its first packet
         assert doctor.poll() is None
         began = time.monotonic()
         assert network.end(doctor, signal.SIGINT) == 130
-        assert time.monotonic() - began < 4.0  # the resolver's own limit is 10 s
+        assert time.monotonic() - began < 4.0  # the limits are 10 s and 5 s
     finally:
         resolv.write_text(before)
 
