@@ -24,23 +24,30 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import Service
-from twisted.internet.defer import Deferred, maybeDeferred
-from twisted.internet.endpoints import serverFromString
-from twisted.python.usage import Options as UsageOptions
+from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 
 from bfaas import tree, wire
-from bfaas.logs import LOG_FORMAT, logged
-from bfaas.process import prepare, run_role, settings_or_exit, stop_at_end_of_input
+from bfaas.listener import Listener
+from bfaas.logs import LOG_FORMAT, is_elsewhere, logged
+from bfaas.process import (
+    RoleOptions,
+    StartError,
+    prepare,
+    report_errors_in_one_line,
+    room_for_connections,
+    run_role,
+    settings_or_exit,
+    stop_at_end_of_input,
+)
 from bfaas.settings import BasherSettings
-from bfaas.site import BoundedSite, tell
+from bfaas.site import MAX_CONNECTIONS, BoundedSite, tell
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twisted.application.service import IService
-    from twisted.internet.interfaces import IListeningPort, IReactorTime
-    from twisted.python.failure import Failure
+    from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
     from bfaas.runner import Runner
@@ -90,9 +97,10 @@ class Worker(Service):
         self._reactor = reactor
         self._settings = settings
         self._runner: Runner | None = None
-        self._site = BoundedSite(reactor, Front(reactor, self._load, settings.machine_id), settings.max_body)
-        self._endpoint = serverFromString(reactor, endpoint)
-        self._listening: Deferred[IListeningPort | None] | None = None
+        front = Front(reactor, self._load, settings.machine_id)
+        most = min(MAX_CONNECTIONS, room_for_connections())
+        self._site = BoundedSite(reactor, front, settings.max_body, max_connections=most)
+        self._listener = Listener(reactor, "--listen", endpoint, self._site)
 
     def _load(self) -> Resource:
         try:
@@ -116,15 +124,15 @@ class Worker(Service):
         return resource
 
     def startService(self) -> None:
-        """Begin to listen, or raise what is against it."""
-        os.chdir(self._settings.home)
+        """Begin to listen; raise `StartError` where that cannot be."""
+        try:
+            os.chdir(self._settings.home)
+        except (OSError, ValueError) as error:
+            raise StartError(f"HOME: {error}") from None
         tree.become_subreaper()
         tree.become_opaque()
         super().startService()
-        failures: list[Failure] = []
-        self._listening = self._endpoint.listen(self._site).addErrback(failures.append)
-        for failure in failures:  # Twisted's own endpoints fail at once, or not at all
-            failure.raiseException()
+        self._listener.startService()
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, kill what runs, deliver what was written."""
@@ -138,19 +146,17 @@ class Worker(Service):
         super().stopService()
         # First of all: a signal may have been sent to the script as well, whose end is not its own then.
         ended = None if self._runner is None else Deferred.fromCoroutine(self._runner.stop())
-        if self._listening is not None:
-            self._listening.cancel()
-            port = await self._listening
-            if port is not None:
-                await maybeDeferred(port.stopListening)
+        await self._listener.stopService()
         if ended is not None:
             await ended
         # A client that reads slowly still gets everything, for as long as its run may take.
         await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
 
 
-class Options(UsageOptions):
+class Options(RoleOptions):
     """Command-line options of the worker; everything else is in its environment."""
+
+    role = "bfaas-basher"
 
     optParameters: ClassVar = [
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
@@ -160,14 +166,15 @@ class Options(UsageOptions):
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the worker from the environment."""
+    """Compose the worker from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
+        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     prepare(reactor)
     if options["attached"]:
         stop_at_end_of_input(reactor)
-    return logged(Worker(reactor, settings, options["listen"]), options["log-format"])
+    return logged(Worker(reactor, settings, options["listen"]), options)
 
 
 if __name__ == "__main__":

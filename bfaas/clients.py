@@ -25,14 +25,14 @@ def client_of(request: Request, *, on_fly: bool) -> str:
     told = request.getHeader(_CLIENT_IP) if on_fly else None
     if told is not None:
         try:
-            return _counted(told.decode("ascii"))
+            return counted_as(told.decode("ascii"))
         except ValueError:
             pass
     peer = getattr(request.getClientAddress(), "host", None)
-    return "no address" if peer is None else _counted(peer)
+    return "no address" if peer is None else counted_as(peer)
 
 
-def _counted(address: str) -> str:
+def counted_as(address: str) -> str:
     """Tell the address, or the network, that counts as one client; raise `ValueError` if it is none."""
     ip = ip_address(address)
     if not isinstance(ip, IPv6Address):

@@ -12,22 +12,26 @@ from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import MultiService
-from twisted.application.strports import service as listening
 from twisted.internet.defer import Deferred
-from twisted.internet.error import CannotListenError
-from twisted.python.usage import Options as UsageOptions
 
 from bfaas.browser import foreign_page
 from bfaas.coordinator import Coordinator
 from bfaas.exchange import lasting_agent
-from bfaas.logs import LOG_FORMAT, logged
+from bfaas.listener import Listener
+from bfaas.logs import LOG_FORMAT, is_elsewhere, logged
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.member import PoolSettings, lease_ttl
 from bfaas.metrics import Metrics
 from bfaas.pool import Pool
-from bfaas.process import prepare, room_for_connections, settings_or_exit
+from bfaas.process import (
+    RoleOptions,
+    prepare,
+    report_errors_in_one_line,
+    room_for_connections,
+    settings_or_exit,
+)
 from bfaas.proxy import Proxy
 from bfaas.runs import Runs
 from bfaas.settings import CoordSettings
@@ -42,7 +46,10 @@ if TYPE_CHECKING:
 
 
 METRICS_CONNECTIONS = 16
-"""Connections to the metrics at the most; their files are among those that are left for the rest."""
+"""Connections to the metrics at the most."""
+
+FILES_A_MACHINE = 4
+"""Open files for each machine: a local one's three pipes, and a connection to it."""
 
 
 class CoordService(MultiService):
@@ -68,13 +75,6 @@ class CoordService(MultiService):
         self._destroys = destroys
         listener.setServiceParent(self)
 
-    def privilegedStartService(self) -> None:
-        """Listen; that a port is taken is one line, and exit code 1."""
-        try:
-            super().privilegedStartService()
-        except CannotListenError as error:
-            raise SystemExit(f"bfaas-coord: {error}") from None
-
     def startService(self) -> None:
         """Begin to take requests, and to look after the pool's machines."""
         super().startService()
@@ -94,8 +94,10 @@ class CoordService(MultiService):
         await self._shut_down_machines()
 
 
-class Options(UsageOptions):
+class Options(RoleOptions):
     """Command-line options of the coordinator; everything else is in its environment."""
+
+    role = "bfaas-coord"
 
     optParameters: ClassVar = [
         ["listen", "l", None, "Endpoint to take requests on; tcp:8000, on a laptop on loopback alone."],
@@ -105,8 +107,9 @@ class Options(UsageOptions):
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the coordinator from the environment."""
+    """Compose the coordinator from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
+        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     prepare(reactor)
@@ -128,19 +131,20 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     runs = Runs(reactor, time.time, random, metrics)
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time, runs)
     metrics.look_at(pool, coordinator)
-    most = min(MAX_CONNECTIONS, room_for_connections())
+    others = settings.pool_size * FILES_A_MACHINE + (METRICS_CONNECTIONS if options["metrics"] else 0)
+    most = min(MAX_CONNECTIONS, room_for_connections(others))
     site = BoundedSite(
         reactor, coordinator.app.resource(), settings.max_body, max_connections=most,
         # On Fly all connections come from its proxy; on a laptop some come from pages in a browser.
         max_per_address=most if fly else most // 2, guard=None if fly else foreign_page,
     )  # fmt: skip
-    listener = listening(options["listen"] or endpoint, site, reactor)
+    listener = Listener(reactor, "--listen", options["listen"] or endpoint, site)
     service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroys_on_exit)
     if options["metrics"]:
         told = metrics.app.resource()
         page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
-        listening(options["metrics"], page, reactor).setServiceParent(service)
-    return logged(service, options["log-format"])
+        Listener(reactor, "--metrics", options["metrics"], page).setServiceParent(service)
+    return logged(service, options)
 
 
 def pool_settings(settings: CoordSettings) -> PoolSettings:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ReactorNotRunning
+from twisted.internet.error import CannotListenError, ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.task import react
 from twisted.logger import globalLogBeginner
-from twisted.python.usage import UsageError
+from twisted.python.usage import Options, UsageError
 from zope.interface import implementer
 
 from bfaas.logs import observer_of
@@ -26,17 +27,97 @@ from bfaas.settings import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
+    from types import TracebackType
 
     from twisted.application.service import IService
     from twisted.python.failure import Failure
-    from twisted.python.usage import Options
 
 S = TypeVar("S")
 
 _MAX_FILES = 1 << 14
 """Open files that are enough; where Linux allows a thousand million, some programs go through them all."""
 
-_OTHER_FILES = 128
+_FILES_EACH = 3
+_OTHER_FILES = 64
+_FEWEST_CONNECTIONS = 8
+
+
+class StartError(Exception):
+    """Why a program of ours cannot start, in one line."""
+
+
+class RoleOptions(Options):
+    """Command-line options of a program of ours, `role`. A usage error is one line, and exit code 1."""
+
+    role: str
+
+    def parseOptions(self, options: Any = None) -> None:
+        """Read the options. It is the first that a role does in its process."""
+        hold_standard_files()
+        try:
+            super().parseOptions(options)
+        except UsageError as error:
+            raise SystemExit(f"{self.role}: {in_one_line(error)}") from None
+
+
+def in_one_line(error: BaseException | None) -> str:
+    """Describe an error in one line, with its type where its text may mean little by itself."""
+    text = " ".join(str(error).split())
+    if text and isinstance(error, StartError | OSError | ValueError | UsageError | CannotListenError):
+        return text
+    return f"{type(error).__name__}: {text}".removesuffix(": ")
+
+
+def report_errors_in_one_line(role: str, *, logged: bool) -> None:
+    """
+    Have an exception that ends this process before its reactor runs be one line on standard error.
+
+    `logged`: the log is elsewhere, and has to have the line too. Exceptions that go through twistd have it
+    remove its pid file, and report to the process that waits for a daemon's start.
+    """
+
+    def report(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            return
+        line = f"{role}: {in_one_line(error)}\n"
+        for out in {sys.__stderr__, sys.stderr} if logged else {sys.__stderr__}:
+            if out is not None:
+                with suppress(OSError):
+                    out.write(line)
+                    out.flush()
+
+    sys.excepthook = report
+
+
+def hold_standard_files() -> None:
+    """
+    Open /dev/null where standard input, output or error is closed.
+
+    Otherwise the next files, which may be connections, get their numbers, and what is written to standard
+    output or error goes there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as the process
+    if sys.stdout is None:
+        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
+
+
+def reset_signals() -> None:
+    """
+    Undo what the parent has set that keeps us from our children's ends and from signals.
+
+    While SIGCHLD is ignored, the kernel keeps no exit status of a child: all seem to end with 0.
+    """
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
 def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
@@ -49,12 +130,15 @@ def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
 
 def prepare(reactor: Any) -> None:
     """
-    Make the reactor's time steady, SIGTERM and SIGINT an ordinary end, and room for many connections.
+    Make the reactor's time steady, SIGTERM, SIGINT and SIGHUP an ordinary end, and room for connections.
+
+    SIGHUP, a terminal's end, stays ignored where it is at the start (nohup).
 
     Twisted's reactor counts in wall-clock time, so that a clock that is set back by an hour would
     lengthen every deadline by an hour. And it ends a signalled process by that signal (status 143), where
     service managers expect 0 of one that ended in order. Call it before anything is scheduled.
     """
+    reset_signals()
     reactor.seconds = time.monotonic
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
@@ -65,18 +149,31 @@ def prepare(reactor: Any) -> None:
     def take_signals() -> None:
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, stop)
+
+    def run() -> None:
+        take_signals()
+        sys.excepthook = sys.__excepthook__
 
     # The reactor installs its own handlers as it starts to run.
-    reactor.callWhenRunning(take_signals)
+    reactor.callWhenRunning(run)
 
 
-def room_for_connections() -> int:
+def room_for_connections(others: int = 0) -> int:
     """
-    Tell how many connections fit into the files that may be open, of which each can need three.
+    Return how many connections fit into the files that may be open, of which each can need three.
 
-    They are the connection, its body, and the connection to its worker. Some files are left for the rest.
+    They are the connection, its body, and the connection to its worker. `others` are files that are needed
+    besides, and some more are left. Raise `StartError` where next to none would fit.
     """
-    return max(1, (resource.getrlimit(resource.RLIMIT_NOFILE)[0] - _OTHER_FILES) // 3)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    others += _OTHER_FILES
+    room = (limit - others) // _FILES_EACH
+    if room < _FEWEST_CONNECTIONS:
+        least = others + _FILES_EACH * _FEWEST_CONNECTIONS
+        raise StartError(f"{limit} open files (ulimit -n) are too few: at least {least} are needed")
+    return room
 
 
 def _stop(reactor: Any) -> None:
@@ -85,16 +182,16 @@ def _stop(reactor: Any) -> None:
         reactor.stop()
 
 
-def run_role(options: Options, make_service: Callable[[Any, Any], IService]) -> None:
+def run_role(options: RoleOptions, make_service: Callable[[Any, Any], IService]) -> None:
     """Run a role without twistd, whose start-up a worker that boots for every run can do without."""
+    options.parseOptions()
+    report_errors_in_one_line(options.role, logged=False)
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
-    try:
-        options.parseOptions()
-    except UsageError as error:
-        raise SystemExit(str(error)) from None
     service = make_service(options, reactor)
-    globalLogBeginner.beginLoggingTo([observer_of(options["log-format"])], redirectStandardIO=False)
+    observer = observer_of(options)
+    assert observer is not None  # noqa: S101 - only twistd makes another
+    globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     service.privilegedStartService()
     service.startService()
     reactor.addSystemEventTrigger("before", "shutdown", service.stopService)

@@ -14,13 +14,17 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import Deferred, DeferredList
-from twisted.internet.interfaces import IHalfCloseableProtocol
+from twisted.internet.interfaces import IHalfCloseableProtocol, INegotiated, IProtocolNegotiationFactory
+from twisted.internet.protocol import Protocol
+from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.web.http import SERVICE_UNAVAILABLE, datetimeToString
 from twisted.web.server import Request, Site
 from zope.interface import implementer
 
 from bfaas.channel import RETRY_AFTER, Channel
+from bfaas.clients import counted_as
+from bfaas.proxied import HeaderReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +35,8 @@ if TYPE_CHECKING:
     from twisted.web.resource import IResource
 
     Guard = Callable[[Request], str | None]
+
+_log = Logger()
 
 MAX_CONNECTIONS = 4096
 """Connections that a site has at the same time, unless it is told otherwise."""
@@ -214,6 +220,8 @@ class _Connection(ProtocolWrapper):
     A connection that closes as TCP wants it: it ends its own side, then waits for the peer to end its.
 
     Until then the peer may not have everything: closing at once, or ending the machine, would lose it.
+    Under TLS the end of our side is a close_notify alert, which the peer answers with its own.
+
     A peer that does not take what was written, and end its side, within `LINGER` seconds is cut off. (Sent
     is not taken: the kernel may hold megabytes for a peer that reads slowly, and an abort drops them.) So is
     one that sends more than `MAX_IGNORED` bytes meanwhile.
@@ -229,6 +237,19 @@ class _Connection(ProtocolWrapper):
         self.gone: Deferred[None] = Deferred()
         self._lingering: IDelayedCall | None = None
         self._ignored = 0
+        self._header = HeaderReader() if self.factory.proxied else None
+        self._peer: IAddress | None = None
+        self._host: IAddress | None = None
+        self.counted_as: str | None = None
+        """The address that the site counts this connection under, if any."""
+
+    def getPeer(self) -> Any:
+        """Return the client's address: the one that its proxy tells, where there is one."""
+        return self._peer or super().getPeer()
+
+    def getHost(self) -> Any:
+        """Return the address that the client connected to, in the same way."""
+        return self._host or super().getHost()
 
     def loseConnection(self) -> None:
         """End our side, once what was written is sent."""
@@ -237,16 +258,42 @@ class _Connection(ProtocolWrapper):
         self.disconnecting = 1
         self._lingering = self.factory.clock.callLater(self.LINGER, self.transport.abortConnection)
         self.transport.unregisterProducer()
-        self.transport.loseWriteConnection()
+        if INegotiated.providedBy(self.transport):
+            self.transport.loseConnection()
+        else:
+            self.transport.loseWriteConnection()
 
     def dataReceived(self, data: bytes) -> None:
         """Pass it on, unless nobody could be answered any more."""
         if not self.disconnecting:
-            super().dataReceived(data)
+            if self._header is not None:
+                data = self._without_header(self._header, data)
+            if data:
+                super().dataReceived(data)
             return
         self._ignored += len(data)
         if self._ignored > self.MAX_IGNORED:
             self.transport.abortConnection()
+
+    def _without_header(self, header: HeaderReader, data: bytes) -> bytes:
+        """Read the proxy's header; return what follows it. Abort a connection that is not to be served."""
+        try:
+            read = header.feed(data)
+        except ValueError as error:
+            self.factory.report_header(error)
+            self._abort()
+            return b""
+        if read is None:
+            return b""
+        self._header, self._peer, self._host = None, read.source, read.destination
+        if not self.factory.count(self):
+            self._abort()
+            return b""
+        return read.rest
+
+    def _abort(self) -> None:
+        self.disconnecting = 1
+        self.transport.abortConnection()
 
     def writeConnectionLost(self) -> None:
         """Our side has ended; what was written may still be on its way."""
@@ -281,13 +328,25 @@ class _Site(Site):
         return SpooledTemporaryFile(self._IN_MEMORY)
 
 
+class _Refused(Protocol):
+    """A connection that is closed as it comes: wrappers of a site, such as TLS, take no None for it."""
+
+    transport: Any
+
+    def connectionMade(self) -> None:
+        """Close it."""
+        self.transport.loseConnection()
+
+
+@implementer(IProtocolNegotiationFactory)
 class BoundedSite(WrappingFactory):
     """
     Serves a resource with bounded bodies, and can wait until what it has written is delivered.
 
     Connections past `max_connections`, or past `max_per_address` from one address, are closed as they come.
-    (Behind a proxy all clients have the proxy's few addresses.) `guard` tells what there is against a
-    request, if anything.
+    An address is counted as a client's is: an IPv6 one with its /64; peers without one, on a UNIX socket, are
+    not limited by it. (Behind a proxy all clients have the proxy's few addresses, unless it names theirs, see
+    `proxied`.) `guard` tells what there is against a request, if anything.
     """
 
     protocol = _Connection
@@ -304,6 +363,9 @@ class BoundedSite(WrappingFactory):
         guard: Guard | None = None,
     ) -> None:
         self.clock = clock
+        self.proxied = False
+        """Whether connections begin with a header of the PROXY protocol, by which they are then counted."""
+        self._header_reported = False
         self._max_connections = max_connections
         self._max_per_address = max_per_address
         self._from: Counter[str] = Counter()
@@ -318,22 +380,52 @@ class BoundedSite(WrappingFactory):
         site.protocol = make_channel  # type: ignore[method-assign]  # it is no method
         super().__init__(site)
 
+    def acceptableProtocols(self) -> list[bytes]:
+        """Return what may be agreed on by ALPN, under TLS."""
+        return [b"http/1.1"]
+
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Take a connection, or answer None, at which it is closed."""
+        """Take a connection, or have it closed."""
         full = len(self.protocols) >= self._max_connections
-        if full or self._from[_name(addr)] >= self._max_per_address:
-            return None
+        if full or not (self.proxied or self._has_room(_name(addr))):
+            return _Refused()
         return super().buildProtocol(addr)
 
     def registerProtocol(self, connection: _Connection) -> None:
-        """Count a connection that has begun."""
+        """Note a connection that has begun; one from a proxy is counted once its client is known."""
         super().registerProtocol(connection)
-        self._from[_name(connection.getPeer())] += 1
+        if not self.proxied:
+            self.count(connection)
+
+    def count(self, connection: _Connection) -> bool:
+        """Count a connection under its peer's address; return False if that has as many as it may."""
+        name = _name(connection.getPeer())
+        if not self._has_room(name):
+            return False
+        connection.counted_as = name
+        self._from[name] += 1
+        return True
 
     def unregisterProtocol(self, connection: _Connection) -> None:
         """Count it no more."""
         super().unregisterProtocol(connection)
-        self._from -= Counter([_name(connection.getPeer())])
+        name = connection.counted_as
+        if name is not None:
+            self._from[name] -= 1
+            if not self._from[name]:
+                del self._from[name]
+
+    def _has_room(self, name: str) -> bool:
+        return not name or self._from[name] < self._max_per_address
+
+    def report_header(self, error: ValueError) -> None:
+        """Log the first connection that does not begin as it has to; anyone could make many."""
+        if not self._header_reported:
+            self._header_reported = True
+            _log.warn(
+                "closed a connection that does not begin with a PROXY header: {error}; others are not logged",
+                error=error,
+            )
 
     async def drain(self, limit: float) -> None:
         """Close every connection once what was written is delivered; abort what takes over `limit` s."""
@@ -351,5 +443,9 @@ class BoundedSite(WrappingFactory):
 
 
 def _name(address: IAddress | None) -> str:
-    """Name an address without its port; sockets of files have no name."""
-    return getattr(address, "host", "")
+    """Name what an address counts as; sockets of files have no name."""
+    host = getattr(address, "host", "")
+    try:
+        return counted_as(host)
+    except ValueError:
+        return str(host)

@@ -149,9 +149,7 @@ class LocalBodies:
     _SWEEP_LIMIT = 2.0
 
     def __init__(self, reactor: Any, *, sandboxed: bool, command: Sequence[str] = WORKER) -> None:
-        # What a worker leaves that dies before its script becomes ours, to be killed.
-        tree.become_subreaper()
-        self._bystanders = frozenset(tree.children(os.getpid()))
+        self._bystanders: frozenset[int] | None = None
         self._reactor = reactor
         self._sandboxed = sandboxed
         self._command = command
@@ -166,6 +164,11 @@ class LocalBodies:
 
     async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start a worker; it may not listen yet."""
+        if self._bystanders is None:
+            # What a worker leaves that dies before its script becomes ours, to be killed. Only now, as the
+            # program may have become a daemon, another process, since it began.
+            tree.become_subreaper()
+            self._bystanders = frozenset(tree.children(os.getpid()))
         directory = self._directory() / machine.id
         directory.mkdir()
         user = script_user()
@@ -216,7 +219,7 @@ class LocalBodies:
 
     def _not_orphans(self) -> frozenset[int]:
         pids = (body.transport.pid for body in self._bodies.values())
-        return self._bystanders.union(pid for pid in pids if pid is not None)
+        return (self._bystanders or frozenset()).union(pid for pid in pids if pid is not None)
 
     async def freeze(self, machine_id: str) -> None:
         """Stop the processes, where they are."""

@@ -11,16 +11,16 @@ import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import MultiService
-from twisted.application.strports import service as listening
 from twisted.internet.defer import Deferred
-from twisted.python.usage import Options as UsageOptions
 
 from bfaas.exchange import single_use_agent
+from bfaas.listener import Listener
+from bfaas.logs import is_elsewhere, logged
 from bfaas.machines.flycast import Flycast
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.machines.routes import MachinesServer
-from bfaas.process import prepare
-from bfaas.site import BoundedSite
+from bfaas.process import RoleOptions, prepare, report_errors_in_one_line, room_for_connections
+from bfaas.site import MAX_CONNECTIONS, BoundedSite
 
 if TYPE_CHECKING:
     from twisted.application.service import IService
@@ -29,8 +29,10 @@ _MAX_BODY = 16 << 20
 _FLUSH_LIMIT = 5.0
 
 
-class Options(UsageOptions):
+class Options(RoleOptions):
     """Command-line options of the stand-in. A token is asked of clients if FLY_TOKEN is set."""
+
+    role = "bfaas-machines"
 
     optParameters: ClassVar = [
         ["listen", "l", "tcp:4280:interface=127.0.0.1", "Endpoint of the Machines API."],
@@ -60,16 +62,19 @@ class MachinesService(MultiService):
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the stand-in."""
+    """Compose the stand-in. Raise with one line where it cannot be."""
     if reactor is None:
+        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     prepare(reactor)
     limited = bool(options["rate-limits"])
     machines = LocalMachines(reactor, time.time, sandboxed=find_sandbox(), rate_limited=limited)
     server = MachinesServer(machines, options["app"], os.environ.get("FLY_TOKEN"))
-    api = BoundedSite(reactor, server.app.resource(), _MAX_BODY)
-    proxy = BoundedSite(reactor, Flycast(machines, single_use_agent(reactor)), _MAX_BODY)
+    most = min(MAX_CONNECTIONS, room_for_connections())
+    agent = single_use_agent(reactor)
+    api = BoundedSite(reactor, server.app.resource(), _MAX_BODY, max_connections=most)
+    proxy = BoundedSite(reactor, Flycast(machines, agent), _MAX_BODY, max_connections=most)
     service = MachinesService(machines, [api, proxy])
-    for endpoint, site in ((options["listen"], api), (options["proxy"], proxy)):
-        listening(endpoint, site, reactor).setServiceParent(service)
-    return service
+    for option, site in (("listen", api), ("proxy", proxy)):
+        Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)
+    return logged(service, options)

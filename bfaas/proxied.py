@@ -1,0 +1,113 @@
+"""
+The PROXY protocol, versions 1 and 2: a proxy names a connection's client in its first bytes.
+
+https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt. Twisted's own parser closes connections whose
+header is `PROXY UNKNOWN` or comes in two pieces, and raises out of `dataReceived` where a port is no number.
+"""
+
+from __future__ import annotations
+
+from ipaddress import IPv4Address as IPv4
+from ipaddress import IPv6Address as IPv6
+from typing import TYPE_CHECKING, NamedTuple
+
+from twisted.internet.address import IPv4Address, IPv6Address
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IAddress
+
+_V1 = b"PROXY "
+_V1_LONGEST = 107
+_V2 = b"\r\n\r\n\0\r\nQUIT\n"
+_V2_FIXED = 16
+_V2_LOCAL, _V2_PROXY = 0x20, 0x21
+_V2_LONGEST = 16 << 10
+"""Far more than a proxy sends: 216 bytes of addresses, and some hundred of other values."""
+
+_WORDS = 6
+_PORTS = 1 << 16
+
+
+class Proxied(NamedTuple):
+    """
+    What a header tells; `rest` are the bytes after it.
+
+    `source` is the client, `destination` the address that it connected to. Both are None where the header
+    names no internet addresses: the proxy speaks for itself (a health check), or came by a UNIX socket.
+    """
+
+    source: IAddress | None
+    destination: IAddress | None
+    rest: bytes
+
+
+class HeaderReader:
+    """Reads a header, in however many pieces it comes."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def feed(self, data: bytes) -> Proxied | None:
+        """Return what the header tells, None while it is incomplete. Raise `ValueError` if there is none."""
+        self._data += data
+        if _V2.startswith(self._data[: len(_V2)]):
+            return self._version_2()
+        if _V1.startswith(self._data[: len(_V1)]):
+            return self._version_1()
+        raise ValueError("not a PROXY protocol header")
+
+    def _version_1(self) -> Proxied | None:
+        line, end, rest = self._data.partition(b"\r\n")
+        if not end and len(line) < _V1_LONGEST:
+            return None
+        if len(line) + len(end) > _V1_LONGEST:
+            raise ValueError("PROXY protocol header too long")
+        words = line.decode("ascii").split(" ")
+        if words[1] == "UNKNOWN":
+            return Proxied(None, None, rest)
+        if len(words) != _WORDS or words[1] not in ("TCP4", "TCP6"):
+            raise ValueError("invalid PROXY protocol header")
+        _, family, source, destination, *ports = words
+        source_port, destination_port = map(_port, ports)
+        if family == "TCP4":
+            return Proxied(_four(source, source_port), _four(destination, destination_port), rest)
+        return Proxied(_six(source, source_port), _six(destination, destination_port), rest)
+
+    def _version_2(self) -> Proxied | None:
+        data = self._data
+        if len(data) < _V2_FIXED:
+            return None
+        version_and_command, family_and_transport = data[12], data[13]
+        end = _V2_FIXED + int.from_bytes(data[14:16], "big")
+        if version_and_command not in (_V2_LOCAL, _V2_PROXY) or end > _V2_LONGEST:
+            raise ValueError("invalid PROXY protocol header")
+        if len(data) < end:
+            return None
+        addresses, rest = data[_V2_FIXED:end], data[end:]
+        family = family_and_transport >> 4
+        width = {1: 4, 2: 16}.get(family)
+        if version_and_command == _V2_LOCAL or width is None:
+            if family > 3:  # noqa: PLR2004 - unspecified, IPv4, IPv6, UNIX
+                raise ValueError("invalid PROXY protocol header")
+            return Proxied(None, None, rest)
+        if len(addresses) < 2 * width + 4:
+            raise ValueError("invalid PROXY protocol header")
+        source, destination = addresses[:width], addresses[width : 2 * width]
+        ports = addresses[2 * width : 2 * width + 4]
+        source_port, destination_port = int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big")
+        make = _four if family == 1 else _six
+        return Proxied(make(source, source_port), make(destination, destination_port), rest)
+
+
+def _four(address: str | bytes, port: int) -> IPv4Address:
+    return IPv4Address("TCP", str(IPv4(address)), port)
+
+
+def _six(address: str | bytes, port: int) -> IPv6Address:
+    return IPv6Address("TCP", str(IPv6(address)), port)
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < _PORTS):  # noqa: PLR2004
+        raise ValueError("invalid port in a PROXY protocol header")
+    return int(text)
