@@ -174,7 +174,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     prepare(reactor)
     if options["attached"]:
         stop_at_end_of_input(reactor)
-    return logged(Worker(reactor, settings, options["listen"]), options)
+    return logged(Worker(reactor, settings, options["listen"]), options, reactor)
 
 
 if __name__ == "__main__":

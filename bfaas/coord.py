@@ -144,7 +144,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         told = metrics.app.resource()
         page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
         Listener(reactor, "--metrics", options["metrics"], page).setServiceParent(service)
-    return logged(service, options)
+    return logged(service, options, reactor)
 
 
 def pool_settings(settings: CoordSettings) -> PoolSettings:

@@ -107,7 +107,7 @@ class _Syslog:
         """Do nothing: what is written has been passed on."""
 
 
-def observer_of(options: Options) -> ILogObserver | None:
+def observer_of(options: Options, reactor: Any) -> ILogObserver | None:
     """
     Make the observer that writes the log of a program of ours, in the format and to the place of its options.
 
@@ -117,7 +117,7 @@ def observer_of(options: Options) -> ILogObserver | None:
     is_json = options.get("log-format") == "json"
     if twistd.get("logger") or (twistd.get("syslog") and not is_json):
         return None
-    out: Any = _out(twistd)
+    out: Any = _out(twistd, reactor)
     return json_lines(out) if is_json else textFileLogObserver(out)
 
 
@@ -129,7 +129,7 @@ def is_elsewhere(options: Options) -> bool:
     return daemon or bool(twistd.get("logger") or twistd.get("syslog")) or file not in (None, "", "-")
 
 
-def _out(twistd: Mapping[str, Any]) -> Out:
+def _out(twistd: Mapping[str, Any], reactor: Any) -> Out:
     if twistd.get("syslog"):
         return _Syslog(twistd["prefix"])
     name = twistd.get("logfile")
@@ -143,9 +143,7 @@ def _out(twistd: Mapping[str, Any]) -> Out:
     if not signal.getsignal(signal.SIGUSR1):
 
         def rotate(*_: object) -> None:
-            from twisted.internet import reactor  # noqa: PLC0415 - it runs by then
-
-            reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]  # it is a module to mypy
+            reactor.callFromThread(file.rotate)
 
         signal.signal(signal.SIGUSR1, rotate)
     out: Out = file
@@ -182,9 +180,9 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def logged(service: IService, options: Options) -> IService:
+def logged(service: IService, options: Options, reactor: Any) -> IService:
     """Have twistd write the log of a service as its options say."""
-    return _Logged(service, observer_of(options))
+    return _Logged(service, observer_of(options, reactor))
 
 
 class _Logged(MultiService):

@@ -189,7 +189,7 @@ def run_role(options: RoleOptions, make_service: Callable[[Any, Any], IService])
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     service = make_service(options, reactor)
-    observer = observer_of(options)
+    observer = observer_of(options, reactor)
     assert observer is not None  # noqa: S101 - only twistd makes another
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     service.privilegedStartService()

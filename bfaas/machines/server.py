@@ -77,4 +77,4 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     service = MachinesService(machines, [api, proxy])
     for option, site in (("listen", api), ("proxy", proxy)):
         Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)
-    return logged(service, options)
+    return logged(service, options, reactor)
