@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import MultiService
 from twisted.application.strports import service as listening
-from twisted.python.usage import Options as UsageOptions
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
@@ -19,7 +18,7 @@ from bfaas import wire
 from bfaas.logs import LOG_FORMAT
 from bfaas.machines.memory import MemoryMachines
 from bfaas.machines.routes import MachinesServer
-from bfaas.process import prepare, run_role
+from bfaas.process import RoleOptions, prepare, run_role
 from bfaas.site import tell
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ class Worker(Resource):
         return NOT_DONE_YET
 
 
-class Options(UsageOptions):
+class Options(RoleOptions):
     """Where to listen."""
 
     optParameters: ClassVar = [

@@ -382,7 +382,7 @@ class BoundedSite(WrappingFactory):
 
     def acceptableProtocols(self) -> list[bytes]:
         """Return what may be agreed on by ALPN, under TLS."""
-        return [b"http/1.1"]
+        return [b"http/1.1", b"http/1.0"]
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Take a connection, or have it closed."""
