@@ -29,12 +29,12 @@ from twisted.web.resource import Resource
 
 from bfaas import tree, wire
 from bfaas.listener import Listener
-from bfaas.logs import LOG_FORMAT, is_elsewhere, logged
+from bfaas.logs import LOG_FORMAT, logged
 from bfaas.process import (
     RoleOptions,
     StartError,
+    check,
     prepare,
-    report_errors_in_one_line,
     room_for_connections,
     run_role,
     settings_or_exit,
@@ -168,7 +168,7 @@ class Options(RoleOptions):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the worker from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
-        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+        check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     prepare(reactor)

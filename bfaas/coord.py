@@ -18,7 +18,7 @@ from bfaas.browser import foreign_page
 from bfaas.coordinator import Coordinator
 from bfaas.exchange import lasting_agent
 from bfaas.listener import Listener
-from bfaas.logs import LOG_FORMAT, is_elsewhere, logged
+from bfaas.logs import LOG_FORMAT, logged
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
 from bfaas.machines.local import LocalMachines, find_sandbox
@@ -27,8 +27,8 @@ from bfaas.metrics import Metrics
 from bfaas.pool import Pool
 from bfaas.process import (
     RoleOptions,
+    check,
     prepare,
-    report_errors_in_one_line,
     room_for_connections,
     settings_or_exit,
 )
@@ -109,7 +109,7 @@ class Options(RoleOptions):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the coordinator from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
-        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+        check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     prepare(reactor)

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -22,7 +23,7 @@ from twisted.logger import globalLogBeginner
 from twisted.python.usage import Options, UsageError
 from zope.interface import implementer
 
-from bfaas.logs import observer_of
+from bfaas.logs import is_elsewhere, observer_of
 from bfaas.settings import SettingsError
 
 if TYPE_CHECKING:
@@ -52,8 +53,7 @@ class RoleOptions(Options):
     role: str
 
     def parseOptions(self, options: Any = None) -> None:
-        """Read the options. It is the first that a role does in its process."""
-        hold_standard_files()
+        """Read the options."""
         try:
             super().parseOptions(options)
         except UsageError as error:
@@ -68,12 +68,31 @@ def in_one_line(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
-def report_errors_in_one_line(role: str, *, logged: bool) -> None:
+def begin(role: str) -> None:
+    """Prepare a process for a role, before anything opens a file that stays, as klein's import does."""
+    hold_standard_files()
+    _report_errors_in_one_line(role, logged=False)
+
+
+def check(options: RoleOptions) -> None:
+    """
+    Have errors reported where the options say that the log goes, too.
+
+    Raise `StartError` where twistd would itself log a traceback.
+    """
+    _report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+    twistd: Mapping[str, Any] = options.parent or {}
+    pid_file = twistd.get("pidfile")
+    if pid_file and not os.access(Path(pid_file).parent, os.W_OK | os.X_OK):
+        raise StartError(f"--pidfile {pid_file}: no such directory, or it is not writable")
+
+
+def _report_errors_in_one_line(role: str, *, logged: bool) -> None:
     """
     Have an exception that ends this process before its reactor runs be one line on standard error.
 
-    `logged`: the log is elsewhere, and has to have the line too. Exceptions that go through twistd have it
-    remove its pid file, and report to the process that waits for a daemon's start.
+    `logged`: the log, which is elsewhere, gets it too. Exceptions that go through twistd have it remove its
+    pid file, and report to the process that waits for a daemon's start.
     """
 
     def report(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
@@ -184,8 +203,9 @@ def _stop(reactor: Any) -> None:
 
 def run_role(options: RoleOptions, make_service: Callable[[Any, Any], IService]) -> None:
     """Run a role without twistd, whose start-up a worker that boots for every run can do without."""
+    begin(options.role)
     options.parseOptions()
-    report_errors_in_one_line(options.role, logged=False)
+    check(options)
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     service = make_service(options, reactor)

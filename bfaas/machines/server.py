@@ -15,11 +15,11 @@ from twisted.internet.defer import Deferred
 
 from bfaas.exchange import single_use_agent
 from bfaas.listener import Listener
-from bfaas.logs import is_elsewhere, logged
+from bfaas.logs import logged
 from bfaas.machines.flycast import Flycast
 from bfaas.machines.local import LocalMachines, find_sandbox
 from bfaas.machines.routes import MachinesServer
-from bfaas.process import RoleOptions, prepare, report_errors_in_one_line, room_for_connections
+from bfaas.process import RoleOptions, check, prepare, room_for_connections
 from bfaas.site import MAX_CONNECTIONS, BoundedSite
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class MachinesService(MultiService):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the stand-in. Raise with one line where it cannot be."""
     if reactor is None:
-        report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+        check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     prepare(reactor)
     limited = bool(options["rate-limits"])

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 with_twisted = pytest_twisted.ensureDeferred
 
+SYSTEM = os.environ.get("PATH", os.defpath) + ":/usr/sbin"
+
 needs_haproxy = pytest.mark.skipif(
-    shutil.which("haproxy") is None and "CI" not in os.environ, reason="haproxy is not installed"
+    shutil.which("haproxy", path=SYSTEM) is None and "CI" not in os.environ,
+    reason="haproxy is not installed",
 )
 
 SETTINGS = {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s"}
@@ -203,8 +206,8 @@ async def test_behind_haproxy_clients_are_who_they_are(tmp_path: Path) -> None:
     configuration = tmp_path / "haproxy.cfg"
     configuration.write_text(HAPROXY.format("".join(pieces)))
     async with listening(f"haproxy:tcp:{port}:interface=127.0.0.1") as program:
-        proxy = Program()
-        running = reactor.spawnProcess(proxy, "haproxy", ["haproxy", "-f", str(configuration)], env=None)
+        proxy, path = Program(), {"PATH": SYSTEM}
+        running = reactor.spawnProcess(proxy, "env", ["env", "haproxy", "-f", str(configuration)], env=path)
         try:
             for number, front in enumerate(ports):
                 client = f"127.0.0.{7 + number}"
