@@ -13,6 +13,9 @@ if __name__ == "__main__":
     import gc
     import sys
 
+    from bfaas.start import begin
+
+    begin("bfaas-basher")
     # Imports leave next to no garbage; looking for it takes some 10 ms.
     gc.disable()
     # A worker speaks no TLS. Twisted can do without; with it, the reactor takes a third longer to load.
@@ -32,7 +35,6 @@ from bfaas.listener import Listener
 from bfaas.logs import LOG_FORMAT, logged
 from bfaas.process import (
     RoleOptions,
-    StartError,
     check,
     prepare,
     room_for_connections,
@@ -42,6 +44,7 @@ from bfaas.process import (
 )
 from bfaas.settings import BasherSettings
 from bfaas.site import MAX_CONNECTIONS, BoundedSite, tell
+from bfaas.start import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,6 +54,10 @@ if TYPE_CHECKING:
     from twisted.web.server import Request
 
     from bfaas.runner import Runner
+
+
+_UMASK = 0o022
+"""A script's umask, whatever the worker was started with; a daemon's is 077."""
 
 
 class Front(Resource):
@@ -129,6 +136,7 @@ class Worker(Service):
             os.chdir(self._settings.home)
         except (OSError, ValueError) as error:
             raise StartError(f"HOME: {error}") from None
+        os.umask(_UMASK)
         tree.become_subreaper()
         tree.become_opaque()
         super().startService()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 
 from bfaas.browser import foreign_page
 from bfaas.coordinator import Coordinator
@@ -44,9 +45,13 @@ if TYPE_CHECKING:
 
     from bfaas.machines.api import MachinesAPI
 
+_log = Logger()
 
 METRICS_CONNECTIONS = 16
 """Connections to the metrics at the most."""
+
+FEW_CONNECTIONS = 256
+"""Below so many connections the log tells why there are no more."""
 
 FILES_A_MACHINE = 4
 """Open files for each machine: a local one's three pipes, and a connection to it."""
@@ -133,6 +138,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     metrics.look_at(pool, coordinator)
     others = settings.pool_size * FILES_A_MACHINE + (METRICS_CONNECTIONS if options["metrics"] else 0)
     most = min(MAX_CONNECTIONS, room_for_connections(others))
+    if most < FEW_CONNECTIONS:
+        _log.warn("the open files that are allowed (ulimit -n) suffice for {most} connections", most=most)
     site = BoundedSite(
         reactor, coordinator.app.resource(), settings.max_body, max_connections=most,
         # On Fly all connections come from its proxy; on a laptop some come from pages in a browser.

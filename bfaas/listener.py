@@ -9,7 +9,7 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.endpoints import StandardIOEndpoint, serverFromString
 from twisted.internet.error import CannotListenError
 
-from bfaas.process import StartError, in_one_line
+from bfaas.start import StartError, in_one_line
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IListeningPort

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import CannotListenError, ReactorNotRunning
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.task import react
 from twisted.logger import globalLogBeginner
@@ -25,10 +25,10 @@ from zope.interface import implementer
 
 from bfaas.logs import is_elsewhere, observer_of
 from bfaas.settings import SettingsError
+from bfaas.start import StartError, begin, in_one_line, report_errors_in_one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
-    from types import TracebackType
 
     from twisted.application.service import IService
     from twisted.python.failure import Failure
@@ -41,10 +41,6 @@ _MAX_FILES = 1 << 14
 _FILES_EACH = 3
 _OTHER_FILES = 64
 _FEWEST_CONNECTIONS = 8
-
-
-class StartError(Exception):
-    """Why a program of ours cannot start, in one line."""
 
 
 class RoleOptions(Options):
@@ -60,72 +56,17 @@ class RoleOptions(Options):
             raise SystemExit(f"{self.role}: {in_one_line(error)}") from None
 
 
-def in_one_line(error: BaseException | None) -> str:
-    """Describe an error in one line, with its type where its text may mean little by itself."""
-    text = " ".join(str(error).split())
-    if text and isinstance(error, StartError | OSError | ValueError | UsageError | CannotListenError):
-        return text
-    return f"{type(error).__name__}: {text}".removesuffix(": ")
-
-
-def begin(role: str) -> None:
-    """Prepare a process for a role, before anything opens a file that stays, as klein's import does."""
-    hold_standard_files()
-    _report_errors_in_one_line(role, logged=False)
-
-
 def check(options: RoleOptions) -> None:
     """
     Have errors reported where the options say that the log goes, too.
 
     Raise `StartError` where twistd would itself log a traceback.
     """
-    _report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+    report_errors_in_one_line(options.role, logged=is_elsewhere(options))
     twistd: Mapping[str, Any] = options.parent or {}
     pid_file = twistd.get("pidfile")
     if pid_file and not os.access(Path(pid_file).parent, os.W_OK | os.X_OK):
         raise StartError(f"--pidfile {pid_file}: no such directory, or it is not writable")
-
-
-def _report_errors_in_one_line(role: str, *, logged: bool) -> None:
-    """
-    Have an exception that ends this process before its reactor runs be one line on standard error.
-
-    `logged`: the log, which is elsewhere, gets it too. Exceptions that go through twistd have it remove its
-    pid file, and report to the process that waits for a daemon's start.
-    """
-
-    def report(kind: type[BaseException], error: BaseException, _: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            return
-        line = f"{role}: {in_one_line(error)}\n"
-        for out in {sys.__stderr__, sys.stderr} if logged else {sys.__stderr__}:
-            if out is not None:
-                with suppress(OSError):
-                    out.write(line)
-                    out.flush()
-
-    sys.excepthook = report
-
-
-def hold_standard_files() -> None:
-    """
-    Open /dev/null where standard input, output or error is closed.
-
-    Otherwise the next files, which may be connections, get their numbers, and what is written to standard
-    output or error goes there.
-    """
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
-    if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115 - for as long as the process
-    if sys.stdout is None:
-        sys.stdout = sys.__stdout__ = open(1, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
-    if sys.stderr is None:
-        sys.stderr = sys.__stderr__ = open(2, "w", closefd=False)  # type: ignore[misc]  # noqa: SIM115
 
 
 def reset_signals() -> None:

@@ -31,6 +31,7 @@ ROOMS = [
     "bfaas.machines.documents",
     "bfaas.machines.fly",
     "bfaas.logs",
+    "bfaas.start",
     "bfaas.process",
     "bfaas.channel",
     "bfaas.clients",

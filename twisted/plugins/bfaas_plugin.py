@@ -11,7 +11,7 @@ class _Role(ServiceMaker):
     @property
     def options(self) -> Any:
         """Prepare the process, as the command was chosen, and load the command."""
-        from bfaas.process import begin  # noqa: PLC0415 - see above
+        from bfaas.start import begin  # noqa: PLC0415 - see above
 
         begin(self.tapname)
         return super().options
