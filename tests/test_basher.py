@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import subprocess
 import time
 from typing import TYPE_CHECKING, Any
+from unittest import skipUnless
 
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.error import ConnectionDone, ProcessDone
@@ -354,7 +356,7 @@ class WorkerTests(TestCase):
         for sandbox, why in (
             ("sh -c 'echo it is broken >&2; exit 126' sh", "it is broken"),
             ("/no/such/program", "/no/such/program"),
-            ("false", "it is not known why"),
+            ("false", "no message"),
         ):
             worker = await Worker.start(self, SANDBOX=sandbox)
             answer = await worker.run("echo never")
@@ -363,6 +365,21 @@ class WorkerTests(TestCase):
             log = (worker.output + worker.errors).decode()
             self.assertEqual(1, log.count("bash cannot be started: "), log)
             self.assertIn(why, log)
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_a_user_with_no_process_left_is_told_apart_and_why_is_logged(self) -> None:
+        user = ("setpriv", "--reuid=1948000", "--clear-groups", "--")
+        others = [subprocess.Popen([*user, "sleep", "1000"]) for _ in range(2)]  # noqa: ASYNC220 - at once
+        try:
+            worker = await Worker.start(self, leaders=("prlimit", "--nproc=1:1", "--"), RUN_AS="1948000")
+            answer = await worker.run("echo never")
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+        await self.assert_ends(worker)
+        self.assertIn(b"Resource temporarily unavailable", worker.output + worker.errors)
 
     async def test_what_a_script_does_to_itself_is_its_own_fate(self) -> None:
         for script, code in (("exit 126", 126), ("exec /no/such/program", 127), ("exec /etc", 126)):
