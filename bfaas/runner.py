@@ -106,10 +106,8 @@ class Runner:
 
     def _not_started(self, why: str) -> RefusalError:
         """Refuse a request whose script has not begun: that is not the script's own exit."""
-        self._log.error(
-            "bash cannot be started: {why}",
-            why=why or "no message; a SANDBOX must leave open descriptors open",
-        )
+        why = why or "no message; a SANDBOX must leave open descriptors open"
+        self._log.error("bash cannot be started: {why}", why=why)
         return RefusalError(500, "bash cannot be started")
 
     def _begin(self, run: BashRun, answer: Answer) -> None:
