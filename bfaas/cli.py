@@ -1,15 +1,30 @@
-"""The `bfaas` command: runs scripts, and helps those who run coordinators."""
+"""
+The `bfaas` command: runs scripts, and helps those who run coordinators.
+
+Modules that take their time to load are imported by the commands that need them, once signals are handled.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
-from argparse import ArgumentParser
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from argparse import SUPPRESS, Action, ArgumentParser
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
-from bfaas.auth import KeyFormatError, Signer, genkey
+from bfaas import __version__
+from bfaas.stdio import (
+    InputError,
+    OutputError,
+    end_by_signal,
+    prepare,
+    read_file,
+    read_input,
+    read_line,
+    write_error,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -39,26 +54,63 @@ class UsageError(CommandError):
     code: ClassVar[int] = 2
 
 
+def program() -> NoReturn:
+    """Be the program `bfaas`: prepare the process, run the command, exit."""
+    prepare()
+    sys.exit(main())
+
+
 def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
     """
-    Run the command and return its exit code: 1 where it cannot be done, 2 where an argument is wrong.
+    Run the command and return its exit code.
 
-    Raises `SystemExit` for `--help` (0), and for arguments that there are not, or too few (2).
+    It is 1 if the command cannot be done, 2 if an argument is invalid, 74 (`EX_IOERR`) if output cannot be
+    written. Ends the process by SIGPIPE if the reader of its output has left. Raises `SystemExit` for
+    `--help` and `--version` (0), and for unknown, missing and surplus arguments (2).
     """
-    arguments = _parser().parse_args(argv)
-    command: Command = arguments.command
     try:
+        arguments = _parser().parse_args(argv)
+        command: Command = arguments.command
         return command(arguments, environ)
     except CommandError as error:
-        sys.stderr.write(f"{error}\n")
+        write_error(f"{error}\n")
         return error.code
+    except OutputError as error:
+        write_error(f"bfaas: the output cannot be written: {error}\n")
+        return os.EX_IOERR
+    except BrokenPipeError:
+        end_by_signal(signal.SIGPIPE)
+
+
+class _Parser(ArgumentParser):
+    """A parser whose messages are written like all other output: argparse ignores errors, or ends in one."""
+
+    def print_help(self, file: object = None) -> None:  # noqa: ARG002 - argparse's signature
+        write_output(self.format_help())
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            (write_error if status else write_output)(message)
+        raise SystemExit(status)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+
+class _Version(Action):
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(nargs=0, default=SUPPRESS, **keywords)
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
+        parser.exit(0, f"bfaas {__version__}\n")
 
 
 def _parser() -> ArgumentParser:
     """Describe the commands; each names, as `command`, the function that does it."""
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="bfaas", description="Runs scripts at a coordinator; keys and machines for its owner."
     )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     command = commands.add_parser("run", help="have a coordinator run a script, and exit as it did")
@@ -98,20 +150,20 @@ def _parser() -> ArgumentParser:
 
 
 def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
-    from bfaas import client  # noqa: PLC0415 - what the keys' commands can do without
+    from bfaas import client  # noqa: PLC0415 - see the module's docstring
 
     if arguments.stdin and arguments.script == "-":
         raise UsageError("standard input cannot be both the script and its input")
     try:
-        if arguments.file is not None:
-            script = Path(arguments.file).read_bytes()
-        else:
-            script = sys.stdin.buffer.read() if arguments.script == "-" else os.fsencode(arguments.script)
+        # Before anything is read: an input may take its time, or never end.
+        default = environ.get("BFAAS_URL", "").strip() or _URL
+        url = client.base_url(default if arguments.url is None else arguments.url)
+        env = dict(map(_variable, arguments.env))
         errand = client.Errand.of(
-            arguments.url or environ.get("BFAAS_URL", "").strip() or _URL,
-            script,
-            sys.stdin.buffer.read() if arguments.stdin else None,
-            dict(map(_variable, arguments.env)),
+            url,
+            _script(arguments),
+            read_input() if arguments.stdin else None,
+            env,
             arguments.timeout,
             as_json=arguments.json,
         )
@@ -119,9 +171,15 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
         raise UsageError("with --stdin, --env or --timeout, all of it must be UTF-8") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"{error.filename}: {error.strerror}") from None
+    except InputError as error:
+        raise CommandError(str(error)) from None
     return client.run(errand)
+
+
+def _script(arguments: Namespace) -> bytes:
+    if arguments.file is not None:
+        return read_file(arguments.file)
+    return read_input() if arguments.script == "-" else os.fsencode(arguments.script)
 
 
 def _variable(word: str) -> tuple[str, str]:
@@ -133,12 +191,16 @@ def _variable(word: str) -> tuple[str, str]:
 
 
 def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:
+    from bfaas.auth import genkey  # noqa: PLC0415 - see the module's docstring
+
     pair = genkey()
-    sys.stdout.write(f"PUBLIC={pair.public}\nPRIVATE={pair.private}\n")
+    write_output(f"PUBLIC={pair.public}\nPRIVATE={pair.private}\n")
     return 0
 
 
 def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.auth import KeyFormatError, Signer  # noqa: PLC0415 - see the module's docstring
+
     private = environ.get("PRIVATE", "").strip()
     if not private:
         raise CommandError("PRIVATE: missing; a key that `bfaas genkey` made")
@@ -146,25 +208,25 @@ def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
         signer = Signer(private)
     except KeyFormatError as error:
         raise CommandError(f"PRIVATE: {error}") from None
-    sys.stdout.write(f"{signer.sign(arguments.machine, time.time())}\n")
+    write_output(f"{signer.sign(arguments.machine, time.time())}\n")
     return 0
 
 
 def _doctor(_arguments: Namespace, environ: Mapping[str, str]) -> int:
-    from bfaas import doctor  # noqa: PLC0415 - what the keys' commands can do without
+    from bfaas import doctor  # noqa: PLC0415 - see the module's docstring
 
     return doctor.examine(environ)
 
 
 def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:
-    from bfaas import operate  # noqa: PLC0415 - what the keys' commands can do without
+    from bfaas import operate  # noqa: PLC0415 - see the module's docstring
 
-    sys.stdout.write(_with_api(environ, operate.table))
+    write_output(_with_api(environ, operate.table))
     return 0
 
 
 def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
-    from bfaas import operate  # noqa: PLC0415 - what the keys' commands can do without
+    from bfaas import operate  # noqa: PLC0415 - see the module's docstring
 
     pool = arguments.pool or environ.get("FLY_MACHINE_ID", "").strip()
     if not pool:
@@ -173,21 +235,26 @@ def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
     async def ask_and_destroy(api: MachinesAPI) -> int | None:
         machines = await operate.of_pool(api, pool)
         for machine in machines:
-            sys.stdout.write(f"{machine.id}  {machine.state}  {machine.name}\n")
-        sure = arguments.yes or not machines or _sure(f"Destroy these {len(machines)} machines of {pool}?")
+            write_output(f"{machine.id}  {machine.state}  {machine.name}\n")
+        sure = (
+            arguments.yes or not machines or await _sure(f"Destroy these {len(machines)} machines of {pool}?")
+        )
         return await operate.destroy(api, machines) if sure else None
 
     destroyed = _with_api(environ, ask_and_destroy)
     if destroyed is None:
         raise CommandError("nothing was destroyed")
-    sys.stdout.write(f"destroyed {destroyed} machines of {pool}\n")
+    write_output(f"destroyed {destroyed} machines of {pool}\n")
     return 0
 
 
-def _sure(question: str) -> bool:
-    sys.stdout.write(f"{question} [y/N] ")
-    sys.stdout.flush()
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
+async def _sure(question: str) -> bool:
+    from twisted.internet.threads import deferToThread  # noqa: PLC0415 - see the module's docstring
+
+    write_output(f"{question} [y/N] ")
+    # In a thread, for the reactor takes signals only where it is not held up.
+    answer: bytes = await deferToThread(read_line)
+    return answer.strip().lower() in (b"y", b"yes")
 
 
 def _with_api(
@@ -205,4 +272,4 @@ def _with_api(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

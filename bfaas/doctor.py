@@ -8,8 +8,8 @@ destroys it.
 
 from __future__ import annotations
 
-import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,7 @@ from bfaas.member import machine_name
 from bfaas.process import in_own_reactor
 from bfaas.proxy import Proxy
 from bfaas.settings import CoordSettings, SettingsError
+from bfaas.stdio import OutputError, write_output
 from bfaas.sweep import destroy_own
 
 if TYPE_CHECKING:
@@ -300,9 +301,9 @@ async def _remove(api: MachinesAPI, name: str, machine: Machine | None) -> None:
 @provider(ILogObserver)
 def _tell_of_workers(event: LogEvent) -> None:
     if event["log_level"] >= LogLevel.warn and event["log_namespace"].startswith("bfaas.machines."):
-        _tell("warn", "log", formatEvent(event))
+        with suppress(BrokenPipeError, OutputError):  # the next line will raise it, where it is not logged
+            _tell("warn", "log", formatEvent(event))
 
 
 def _tell(how: str, what: str, line: str) -> None:
-    sys.stdout.write(f"{how:4}  {f'{what}: ' if what else '-> '}{line}\n")
-    sys.stdout.flush()
+    write_output(f"{how:4}  {f'{what}: ' if what else '-> '}{line}\n")

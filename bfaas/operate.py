@@ -7,7 +7,7 @@ from random import SystemRandom
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from bfaas.exchange import lasting_agent
-from bfaas.machines.api import MachinesError, NotFoundError
+from bfaas.machines.api import NotFoundError
 from bfaas.machines.fly import FlyMachines
 from bfaas.member import owner
 from bfaas.process import in_own_reactor
@@ -29,20 +29,15 @@ _HEADINGS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
 def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]) -> T:
     """Do something with the Machines API, in a reactor of its own. Raises `MachinesError`."""
 
-    async def run(reactor: Any) -> T | MachinesError:
+    async def run(reactor: Any) -> T:
         agent, connections = lasting_agent(reactor)
         api = FlyMachines(reactor, agent, SystemRandom(), settings.url, settings.worker_app, settings.token)
         try:
             return await work(api)
-        except MachinesError as error:
-            return error
         finally:
             await connections.closeCachedConnections()
 
-    outcome = in_own_reactor(run)
-    if isinstance(outcome, MachinesError):
-        raise outcome
-    return outcome
+    return in_own_reactor(run)
 
 
 async def table(api: MachinesAPI) -> str:

@@ -13,9 +13,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.task import react
@@ -26,6 +26,7 @@ from zope.interface import implementer
 from bfaas.logs import is_elsewhere, observer_of
 from bfaas.settings import SettingsError
 from bfaas.start import StartError, begin, in_one_line, report_errors_in_one_line
+from bfaas.stdio import end_by_signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -159,42 +160,71 @@ def run_role(options: RoleOptions, make_service: Callable[[Any, Any], IService])
     reactor.run()
 
 
+class _EndingSignals:
+    """
+    SIGHUP, SIGINT and SIGTERM while a command's reactor runs: blocked, then handled, then as before.
+
+    They are blocked at first because the reactor, when it starts, installs handlers of its own.
+    """
+
+    _NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.caught: list[int] = []
+        self._before = {number: signal.getsignal(number) for number in self._NUMBERS}
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        return self
+
+    def handle(self, on_signal: Callable[[], object]) -> None:
+        """Note each of them in `caught`, and call `on_signal`; but those that are ignored stay ignored."""
+
+        def take(number: int, _: object) -> None:
+            self.caught.append(number)
+            on_signal()
+
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else take)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
+        self.end_if_caught()
+
+    def end_if_caught(self) -> None:
+        """End the process by the first that was caught."""
+        if self.caught:
+            end_by_signal(self.caught[0])
+
+
 def in_own_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, S]]) -> S:
     """
-    Do a command's work, and return what it comes to. What it raises is logged, and ends the program.
+    Do a command's work in a reactor, and return its result or raise its exception.
 
-    Ctrl-C and SIGTERM cancel the work; once it has cleaned up, the program ends with 128+n for signal n.
+    SIGHUP, SIGINT and SIGTERM cancel the work. Once it has cleaned up, the process ends by that signal. Those
+    that are ignored stay ignored. A process can call this once.
     """
-    outcome: list[S] = []
-    caught: list[int] = []
+    done: list[S] = []
+    failed: list[Exception] = []
 
     async def run(reactor: Any) -> None:
         running = Deferred.fromCoroutine(work(reactor))
-
-        def take(number: int, _: object) -> None:
-            caught.append(number)
-            reactor.callFromThread(running.cancel)
-
-        def take_signals() -> None:
-            signal.signal(signal.SIGINT, take)
-            signal.signal(signal.SIGTERM, take)
-
-        # The reactor installs its own handlers as it starts to run.
-        reactor.callWhenRunning(take_signals)
+        reactor.callWhenRunning(signals.handle, lambda: reactor.callFromThread(running.cancel))
         try:
-            outcome.append(await running)
-        except CancelledError:
-            if not caught:
-                raise
+            done.append(await running)
+        except Exception as error:  # noqa: BLE001 - the caller's
+            failed.append(error)
+        # At once: as it stops, the reactor waits for names that are still being resolved.
+        signals.end_if_caught()
 
-    try:
+    with _EndingSignals() as signals, suppress(SystemExit):
         react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
-    except SystemExit:
-        if not outcome and not caught:
-            raise
-    if not outcome:
-        raise SystemExit(128 + caught[0])
-    return outcome[0]
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 @implementer(IReadDescriptor)

@@ -32,6 +32,7 @@ ROOMS = [
     "bfaas.machines.fly",
     "bfaas.logs",
     "bfaas.start",
+    "bfaas.stdio",
     "bfaas.process",
     "bfaas.channel",
     "bfaas.clients",

@@ -71,12 +71,14 @@ class Program(ProcessProtocol):
         self.said = b""
         self.ended: Deferred[int | None] = Deferred()
         self.status: int | None = None
+        self.signal: int | None = None
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
         self.said += data
 
     def processEnded(self, reason: Failure) -> None:
         self.status = getattr(reason.value, "exitCode", None)
+        self.signal = getattr(reason.value, "signal", None)
         self.ended.callback(self.status)
 
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import select
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.utils import getProcessOutputAndValue
 
 from bfaas.deadline import Deadline, sleep
-from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop
+from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop, until
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from twisted.python.failure import Failure
 
     from tests.e2e.coordinator import Running
@@ -46,8 +51,8 @@ class Command(ProcessProtocol):
         self.said[childFD] += data
 
     def processEnded(self, reason: Failure) -> None:
-        code = getattr(reason.value, "exitCode", None)
-        self.ended.callback(-1 if code is None else code)
+        value: Any = reason.value
+        self.ended.callback(value.exitCode if value.signal is None else -value.signal)
 
     async def end(self) -> tuple[int, bytes, bytes]:
         code = await Deadline(reactor, PATIENCE).run(self.ended)
@@ -59,6 +64,50 @@ class Command(ProcessProtocol):
                 return
             await sleep(reactor, 0.05)
         raise AssertionError(self.said)
+
+
+class Terminal(ProcessProtocol):
+    """A shell at a terminal."""
+
+    def __init__(self, port: int) -> None:
+        self.shown = b""
+        self.ended: Deferred[None] = Deferred()
+        env = {
+            **os.environ,
+            "BFAAS": f"{sys.executable} -m bfaas.cli",
+            "BFAAS_URL": f"http://127.0.0.1:{port}",
+            "TERM": "dumb",
+        }
+        self._process = reactor.spawnProcess(self, "/bin/bash", ["bash", "--norc"], env=env, usePTY=True)
+
+    def type(self, keys: bytes) -> None:
+        self._process.write(keys)
+
+    def outReceived(self, data: bytes) -> None:
+        self.shown += data
+
+    def processEnded(self, reason: Failure) -> None:
+        self.ended.callback(None)
+
+    async def until_it_shows(self, what: bytes) -> None:
+        async def shows() -> bool:
+            return what in self.shown
+
+        await until(shows)
+
+
+async def shell(running: Running, script: str, *words: str, **environ: str) -> tuple[int, bytes, bytes]:
+    """Run a script, in which $BFAAS is the command, with words as its arguments."""
+    env = {
+        **os.environ,
+        "BFAAS": f"{sys.executable} -m bfaas.cli",
+        "BFAAS_URL": f"http://127.0.0.1:{running.port}",
+        **environ,
+    }
+    words = ("-c", script, "bash", *words)
+    ended = getProcessOutputAndValue("/bin/bash", words, env, reactor=reactor)
+    output, errors, code = await Deadline(reactor, PATIENCE).run(ended)
+    return code, output, errors
 
 
 async def run(running: Running, *arguments: str, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
@@ -117,6 +166,130 @@ async def test_output_that_cannot_be_written_is_74(coordinator: Running) -> None
     await coordinator.settle()
 
 
+# Writes 12 MB in which nothing repeats, and their digest to standard error.
+LARGE = "head -c 9000000 /dev/urandom | base64 -w0 > x; cat x; md5sum < x >&2"
+
+# Runs a command with a pipe, or a socket, that does not block as its standard output, and reads it late.
+NONBLOCKING = """
+import os, socket, subprocess, sys, time
+reader, writer = os.pipe() if sys.argv[1] == "pipe" else [end.detach() for end in socket.socketpair()]
+os.set_blocking(writer, False)
+process = subprocess.Popen(sys.argv[2:], stdout=writer)
+os.close(writer)
+time.sleep(2)
+while piece := os.read(reader, 65536):
+    sys.stdout.buffer.write(piece)
+sys.stdout.flush()
+sys.exit(process.wait())
+"""
+
+
+@with_twisted
+async def test_large_output_is_written_whole_to_slow_readers(coordinator: Running) -> None:
+    script = 'set -o pipefail; $BFAAS run "$1" | (sleep 2; md5sum)'
+    nonblocking = f'set -o pipefail; {sys.executable} -c "$2" $3 $BFAAS run "$1" | md5sum'
+    for unbuffered in ("", "1"):
+        for words in (
+            (script, LARGE),
+            *((nonblocking, LARGE, NONBLOCKING, kind) for kind in ("pipe", "socket")),
+        ):
+            code, output, errors = await shell(coordinator, *words, PYTHONUNBUFFERED=unbuffered)
+            assert (code, output) == (0, errors), (unbuffered, words)
+            assert len(output) == 36
+
+
+@with_twisted
+async def test_both_outputs_and_events_are_whole_in_one_pipe(coordinator: Running) -> None:
+    lines = "for i in $(seq 20000); do echo out $i; echo err $i >&2; done"
+    command = f'{sys.executable} -c "$2" pipe bash -c \'exec $BFAAS run {{}} "$1" 2>&1\' bash "$1"'
+    code, output, errors = await shell(coordinator, command.format(""), lines, NONBLOCKING)
+    assert (code, errors) == (0, b"")
+    for word in (b"out", b"err"):
+        numbers = re.findall(rb"^%b (\d+)$" % word, output, re.MULTILINE)
+        assert numbers == [b"%d" % number for number in range(1, 20001)]
+
+    code, output, errors = await shell(coordinator, command.format("--json"), lines, NONBLOCKING)
+    events = [json.loads(line) for line in output.splitlines()]
+    assert (code, errors, events[-1]["code"]) == (0, b"", 0)
+    text = "".join(event["data"] for event in events if event["event"] == "stdout")
+    assert text == "".join(f"out {number}\n" for number in range(1, 20001))
+
+
+@with_twisted
+async def test_a_disk_that_fills_is_74_and_holds_what_fitted(coordinator: Running, tmp_path: Path) -> None:
+    limited = f'cd {tmp_path}; ulimit -f 3000; $BFAAS run "$1" > out; code=$?; wc -c < out; exit $code'
+    mounted = f"mount -t tmpfs -o size=3000k none {tmp_path}; {limited.replace('3000;', '30000;')}"
+    isolated = 'exec unshare --mount bash -c "$2" bash "$1"'
+    cases: list[tuple[tuple[str, ...], bytes]] = [((limited, LARGE), b"File too large")]
+    if os.getuid() == 0:
+        cases.append(((isolated, LARGE, mounted), b"No space left on device"))
+    for words, reason in cases:
+        code, output, errors = await shell(coordinator, *words)
+        assert (code, output) == (os.EX_IOERR, b"3072000\n")
+        assert errors == b"bfaas: the output cannot be written: %b\n" % reason
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_closed_streams_are_a_fault_where_they_are_needed(coordinator: Running) -> None:
+    fault = b"bfaas: the output cannot be written: Bad file descriptor\n"
+    for script, expected in {
+        "$BFAAS run 'echo out; exit 3' 2>&-": (3, b"out\n", b""),
+        "$BFAAS run 'echo err >&2; exit 3' 2>&-": (3, b"", b""),
+        "$BFAAS run 'exit 3' >&-": (3, b"", b""),
+        "$BFAAS run 'echo out; sleep 1000' >&-": (74, b"", fault),
+        "$BFAAS run --json true >&-": (74, b"", fault),
+        "$BFAAS run 'echo err >&2; sleep 1000' 2>/dev/full": (74, b"", b""),
+        "$BFAAS run 'echo out; exit 3' <&-": (3, b"out\n", b""),
+    }.items():
+        assert await shell(coordinator, script) == expected, script
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_it_ends_by_sigpipe_when_its_reader_leaves(coordinator: Running) -> None:
+    for options in ("", "--json"):
+        script = f"$BFAAS run {options} 'yes' | head -c 3 | wc -c; echo ${{PIPESTATUS[0]}}"
+        assert await shell(coordinator, script) == (0, b"3\n141\n", b"")
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_a_signal_is_taken_while_a_reader_does_not_read(coordinator: Running) -> None:
+    reader, writer = os.pipe()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        command = Command(coordinator.port, ("run", "yes"), output=f"/proc/self/fd/{writer}")
+        await until_full(writer)
+        os.kill(command.pid, number)
+        assert await command.end() == (-number, b"", b"")
+        await coordinator.settle()
+        assert os.read(reader, 65536)
+    os.close(reader)
+    os.close(writer)
+
+
+async def until_full(writer: int) -> None:
+    """Wait until a pipe has no room."""
+
+    async def full() -> bool:
+        return not select.select([], [writer], [], 0)[1]
+
+    await until(full)
+
+
+@with_twisted
+async def test_ctrl_c_at_a_terminal_ends_the_loop_of_a_shell(coordinator: Running) -> None:
+    terminal = Terminal(coordinator.port)
+    terminal.type(b"for i in 1 2 3; do $BFAAS run 'echo beg''an; sleep 1000'; done; echo again\n")
+    await terminal.until_it_shows(b"began")
+    terminal.type(b"\x03")
+    terminal.type(b"echo co''de $?; exit\n")
+    await terminal.until_it_shows(b"code 130")
+    await Deadline(reactor, PATIENCE).run(terminal.ended)
+    assert terminal.shown.count(b"began") == 1
+    await coordinator.settle()
+
+
 @with_twisted
 async def test_a_run_that_is_over_its_time_ends_with_124(coordinator: Running) -> None:
     code, output, errors = await run(coordinator, "--timeout", "1s", "echo up; sleep 1000")
@@ -142,12 +315,12 @@ async def test_events_are_printed_as_lines(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_an_interrupt_ends_the_script_too(coordinator: Running) -> None:
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+async def test_a_signal_ends_the_script_and_then_the_command(coordinator: Running) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         command = Command(coordinator.port, ("run", "echo up; sleep 1000"))
         await command.until_it_says(b"up")
         os.kill(command.pid, number)
-        assert await command.end() == (code, b"up\n", b"")
+        assert await command.end() == (-number, b"up\n", b"")
         await coordinator.settle()
 
 
@@ -170,5 +343,5 @@ async def test_to_be_told_to_come_back_is_75() -> None:
     assert (code, output, errors.count(b"\n")) == (75, b"", 1)
     assert errors.startswith(b"bfaas: 429: too many requests of yours are under way (try again in ")
     os.kill(first.pid, signal.SIGINT)
-    assert (await first.end())[0] == 130
+    assert (await first.end())[0] == -signal.SIGINT
     assert await stop(busy) == 0
