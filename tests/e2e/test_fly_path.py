@@ -22,6 +22,7 @@ from bfaas.machines.api import State
 from tests.e2e.coordinator import (
     PATIENCE,
     Answer,
+    Program,
     reactor,
     start,
     start_coordinator,
@@ -142,6 +143,13 @@ async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None
     assert await stop(second) == 0
 
 
+async def until_said(program: Program, what: bytes) -> None:
+    async def said() -> bool:
+        return what in program.said
+
+    await until(said)
+
+
 @with_twisted
 async def test_a_coordinator_that_does_not_come_back_destroys_its_machines_when_it_ends(fly: Fly) -> None:
     other = await start_coordinator(**fly.settings("q", 1))
@@ -182,6 +190,20 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
     status, said = await bfaas("destroy", "--yes")
     assert (status, said.splitlines()[-1]) == (0, "destroyed 1 machines of p")
     assert await fly.of_pool("p") == {}
+    assert len(await fly.of_pool("q")) == 1
+
+    settings["FLY_MACHINE_ID"] = "q"
+    closed = ["-c", "import os; os.close(0); from bfaas.cli import program; program()", "destroy"]
+    program, _ = start(closed, settings)
+    assert await Deadline(reactor, PATIENCE).run(program.ended) == 1
+    assert program.said.endswith(b"[y/N] nothing was destroyed\n")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        program, pid = start(["-m", "bfaas.cli", "destroy"], settings)
+        await until_said(program, b"[y/N] ")
+        os.kill(pid, number)
+        await Deadline(reactor, PATIENCE).run(program.ended)
+        assert program.signal == number
+        assert b"Traceback" not in program.said
     assert len(await fly.of_pool("q")) == 1
 
     settings["FLY_TOKEN"] = "another"
