@@ -23,10 +23,11 @@ from twisted.logger import globalLogBeginner
 from twisted.python.usage import Options, UsageError
 from zope.interface import implementer
 
+from bfaas import __version__
 from bfaas.logs import is_elsewhere, observer_of
 from bfaas.settings import SettingsError
 from bfaas.start import StartError, begin, in_one_line, report_errors_in_one_line
-from bfaas.stdio import end_by_signal
+from bfaas.stdio import end_by_signal, write_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -55,6 +56,11 @@ class RoleOptions(Options):
             super().parseOptions(options)
         except UsageError as error:
             raise SystemExit(f"{self.role}: {in_one_line(error)}") from None
+
+    def opt_version(self) -> None:
+        """Print the version and exit."""
+        write_output(f"{self.role} {__version__}\n")
+        raise SystemExit(0)
 
 
 def check(options: RoleOptions) -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BFAAS = f"{sys.executable} -m bfaas.cli"
 LIMIT = 60
+ROOT = Path(__file__).parents[1]
 
 # Commands, each with its exit code where nothing is wrong with its streams. Nothing listens on port 9.
 QUICK = {
@@ -184,6 +185,10 @@ class WriteTests(SynchronousTestCase):
 
     def test_the_version_is_that_of_the_package(self) -> None:
         self.assertEqual((0, f"bfaas {__version__}\n", ""), shell("$BFAAS --version"))
+        twistd = f"{sys.executable} -c 'from twisted.scripts.twistd import run; run()'"
+        for role in ("bfaas-coord", "bfaas-basher", "bfaas-machines"):
+            line = f"{role} {__version__}\n"
+            self.assertEqual((0, line, ""), shell(f"cd {ROOT}; {twistd} {role} --version"))
 
 
 def wait_for(process: subprocess.Popen[bytes]) -> int:
