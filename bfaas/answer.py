@@ -51,7 +51,7 @@ class Answer:
         self.begun_at = self._clock.seconds()
         request = self._request
         request.setHeader("Content-Type", self._format.value)
-        request.setHeader("Cache-Control", "no-store")
+        request.setHeader("Cache-Control", "no-store, no-transform")
         request.setHeader("X-Accel-Buffering", "no")
         request.setHeader("X-Content-Type-Options", "nosniff")
         for name, value in headers.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from math import ceil
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
     from bfaas.machines.api import MachinesAPI
 
 _log = Logger()
+
+IDLE_MARGIN = 60
+"""Seconds for which the workers' proxy keeps a silent connection beyond the longest silence of a run."""
 
 METRICS_CONNECTIONS = 16
 """Connections to the metrics at the most."""
@@ -117,6 +121,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
+    for silence in settings.silences:
+        _log.warn("{silence}", silence=silence)
     prepare(reactor)
     # What is there by then stays: looking through all of it for garbage, again and again, takes long enough
     # to make deadlines late.
@@ -171,6 +177,8 @@ def pool_settings(settings: CoordSettings) -> PoolSettings:
             env=environment,
             cpus=settings.worker_cpus,
             memory_mb=settings.worker_memory_mb,
+            # A raw run may be silent for all of its time, on this side of the coordinator too.
+            idle_timeout=ceil(max(settings.max_req_time, settings.max_wait)) + IDLE_MARGIN,
         ),
         max_req_time=settings.max_req_time,
         lease_ttl=lease_ttl(settings.max_req_time),

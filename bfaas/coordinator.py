@@ -45,6 +45,14 @@ REPLAY_TIMEOUT = "2s"
 
 _REASONS = frozenset(wire.Reason)
 
+UNCOMPRESSED = {"Content-Encoding": "identity"}
+"""
+Keeps proxies from compressing a stream: some hold it back until its end.
+
+Of Caddy (2.6) and Fly's proxy nothing else is known to help. RFC 9110 (8.4.1) discourages the word, since it
+says nothing; HTTP clients read it as such.
+"""
+
 MAX_GRACE = 5.0
 """
 Seconds that a worker has to begin its answer, at the most, where its run may take less.
@@ -243,7 +251,7 @@ class Coordinator:
         first = Deadline(self._clock, max(limit, min(settings.max_req_time, MAX_GRACE), MIN_GRACE))
         format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
         answer = Answer(request, format_, self._clock)
-        headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id}
+        headers = {wire.WORKER: machine.id, wire.COORD: settings.machine_id, **UNCOMPRESSED}
         ticket = settings.signer.sign(machine.id, self._wall())
         try:
             response = await first.run(self._proxy.begin(machine, ticket, run.id, ask, format_))

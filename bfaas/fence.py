@@ -179,7 +179,8 @@ def _head(code: int, headers: Headers) -> Head:
     """Tell how the body is framed: in one way, or the answer is refused."""
     codings = headers.getRawHeaders(b"transfer-encoding", [])
     lengths = headers.getRawHeaders(b"content-length", [])
-    if headers.hasHeader(b"content-encoding"):
+    encodings = headers.getRawHeaders(b"content-encoding", [])
+    if any(encoding.strip().lower() != b"identity" for encoding in encodings):
         raise BadAnswerError("an encoded answer, which was not asked for")
     if len(codings) + len(lengths) > 1:
         raise BadAnswerError("the body is framed twice")

@@ -83,7 +83,9 @@ class PoolSettings:
         of size is another's.
         """
         config = self.config
-        made_from = [config.image, sorted(config.env.items()), config.cpus, config.memory_mb]
+        made_from = [
+            config.image, sorted(config.env.items()), config.cpus, config.memory_mb, config.idle_timeout,
+        ]  # fmt: skip
         make = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
         return {"pool_id": self.pool_id, "make": make}
 

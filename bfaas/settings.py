@@ -46,6 +46,8 @@ _BYTES = {
     "GiB": 1 << 30,
 }
 _MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
+_FLY_IDLE_TIMEOUT = 60.0
+"""Seconds of silence after which Fly's proxy ends a connection, where `idle_timeout` is not set."""
 
 _MAX_SUSPENDED_MB = 2048
 """Memory that a machine may have to be suspended (https://fly.io/docs/reference/suspend-resume/)."""
@@ -115,7 +117,12 @@ class FlySettings:
 
 @dataclass(frozen=True)
 class CoordSettings:
-    """What a coordinator is told, in seconds and bytes; `fly` is None where workers are local processes."""
+    """
+    What a coordinator is told, in seconds and bytes; `fly` is None where workers are local processes.
+
+    `proxy_idle_timeout` is how long the proxy before the coordinator keeps a silent connection; None where
+    that is Fly's default, or there is no proxy.
+    """
 
     max_req_time: float
     fly: FlySettings | None
@@ -134,6 +141,7 @@ class CoordSettings:
     max_body: int
     max_output: int
     destroys_on_exit: bool = False
+    proxy_idle_timeout: float | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
@@ -179,7 +187,23 @@ class CoordSettings:
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
                 destroys_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
+                proxy_idle_timeout=read.optional("PROXY_IDLE_TIMEOUT", _positive(parse_duration), None),
             )
+
+    @property
+    def silences(self) -> tuple[str, ...]:
+        """What makes an answer silent for so long that the proxy before us ends it: a line for each."""
+        idle = self.proxy_idle_timeout or (_FLY_IDLE_TIMEOUT if self.fly else None)
+        lines = (
+            ("MAXWAIT", self.max_wait, "a request that waits for a worker"),
+            ("MAXREQTIME", self.max_req_time, "a raw answer, which has no heartbeats,"),
+        )
+        return tuple(
+            f"{name} is {seconds:g} s: {what} may be silent for so long, and the proxy closes a connection "
+            f"after {idle:g} s of silence (PROXY_IDLE_TIMEOUT; idle_timeout in fly.toml)"
+            for name, seconds, what in lines
+            if idle is not None and seconds >= idle
+        )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.auth import genkey
+from bfaas.coord import pool_settings
+from bfaas.machines.documents import config_to_json, read_config
 from bfaas.member import Limits
 from bfaas.settings import CoordSettings
 from tests.lock import needed
@@ -43,7 +45,8 @@ class FlyFileTests(SynchronousTestCase):
         self.fly, self.basher = read("fly.toml"), read("fly.toml.basher")
         secrets = {"PRIVATE": genkey().private, "FLY_TOKEN": "t", "WORKER_IMAGE": "i"}
         given = {"FLY_MACHINE_ID": "m1", "FLY_REGION": "ams"}
-        self.settings = CoordSettings.from_environment({**self.fly["env"], **secrets, **given})
+        self.environ = {**self.fly["env"], **secrets, **given}
+        self.settings = CoordSettings.from_environment(self.environ)
 
     def test_its_environment_and_the_secrets_are_all_that_a_coordinator_needs(self) -> None:
         assert self.settings.fly is not None
@@ -72,6 +75,42 @@ class FlyFileTests(SynchronousTestCase):
         concurrency = self.fly["http_service"]["concurrency"]
         self.assertEqual("requests", concurrency["type"])
         self.assertGreater(concurrency["hard_limit"], self.settings.pool_size + self.settings.max_queue)
+
+    def test_streams_are_not_held_back_and_silent_ones_not_cut(self) -> None:
+        options = self.fly["http_service"]["http_options"]
+        self.assertIs(False, options["compress"])
+        self.assertEqual(self.settings.proxy_idle_timeout, options["idle_timeout"])
+        self.assertEqual((), self.settings.silences)
+
+    def test_the_workers_service_keeps_silent_runs(self) -> None:
+        for most in ("10s", "5m", "0.5s"):
+            environ = {**self.environ, "MAXREQTIME": most, "MAXWAIT": "30s"}
+            settings = CoordSettings.from_environment(environ)
+            config = config_to_json(pool_settings(settings).config)
+            [port] = config["services"][0]["ports"]
+            self.assertIs(False, port["http_options"]["compress"])
+            self.assertGreater(port["http_options"]["idle_timeout"], settings.max_req_time)
+            self.assertGreater(port["http_options"]["idle_timeout"], settings.max_wait)
+            self.assertEqual(pool_settings(settings).config, read_config(config))
+
+    def test_no_key_is_unknown_to_flyctl(self) -> None:
+        known = json.loads((ROOT / "tests/data/fly_toml_keys.json").read_text())["keys"]
+
+        def check(place: str, table: dict[str, Any]) -> None:
+            names = known[place]
+            self.assertLessEqual(set(table), set(names), place)
+            for name, value in table.items():
+                if name in ("env", "headers"):
+                    continue
+                for item in value if isinstance(value, list) else [value]:
+                    if isinstance(item, dict):
+                        check(f"{place}.{name}".lstrip("."), item)
+
+        for app in (self.fly, self.basher):
+            checks = app.pop("checks", {})
+            check("", app)
+            for checked in checks.values():
+                check("checks.*", checked)
 
     def test_the_port_is_the_one_that_it_listens_on(self) -> None:
         ports = {self.fly["http_service"]["internal_port"], self.fly["checks"]["ready"]["port"]}

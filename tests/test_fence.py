@@ -133,6 +133,11 @@ class AnswerTests(SynchronousTestCase):
         ):  # fmt: skip
             self.assert_read(head(*fields) + b"body", (None, b"", False, error))
 
+    def test_an_answer_that_is_said_not_to_be_encoded_is_taken(self) -> None:
+        self.assert_read(
+            head("Content-Length: 4", "Content-Encoding: Identity") + b"body", (200, b"body", True, None)
+        )
+
     def test_chunk_sizes(self) -> None:
         for size in (
             b"-1", b"+4", b"0x4", b"4 ", b" 4", b"4_0", b"", b"g", b"f" * 9, b"000000004", b"4, 4", b"4;\0",

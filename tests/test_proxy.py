@@ -171,7 +171,7 @@ class RelayTests(ProxyTestCase):
             "Date": answer.getheader("Date"),
             "Transfer-Encoding": "chunked",
             "Content-Type": "text/event-stream; charset=utf-8",
-            "Cache-Control": "no-store",
+            "Cache-Control": "no-store, no-transform",
             "X-Accel-Buffering": "no",
             "X-Content-Type-Options": "nosniff",
             "Worker": "m1",
@@ -298,7 +298,7 @@ class WorkerErrorTests(ProxyTestCase):
             ("another machine", head.replace(b"m1", b"m2")),
             ("another machine", began(Format.EVENTS, "Worker: m2")),
             ("BadAnswerError", began(Format.EVENTS, "Content-Encoding: gzip")),
-            ("BadAnswerError", began(Format.EVENTS, "Content-Encoding: identity")),
+            ("BadAnswerError", began(Format.EVENTS, "Content-Encoding: identity, gzip")),
             ("no answer", head.replace(b"chunked", b"gzip")),
             ("no answer", head.replace(b"HTTP/1.1", b"SSH-2.0")),
         ]

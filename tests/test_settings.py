@@ -216,6 +216,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "MAXBODY": "64 KiB",
             "MAXOUTPUT": " 1MB ",
             "POOL_ON_EXIT": "destroy",
+            "PROXY_IDLE_TIMEOUT": "10m",
         }
         found = CoordSettings.from_environment(FLY | tuning)
 
@@ -241,6 +242,7 @@ class CoordSettingsTests(SynchronousTestCase):
             max_body=65_536,
             max_output=1_000_000,
             destroys_on_exit=True,
+            proxy_idle_timeout=600.0,
         )
         self.assertEqual(expected, found)
         self.assertEqual(PAIR.public, found.signer.public)
@@ -258,6 +260,21 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, self.problems({}))
         self.assertEqual(expected, self.problems(dict.fromkeys(FLY, " \t")))
+
+    def test_what_is_silent_for_longer_than_the_proxy_waits_is_a_warning(self) -> None:
+        for environ, names in (
+            (MOCK | {"MAXREQTIME": "1h"}, []),  # no proxy
+            (MOCK | {"MAXREQTIME": "1h", "PROXY_IDLE_TIMEOUT": "60s"}, ["MAXREQTIME"]),
+            (FLY | {"MAXREQTIME": "59s"}, []),
+            (FLY | {"MAXREQTIME": "60s"}, ["MAXREQTIME"]),
+            (FLY | {"MAXREQTIME": "10s", "MAXWAIT": "2m"}, ["MAXWAIT"]),
+            (FLY | {"MAXREQTIME": "5m", "MAXWAIT": "2m"}, ["MAXWAIT", "MAXREQTIME"]),
+            (FLY | {"MAXREQTIME": "5m", "MAXWAIT": "2m", "PROXY_IDLE_TIMEOUT": "600s"}, []),
+        ):
+            silences = CoordSettings.from_environment(environ).silences
+            self.assertEqual(names, [line.split()[0] for line in silences], environ)
+            for line in silences:
+                self.assertIn("PROXY_IDLE_TIMEOUT", line)
 
     def test_a_blank_value_is_its_default(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOLSIZE": " "}).pool_size)

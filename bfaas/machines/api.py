@@ -37,13 +37,18 @@ class State(enum.StrEnum):
 
 @dataclass(frozen=True)
 class MachineConfig:
-    """What a machine is made from: its image, its environment, its labels and its size."""
+    """
+    What a machine is made from: its image, its environment, its labels and its size.
+
+    `idle_timeout` is how long Fly's proxy keeps a silent connection to the machine, in whole seconds.
+    """
 
     image: str
     env: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     cpus: int = 1
     memory_mb: int = 256
+    idle_timeout: int = 60
 
 
 @dataclass(frozen=True)

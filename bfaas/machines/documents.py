@@ -23,8 +23,10 @@ def config_to_json(config: MachineConfig) -> dict[str, Any]:
     Write a machine's config.
 
     It is never started, stopped or restarted but by us: not by traffic, not at its end. The service is
-    what the app's proxy reaches it by.
+    what the app's proxy reaches it by; the proxy would hold back what it compresses
+    (https://fly.io/docs/reference/content-encoding).
     """
+    http_options = {"compress": False, "idle_timeout": config.idle_timeout}
     return {
         "image": config.image,
         "env": dict(config.env),
@@ -39,7 +41,7 @@ def config_to_json(config: MachineConfig) -> dict[str, Any]:
                 "internal_port": WORKER_PORT,
                 "autostart": False,
                 "autostop": "off",
-                "ports": [{"port": 80, "handlers": ["http"]}],
+                "ports": [{"port": 80, "handlers": ["http"], "http_options": http_options}],
             }
         ],
     }
@@ -56,7 +58,16 @@ def read_config(told: object) -> MachineConfig:
             raise DocumentError("json: cannot unmarshal env or metadata: all values are strings")
     if not isinstance(guest, dict):
         raise DocumentError("json: cannot unmarshal guest")
-    return MachineConfig(told["image"], env, metadata, guest.get("cpus") or 1, guest.get("memory_mb") or 256)
+    cpus, memory_mb = guest.get("cpus") or 1, guest.get("memory_mb") or 256
+    return MachineConfig(told["image"], env, metadata, cpus, memory_mb, _idle_timeout(told))
+
+
+def _idle_timeout(config: dict[str, Any]) -> int:
+    """Read the idle timeout of the first port of the first service; Fly's default where there is none."""
+    service, *_ = config.get("services") or [None]
+    port, *_ = _object(service).get("ports") or [None]
+    seconds = _object(_object(port).get("http_options")).get("idle_timeout")
+    return seconds if isinstance(seconds, int) else MachineConfig.idle_timeout
 
 
 def _text(value: object) -> str:

@@ -255,8 +255,8 @@ CASES = [
 ]  # fmt: skip
 
 HEADERS = {
-    "cache-control", "connection", "content-length", "content-type", "coord", "date", "run-id",
-    "server", "transfer-encoding", "worker", "x-accel-buffering", "x-content-type-options",
+    "cache-control", "connection", "content-encoding", "content-length", "content-type", "coord", "date",
+    "run-id", "server", "transfer-encoding", "worker", "x-accel-buffering", "x-content-type-options",
 }  # fmt: skip
 
 

@@ -32,8 +32,8 @@ IMPOSSIBLE = (
 
 
 HEADERS = (
-    "Content-Type", "Cache-Control", "X-Accel-Buffering", "X-Content-Type-Options", wire.RUN_ID, wire.WORKER,
-    wire.COORD,
+    "Content-Encoding", "Content-Type", "Cache-Control", "X-Accel-Buffering", "X-Content-Type-Options",
+    wire.RUN_ID, wire.WORKER, wire.COORD,
 )  # fmt: skip
 
 

@@ -1,0 +1,209 @@
+"""Streams through proxies that others wrote, with compression: a line arrives while its script runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import zlib
+from contextlib import aclosing, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol
+
+from bfaas.deadline import Deadline, sleep
+from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop
+from tests.liar import parse_answer, post
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator
+    from pathlib import Path
+
+    from twisted.python.failure import Failure
+
+    from tests.e2e.coordinator import Running
+
+with_twisted = pytest_twisted.ensureDeferred
+
+NGINX = """
+daemon off; pid {home}/pid; error_log stderr;
+events {{ }}
+http {{
+    access_log off;
+    client_body_temp_path {home}/a; proxy_temp_path {home}/b; fastcgi_temp_path {home}/c;
+    uwsgi_temp_path {home}/d; scgi_temp_path {home}/e;
+    {more}
+    server {{ listen 127.0.0.1:{port}; location / {{ proxy_pass http://127.0.0.1:{origin}; }} }}
+}}
+"""
+
+HAPROXY = """
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 60s
+    timeout server 60s
+    {more}
+listen all
+    bind 127.0.0.1:{port}
+    server origin 127.0.0.1:{origin}
+"""
+
+CADDY = """
+{{
+    admin off
+    auto_https off
+}}
+http://:{port} {{
+    bind 127.0.0.1
+    {more}
+    reverse_proxy 127.0.0.1:{origin}
+}}
+"""
+
+COMMANDS = {
+    "nginx": (NGINX, "nginx -e stderr -c {config}"),
+    "haproxy": (HAPROXY, "haproxy -db -f {config}"),
+    "caddy": (CADDY, "caddy run --adapter caddyfile --config {config}"),
+}
+
+CASES = [
+    ("nginx", ""),
+    ("nginx", "gzip on; gzip_types *; gzip_proxied any;"),
+    ("haproxy", ""),
+    ("haproxy", "compression algo gzip"),
+    ("caddy", ""),
+    ("caddy", "encode gzip { match header Content-Type * }"),
+]
+
+# Longer than what is not worth to be compressed (512 bytes in Caddy), shorter than any buffer.
+LONG = "printf %02000d 0; echo; echo one; sleep 8"
+
+
+class Proxy(ProcessProtocol):
+    """A proxy as a program."""
+
+    def __init__(self) -> None:
+        self.said = b""
+        self.ended: Deferred[None] = Deferred()
+
+    def childDataReceived(self, childFD: int, data: bytes) -> None:
+        self.said += data
+
+    def processEnded(self, _: Failure) -> None:
+        self.ended.callback(None)
+
+
+@asynccontextmanager
+async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterator[int]:
+    """Run a proxy before a port; the port that it listens on."""
+    program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
+    if program is None:
+        pytest.skip(f"{name} is not installed")
+    template, command = COMMANDS[name]
+    port, config = free_port(), home / "config"
+    if name == "caddy":
+        more = more.replace("{ ", "{\n").replace(" }", "\n}")
+    config.write_text(template.format(home=home, port=port, origin=origin, more=more))
+    words = command.format(config=config).split()
+    proxy = Proxy()
+    process = reactor.spawnProcess(proxy, program, words, env={"HOME": str(home)})
+    try:
+        for _ in range(int(PATIENCE / 0.05)):
+            assert not proxy.ended.called, proxy.said.decode()
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            await sleep(reactor, 0.05)
+        yield port
+    finally:
+        if not proxy.ended.called:
+            process.signalProcess(signal.SIGKILL if name == "caddy" else signal.SIGTERM)
+            await Deadline(reactor, PATIENCE).run(proxy.ended)
+
+
+async def heard(port: int, said: bytes) -> AsyncGenerator[bytes]:
+    """Send a request; yield what comes, as it comes, to the connection's end."""
+    with socket.create_connection(("127.0.0.1", port), 10) as client:
+        client.setblocking(False)
+        client.sendall(said)
+        for _ in range(int(PATIENCE / 0.05)):
+            try:
+                piece = client.recv(1 << 16)
+            except BlockingIOError:
+                await sleep(reactor, 0.05)
+                continue
+            if not piece:
+                return
+            yield piece
+    raise AssertionError("the answer does not end")
+
+
+async def first_lines(port: int, path: str, accept: str) -> bytes:
+    """Run a script that writes its first lines and goes on; return what has come when they have."""
+    answer = b""
+    said = post(path, LONG.encode(), "Accept-Encoding: gzip", f"Accept: {accept}")
+    async with aclosing(heard(port, said)) as pieces:
+        async for piece in pieces:
+            answer += piece
+            if b"\r\n\r\n" in answer and b"one" in (body := _decoded(answer)):
+                return body
+    raise AssertionError(answer)
+
+
+def _decoded(heard: bytes) -> bytes:
+    """Read what has come of an answer's body."""
+    head, _, rest = heard.partition(b"\r\n\r\n")
+    if b"transfer-encoding: chunked" in head.lower():
+        rest = b"".join(_chunks(rest))
+    if b"content-encoding: gzip" in head.lower():
+        return zlib.decompressobj(31).decompress(rest)
+    return rest
+
+
+def _chunks(rest: bytes) -> list[bytes]:
+    chunks = []
+    while b"\r\n" in rest:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        chunks.append(rest[:length])
+        rest = rest[length + 2 :]
+    return chunks
+
+
+@pytest.mark.parametrize(("name", "more"), CASES)
+@with_twisted
+async def test_a_line_arrives_while_its_script_runs(
+    coordinator: Running, name: str, more: str, tmp_path: Path
+) -> None:
+    async with proxied(name, more, coordinator.port, tmp_path) as port:
+        for path, accept in (("/run", "*/*"), ("/run", "application/x-ndjson"), ("/run?raw=1", "*/*")):
+            body = await first_lines(port, path, accept)
+            assert b"exit" not in body
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_what_would_be_cut_on_the_way_is_a_warning_at_the_start() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="5m", MAXWAIT="30s", PROXY_IDLE_TIMEOUT="60s")
+    assert b"MAXREQTIME is 300 s: a raw answer" in coordinator.program.said
+    assert b"MAXWAIT is" not in coordinator.program.said
+    assert await stop(coordinator) == 0
+
+
+@with_twisted
+async def test_a_silent_run_is_kept_alive_behind_a_proxy_that_waits_for_less(tmp_path: Path) -> None:
+    # Heartbeats come every 15 s; the proxy waits for 20.
+    coordinator = await start_coordinator(MAXREQTIME="60s")
+    more = "proxy_read_timeout 20s;"
+    async with proxied("nginx", more, coordinator.port, tmp_path) as port:
+        pieces = [piece async for piece in heard(port, post("/run", b"sleep 25; echo late"))]
+    answer, body = parse_answer(b"".join(pieces))
+    assert answer.status == 200
+    assert b"late" in body
+    assert b'"code": 0' in body
+    assert await stop(coordinator) == 0
