@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos overshoot bench lock images image-test lint format clean
+.PHONY: run fly test load soak proof chaos api overshoot bench lock images image-test lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -54,6 +54,10 @@ proof: $(VENV)/installed-test
 # A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
 chaos: $(VENV)/installed-test
 	BFAAS_ROUNDS=$${BFAAS_ROUNDS:-100} $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
+
+# docs/openapi.yaml against a coordinator: two hundred requests of each kind, chosen by schemathesis.
+api: $(VENV)/installed-test
+	BFAAS_EXAMPLES=$${BFAAS_EXAMPLES:-200} $(BIN)/python -m pytest tests/e2e/test_openapi.py -k schemathesis
 
 # How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
 overshoot: $(VENV)/installed-test

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import openapi_spec_validator
+import pytest
 import pytest_twisted
 import yaml
+from twisted.internet.utils import getProcessOutputAndValue
 
 from bfaas.ask import Ask, AskError
 from bfaas.wire import Exit, Format, Reason
-from tests.e2e.coordinator import Running, start_coordinator, stop
+from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 from tests.e2e.test_ask import LINES, ask, post
 
-TOLD: dict[str, Any] = yaml.safe_load((Path(__file__).parents[2] / "docs" / "openapi.yaml").read_text())
+DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.yaml"
+TOLD: dict[str, Any] = yaml.safe_load(DOCUMENT.read_text())
 RUN = TOLD["paths"]["/run"]["post"]
 SCHEMAS = TOLD["components"]["schemas"]
 
@@ -33,10 +40,65 @@ def assert_fits(value: dict[str, Any], schema: dict[str, Any]) -> None:
     for name, item in value.items():
         told = schema["properties"][name]
         if "$ref" in told:
-            assert_fits(item, SCHEMAS[told["$ref"].rpartition("/")[2]])
+            told = SCHEMAS[told["$ref"].rpartition("/")[2]]
+        if "properties" in told:
+            assert_fits(item, told)
             continue
         assert type(item) is KINDS[told["type"]], (name, item)
         assert item in told.get("enum", [item]), (name, item)
+
+
+def validate(value: object, name: str) -> None:
+    """Raise `jsonschema.ValidationError` unless the value is as the document's schema of this name has it."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": TOLD["components"]}
+    jsonschema.Draft202012Validator(schema).validate(value)
+
+
+def test_the_document_is_valid() -> None:
+    openapi_spec_validator.validate(TOLD)
+
+
+@with_twisted
+async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
+    # The long form: make api.
+    examples = os.environ.get("BFAAS_EXAMPLES", "5")
+    program = Path(sys.executable).parent / "schemathesis"
+    coordinator = await start_coordinator(POOL_STANDBY="2", MAXPERCLIENT="100")
+    url = f"http://127.0.0.1:{coordinator.port}"
+    options = ["--checks", "all", "--max-examples", examples, "--no-color", "--generation-database", "none"]
+    if examples == "5":
+        options += ["--seed", "1"]
+    arguments = ["run", str(DOCUMENT), "--url", url, *options]
+    output, _, code = await getProcessOutputAndValue(
+        str(program), arguments, env=os.environ, path=str(tmp_path), reactor=reactor
+    )
+    assert code == 0, output.decode()
+    assert b"Tested: 5" in output
+    assert await stop(coordinator) == 0
+
+
+def test_requests_that_are_refused_do_not_fit_the_schema() -> None:
+    for request in (
+        {"script": "echo", "stdin": "", "env": {"A_1": ""}, "timeout": "1m2.5s"},
+        {"script": "", "timeout": "0.5s"},
+    ):
+        validate(request, "Request")
+        Ask.from_json(json.dumps(request).encode())
+    for wrong in (
+        {"script": "a\0b"},
+        {"script": "\ufeffecho"},
+        {"script": "", "env": {"1A": ""}},
+        {"script": "", "env": {"A": "\0"}},
+        {"script": "", "timeout": "0s"},
+        {"script": "", "timeout": "5"},
+        {"script": "", "timeout": "-1s"},
+        {"script": "", "more": ""},
+        {"stdin": ""},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            validate(wrong, "Request")
+        with pytest.raises(AskError):
+            Ask.from_json(json.dumps(wrong).encode())
 
 
 def test_every_key_of_a_request_is_described_and_no_other() -> None:
@@ -75,6 +137,9 @@ async def test_answers_are_as_described(coordinator: Running) -> None:
     for answer in (raw, events):
         assert answer.headers["content-type"].partition(";")[0] in documented(200)["content"]
         assert {name.lower() for name in documented(200)["headers"]} <= answer.headers.keys()
+    for name, told in events.events:
+        validate({"event": name, "data": json.dumps(told)}, "Event")
+    validate(events.exit, "Exit")
     assert events.exit.keys() <= SCHEMAS["Exit"]["properties"].keys()
 
 
@@ -98,6 +163,8 @@ async def test_refusals_are_as_described() -> None:
     seen = set()
     for body, headers in [
         (b"{", {"Content_Type": "application/json"}),
+        (b":", {"Content_Encoding": "gzip"}),
+        (b":", {"Expect": "a-miracle"}),
         (b":", {"Origin": "http://elsewhere.example"}),
         (b"x" * 101, {}),
         (b":", {}),  # no machine starts in ten milliseconds
@@ -106,7 +173,7 @@ async def test_refusals_are_as_described() -> None:
         assert kind.partition(";")[0] in documented(status)["content"], text
         assert text.count("\n") == 1
         seen.add(status)
-    assert seen == {400, 403, 413, 503}
+    assert seen == {400, 403, 413, 415, 417, 503}
     refused = await strict.run(":")
     assert refused.status == 503
     for name in documented(503)["headers"]:
