@@ -178,6 +178,7 @@ class ExitTests(SynchronousTestCase):
             Reason.TIMEOUT: b'{"code": 124, "reason": "timeout"}',
             Reason.WORKER_LOST: b'{"code": 125, "reason": "worker-lost"}',
             Reason.OUTPUT_LIMIT: b'{"code": 125, "reason": "output-limit"}',
+            Reason.NOT_STARTED: b'{"code": 125, "reason": "not-started"}',
         }
         self.assertEqual(expected, {reason: Exit.because(reason).to_json() for reason in Reason})
 
