@@ -333,6 +333,7 @@ def _excerpt(body: bytes) -> str:
 
 _NAME_TAKEN = re.compile(r"unique machine name violation(?:, machine ID (\w+))?")
 _LEASE = re.compile(r"\blease\b", re.IGNORECASE)
+_CAPACITY = ("insufficient_capacity", "volume_placement_capacity")
 _NO_ROOM = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
 
 
@@ -349,7 +350,8 @@ def _error(call: Call, body: bytes) -> MachinesError:
     kind: type[MachinesError]
     if status == 409 and (taken := _NAME_TAKEN.search(text)):  # noqa: PLR2004 - conflict
         return NameTakenError(message, taken[1], call)
-    if status in (409, 422) and _NO_ROOM.search(text):
+    has_no_room = told.get("status") in _CAPACITY or (status in (409, 422) and _NO_ROOM.search(text))
+    if has_no_room:
         kind = CapacityError
     elif status == 409 and _LEASE.search(text):  # noqa: PLR2004 - conflict
         kind = LeaseHeldError

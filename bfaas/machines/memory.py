@@ -39,6 +39,9 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
 
+_OWNER = "local@tokens.fly.io"  # Fly has a UUID in place of "local", or a user's address
+
+
 @dataclass(frozen=True)
 class Timing:
     """
@@ -105,7 +108,12 @@ class MemoryMachines:
         self._limits.take("create")
         for entry in self._entries.values():
             if entry.machine.name == name and not _is_gone(entry):
-                raise NameTakenError(f"machine {entry.machine.id} has the name {name}", entry.machine.id)
+                machine_id = entry.machine.id
+                raise NameTakenError(
+                    f"unique machine name violation, machine ID {machine_id} already exists with name "
+                    f'"{name}"',
+                    machine_id,
+                )
         machine = Machine(
             id=self._hex(14),
             name=name,
@@ -118,7 +126,7 @@ class MemoryMachines:
             url=self._bodies.place(),
         )
         entry = self._entries[machine.id] = _Entry(machine, config)
-        lease = Lease(self._hex(12), self._wall() + lease_ttl)
+        lease = Lease(self._hex(12), self._wall() + lease_ttl, _OWNER)
         entry.lease = lease if lease_ttl > 0 else None
         self._begin(self._boot(entry))
         return machine, lease
@@ -191,7 +199,7 @@ class MemoryMachines:
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Take a free lease."""
         entry = self._guarded("lease", machine_id, None)
-        entry.lease = Lease(self._hex(12), self._wall() + ttl, description=description)
+        entry.lease = Lease(self._hex(12), self._wall() + ttl, _OWNER, description)
         return entry.lease
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
@@ -262,7 +270,7 @@ class MemoryMachines:
         lease = self._lease(entry)
         if lease is not None and lease.nonce != nonce:
             raise LeaseHeldError(
-                f"machine ID {machine_id} lease currently held by {lease.owner or 'somebody'}, "
+                f"machine ID {machine_id} lease currently held by {lease.owner}, "
                 f"expires at {datetime.fromtimestamp(lease.expires_at, UTC):%Y-%m-%dT%H:%M:%SZ}"
             )
         return entry

@@ -34,12 +34,15 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.documents import DocumentError, lease_to_json, machine_to_json, read_config
-from bfaas.machines.fly import NONCE, authorization
 from bfaas.site import body
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.server import Request
+
+# The emulator names these itself, so that it notices a mistake of the client.
+_NONCE = "fly-machine-lease-nonce"
+_SCHEMES = ("bearer", "flyv1")  # without regard to case: RFC 9110, 11.1
 
 ROOT = "/v1/apps/<app>/machines"
 _WAITABLE = ("started", "stopped", "suspended", "destroyed", "failed", "settled")
@@ -73,7 +76,7 @@ class MachinesServer:
     def __init__(self, machines: HostedMachines, app_name: str, token: str | None) -> None:
         self._machines = machines
         self._app_name = app_name
-        self._authorization = authorization(token) if token else None
+        self._tokens = _tokens(token) if token else None
 
     # Errors.
 
@@ -83,7 +86,7 @@ class MachinesServer:
         error = failure.value
         assert isinstance(error, MachinesError)  # noqa: S101 - what klein dispatched on
         status, text = next((status, text) for kind, status, text in _ERRORS if isinstance(error, kind))
-        message = text.format(error=error, id=getattr(error, "machine_id", ""))
+        message = text.format(error=error)
         if request.path.endswith(b"/lease") and isinstance(error, LeaseHeldError):
             return self._reply(request, {"status": "error", "message": message, "code": "invalid"}, status)
         return self._reply(request, {"error": message}, status)
@@ -106,8 +109,9 @@ class MachinesServer:
         return b"404 page not found"
 
     def _check(self, request: Request, app: str) -> None:
-        given = request.getHeader("Authorization")
-        if not given or (self._authorization is not None and given != self._authorization):
+        scheme, _, rest = (request.getHeader("Authorization") or "").strip().partition(" ")
+        given = _tokens(rest) if scheme.lower() in _SCHEMES else frozenset()
+        if not given or (self._tokens is not None and not given <= self._tokens):
             raise PermissionError
         if app != self._app_name:
             raise NotFoundError("app not found")
@@ -314,7 +318,7 @@ class MachinesServer:
 
 
 _ERRORS: list[tuple[type[MachinesError], int, str]] = [
-    (NameTakenError, 409, "already_exists: unique machine name violation, machine ID {id} already exists"),
+    (NameTakenError, 409, "already_exists: {error}"),
     (LeaseHeldError, 409, "{error}"),
     (CapacityError, 409, "aborted: could not reserve resource for machine: {error}"),
     (NotReadyError, 412, "failed_precondition: {error}"),
@@ -336,7 +340,15 @@ def _text(told: bytes) -> str:
 
 
 def _nonce(request: Request) -> str | None:
-    return request.getHeader(NONCE)
+    return request.getHeader(_NONCE)
+
+
+def _tokens(text: str) -> frozenset[str]:
+    """Read tokens separated by commas, whose scheme may precede them."""
+    words = text.split()
+    while words and words[0].lower() in _SCHEMES:
+        words.pop(0)
+    return frozenset("".join(words).split(",")) - {""}
 
 
 def _json(request: Request) -> dict[str, Any]:
