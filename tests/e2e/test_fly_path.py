@@ -258,6 +258,35 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     assert await stop(coordinator) == 0
 
 
+@pytest.mark.parametrize("query", ["", "?raw=1"])
+@with_twisted
+async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly, query: str) -> None:
+    coordinator = await start_coordinator(**fly.settings("p", 1))
+    pieces: list[bytes] = []
+    begun: Deferred[None] = Deferred()
+
+    def take(data: bytes) -> None:
+        pieces.append(data)
+        if not begun.called:
+            begun.callback(None)
+
+    running = await coordinator.begin("echo begun; sleep 1000", query, take)
+    await Deadline(reactor, PATIENCE).run(begun)
+    machine_id = running.headers["worker"]
+    lease = await fly.api.get_lease(machine_id)
+    await fly.api.stop(machine_id, lease.nonce)
+    await running.end()
+
+    body = b"".join(pieces)
+    if query:
+        assert body == b"begun\n\nexit: 125 worker-lost\n"
+    else:
+        told = Answer(200, {}, body).exit
+        assert (told["code"], told["reason"], told.get("signal")) == (125, "worker-lost", None)
+    assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
+    assert await stop(coordinator) == 0
+
+
 @with_twisted
 async def test_a_short_run_is_a_timeout_behind_the_proxy_too(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1))
