@@ -89,7 +89,7 @@ class PlayedRunTests(SynchronousTestCase):
         self.transport = StringTransport()
         self.channel = self.site.buildProtocol(None)
         self.channel.makeConnection(self.transport)
-        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {len(body.encode())}\r\n"
         self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
         head, _, self.rest = self.written().decode().partition("\r\n\r\n")
         return head
@@ -111,6 +111,20 @@ class PlayedRunTests(SynchronousTestCase):
         self.channel.connectionLost(Failure(ConnectionDone()))
         self.assertEqual([], self.reactor.getDelayedCalls())
         return self.written()
+
+    def test_a_body_that_is_not_a_script_is_refused_and_the_worker_stays_unused(self) -> None:
+        for kind, body, status in (
+            ("multipart/form-data; boundary=x", "--x", 415),
+            ("application/x-www-form-urlencoded", "script=echo&x=1", 415),
+            ("text/plain; charset=utf-16", ":", 415),
+            ("text/plain\r\nContent-Encoding: gzip", ":", 415),
+            ("text/plain\r\nContent-Type: application/json", ":", 400),
+            ("text/plain", "\ufeff:", 400),
+        ):
+            self.assertIn(f" {status} ", self.post(body=body, kind=kind).splitlines()[0], kind)
+        self.assertEqual(0, self.finished)
+        self.assertIn(" 200 ", self.post(kind="application/x-www-form-urlencoded"))
+        self.end()
 
     def test_the_head_is_sent_before_there_is_output(self) -> None:
         head = self.post()
