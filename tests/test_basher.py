@@ -89,7 +89,8 @@ class PlayedRunTests(SynchronousTestCase):
         self.transport = StringTransport()
         self.channel = self.site.buildProtocol(None)
         self.channel.makeConnection(self.transport)
-        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {len(body.encode())}\r\n"
+        length = len(body.encode())
+        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {length}\r\n"
         self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
         head, _, self.rest = self.written().decode().partition("\r\n\r\n")
         return head
