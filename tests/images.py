@@ -11,15 +11,20 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NamedTuple
 
 from bfaas.auth import Signer, genkey
+from tests.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,10 +148,66 @@ def coordinator(image: str) -> float:
         return one.start
 
 
+def trust(image: str) -> None:
+    """Check that a coordinator's image verifies certificates against Debian's trust store."""
+    authority = Authority()
+    container = buildah("from", "--pull-never", image)
+    try:
+        with TemporaryDirectory() as home, tls_server(authority, Path(home)) as url:
+            settings = {"FLY_FLAPS_BASE_URL": url, "FLY_TOKEN": "t", "WORKER_APP": "workers"}
+            given = [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+            words = [*BUILDAH, "run", "--isolation", "chroot", *given, container, "--", "bfaas", "machines"]
+
+            def machines() -> str:
+                said = subprocess.run(
+                    words, check=False, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+                )
+                return said.stdout.decode()
+
+            assert "the certificate is not trusted" in (said := machines()), said
+            known = Path(home) / "tests.crt"
+            known.write_bytes(authority.certificate)
+            buildah("copy", container, str(known), "/usr/local/share/ca-certificates/tests.crt")
+            buildah(
+                "run", "--isolation", "chroot", "--user", "root", container, "--", "update-ca-certificates"
+            )
+            assert machines().split() == ["ID", "POOL", "STATE", "AGE", "LEASE", "NAME"], machines()
+    finally:
+        buildah("rm", container)
+
+
+@contextmanager
+def tls_server(authority: Authority, home: Path) -> Iterator[str]:
+    """Serve an app without machines on loopback, over TLS, with a certificate for localhost."""
+
+    class App(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"[]")
+
+    both = home / "server.pem"
+    both.write_bytes(b"".join(authority.issue("localhost")))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(both)
+    with ThreadingHTTPServer(("127.0.0.1", 0), App) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"https://localhost:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 def main() -> None:
     """Look into both, and tell how long they take to start, buildah's own time included."""
     print(f"basher: {len(SCRIPTS)} scripts as they should be; answers after {worker('bfaas-basher'):.2f} s")
     print(f"coord: runs a script and ends in order; answers after {coordinator('bfaas-coord'):.2f} s")
+    trust("bfaas-coord")
+    print("coord: trusts what Debian's trust store has, and nothing else")
 
 
 if __name__ == "__main__":
