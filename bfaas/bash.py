@@ -24,6 +24,7 @@ from zope.interface import implementer
 
 from bfaas import tree
 from bfaas.confine import BEGUN, command_prefix, in_bubblewrap, name_of
+from bfaas.deadline import sleep
 from bfaas.pipe import OutputReader, Pipes
 from bfaas.wire import Exit, Reason, Stream
 
@@ -50,6 +51,12 @@ _MAX_ARGUMENT = 128 * 1024 - 1
 _LONG_SCRIPT = 'eval "exec 3<&-; $(/bin/cat <&3)"'
 
 _STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
+
+_SHUTDOWN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""
+What service managers and terminals send to all processes at once. The script can be the first to notice, so
+a death by one of these is told a moment later, in which we may learn that we are shut down too.
+"""
 
 _MAX_COMPLAINT = 1000
 """Bytes that are kept of what the confining programs write."""
@@ -89,6 +96,7 @@ class BashRun(ProcessProtocol):
     _SWEEP_LIMIT = 2.0
     _DRAIN_LIMIT = 1.0
     _REAP_PERIOD = 0.1
+    _SHUTDOWN_PAUSE = 0.1
 
     def __init__(
         self, clock: IReactorTime, on_output: Callable[[Stream, bytes], None], max_output: int
@@ -109,7 +117,7 @@ class BashRun(ProcessProtocol):
         self._complaint = b""
         self._signals_are_codes = False
         self._bystanders = frozenset(tree.children(os.getpid()))
-        self._started = clock.seconds()
+        self._started = self._exited = clock.seconds()
         self._usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     def start(
@@ -255,6 +263,7 @@ class BashRun(ProcessProtocol):
     def processExited(self, reason: Failure) -> None:
         """Bash has ended, so the run is over: read what is left in the pipes, kill what is left of it."""
         self._status = getattr(reason.value, "status", 0)
+        self._exited = self._clock.seconds()
         self._look_whether_begun()
         if not self._begun.happened:
             if not self._killed:
@@ -285,6 +294,8 @@ class BashRun(ProcessProtocol):
         left = await tree.end_below_us(self._clock, lambda: self._bystanders, self._SWEEP_LIMIT)
         if left:
             self._log.error("{count} processes of a script survive SIGKILL", count=left)
+        if not self._killed and self._signal_number() in _SHUTDOWN_SIGNALS:
+            await sleep(self._clock, self._SHUTDOWN_PAUSE)
 
     def _note_swept(self) -> None:
         self._swept = True
@@ -322,7 +333,7 @@ class BashRun(ProcessProtocol):
             code,
             signal=name,
             reason=self._reason,
-            wall_ms=round(1000 * (self._clock.seconds() - self._started)),
+            wall_ms=round(1000 * (self._exited - self._started)),
             cpu_ms=round(1000 * cpu),
             max_rss_kb=self._max_rss_kb(usage.ru_maxrss),
             truncated=self._dropped > 0,

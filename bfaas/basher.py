@@ -56,10 +56,6 @@ if TYPE_CHECKING:
     from bfaas.runner import Runner
 
 
-_UMASK = 0o022
-"""A script's umask, whatever the worker was started with; a daemon's is 077."""
-
-
 class Front(Resource):
     """
     Stands before a resource that takes its time to load, and tells meanwhile that we listen.
@@ -136,7 +132,6 @@ class Worker(Service):
             os.chdir(self._settings.home)
         except (OSError, ValueError) as error:
             raise StartError(f"HOME: {error}") from None
-        os.umask(_UMASK)
         tree.become_subreaper()
         tree.become_opaque()
         super().startService()

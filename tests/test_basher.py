@@ -348,7 +348,7 @@ class WorkerTests(TestCase):
         await gatherResults([Deferred.fromCoroutine(expire(script)) for script in scripts])
 
     async def test_signals_end_the_run_and_the_worker(self) -> None:
-        for program, name in ((BASHER, "TERM"), (TWISTD, "TERM"), (TWISTD, "INT")):
+        for program, name in ((BASHER, "TERM"), (BASHER, "HUP"), (TWISTD, "HUP"), (TWISTD, "INT")):
             worker = await Worker.start(self, program=program)
             reader = await self.begin(worker)
             worker.send_signal(name)
