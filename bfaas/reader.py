@@ -135,7 +135,7 @@ class EventReader:
         self._room -= _least_output(text)
         if self._room < 0:
             raise OutputLimitError("more output than the limit")
-        if len(data) > MAX_DATA or has_raw_controls(data):
+        if len(data) > MAX_DATA or (not data.isascii() and has_raw_controls(data)):
             return write_output(self._format, stream, text)
         return write_event(self._format, stream, data)
 
