@@ -23,7 +23,7 @@ from twisted.logger import Logger
 from zope.interface import implementer
 
 from bfaas import tree
-from bfaas.confine import BEGUN, command_prefix, in_bubblewrap, name_of
+from bfaas.confine import BASH, BEGUN, SEARCH_PATH, command_prefix, in_bubblewrap, name_of
 from bfaas.deadline import sleep
 from bfaas.pipe import OutputReader, Pipes
 from bfaas.wire import Exit, Reason, Stream
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     class BashReactor(IReactorProcess, IReactorTime):
         """What a run needs of the reactor."""
 
-
-SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 _MAX_ARGUMENT = 128 * 1024 - 1
 """Bytes that Linux takes as one argument of a program (MAX_ARG_STRLEN in linux/binfmts.h, less the NUL)."""
@@ -75,7 +73,7 @@ def script_environment(home: str, machine_id: str, region: str, user: User | Non
         "HOME": home,
         "USER": name,
         "LOGNAME": name,
-        "SHELL": "/bin/bash",
+        "SHELL": BASH,
         "LANG": "C.UTF-8",
         "FLY_MACHINE_ID": machine_id,
         "FLY_REGION": region,
@@ -164,13 +162,9 @@ class BashRun(ProcessProtocol):
             descriptors.setdefault(2, pipes.theirs[1])
             variables = [f"{name}={value}".encode() for name, value in ask.env.items()]
             setting = [b"/usr/bin/env", *variables] if variables else []
-            reactor.spawnProcess(
-                self,
-                "setsid",
-                [*command_prefix(user, sandbox), *setting, "/bin/bash", "-c", "--", command],
-                env=environment,
-                childFDs=descriptors,
-            )
+            prefix = command_prefix(user, sandbox)
+            words: list[bytes | str] = [*prefix, *setting, BASH, "-c", "--", command]
+            reactor.spawnProcess(self, prefix[0], words, env=environment, childFDs=descriptors)
             pipes.ours = {}  # the transport's now
         if self._status is None:  # it may have ended already
             if ask.stdin:

@@ -31,6 +31,7 @@ from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 
 from bfaas import tree, wire
+from bfaas.confine import check_programs
 from bfaas.listener import Listener
 from bfaas.logs import LOG_FORMAT, logged
 from bfaas.process import (
@@ -174,6 +175,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
+    check_programs()
     prepare(reactor)
     if options["attached"]:
         stop_at_end_of_input(reactor)

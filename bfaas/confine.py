@@ -12,13 +12,27 @@ import os
 import pwd
 import re
 import resource
+import shutil
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_NUMBER = re.compile(r"[0-9]{1,9}")
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""The PATH that scripts get. Programs that confine them are searched along it, then along our own PATH."""
+
+BASH = "/bin/bash"
+
+_UTIL_LINUX = ("setsid", "choom", "setpriv")
+
+_NUMBER = re.compile(r"[0-9]{1,10}")
+_MAX_ID = (1 << 32) - 2
+"""The last user id of Linux; the one after it is "no change" to setresuid(2)."""
+
+# Bits of CapEff (linux/capability.h) that it takes to run a process as another user, and to kill it.
+_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
 
 # The option of bash's `ulimit`, the limit, its value, and the unit in which bash counts it.
 _LIMITS: tuple[tuple[str, int, int, int], ...] = (
@@ -55,15 +69,83 @@ class User(NamedTuple):
         """
         try:
             entry = pwd.getpwuid(int(text)) if _NUMBER.fullmatch(text) else pwd.getpwnam(text)
-        except KeyError:
-            if not _NUMBER.fullmatch(text):
+        except (KeyError, OverflowError):  # the latter for numbers that no user can have
+            if not _NUMBER.fullmatch(text) or int(text) > _MAX_ID:
                 raise ValueError(f"there is no user {text!a}") from None
             user = cls(int(text), int(text))
         else:
             user = cls(entry.pw_uid, entry.pw_gid)
         if os.geteuid() not in (0, user.uid):
             raise ValueError("only root can run scripts as another user")
+        if os.geteuid() != user.uid and (reason := user.unavailable()):
+            raise ValueError(reason)
         return user
+
+    def unavailable(self) -> str | None:
+        """Return why this process cannot run programs as the user, or None if it can."""
+        lacking = missing_capabilities(_CAPABILITIES)
+        if lacking:
+            return f"cannot change the user without {', '.join(lacking)}"
+        for kind, number in (("uid", self.uid), ("gid", self.gid)):
+            if not _is_mapped(kind, number):
+                return f"{kind} {number} does not exist in this user namespace"
+        if _read("/proc/self/setgroups").strip() == "deny":
+            return "cannot drop groups in this user namespace"
+        return None
+
+
+def missing_capabilities(needed: dict[str, int]) -> list[str]:
+    """Return the names of capabilities, by their bits, that are not effective in this process."""
+    line = re.search(r"^CapEff:\s*([0-9a-f]+)", _read("/proc/self/status"), re.MULTILINE)
+    if line is None:  # not Linux
+        return []
+    return [name for name, bit in needed.items() if not int(line[1], 16) >> bit & 1]
+
+
+def _is_mapped(kind: str, number: int) -> bool:
+    # Lines of "first inside, first outside, count" (user_namespaces(7)).
+    lines = [[int(word) for word in line.split()] for line in _read(f"/proc/self/{kind}_map").splitlines()]
+    return not lines or any(first <= number < first + count for first, _, count in lines)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+class MissingProgramError(Exception):
+    """A program that confining a script takes is not installed."""
+
+
+def find_program(name: str) -> str:
+    """
+    Return the absolute path of a program that confines scripts; look for it once, and then use it always.
+
+    Standard directories come first for util-linux: the script's user can enter them, and they exist in a
+    sandbox. Others, such as a newer bubblewrap, are searched along our own PATH first.
+    Raises `MissingProgramError`.
+    """
+    return _find_program(name, os.environ.get("PATH", os.defpath))
+
+
+@cache
+def _find_program(name: str, path: str) -> str:
+    order = (SEARCH_PATH, path) if name in _UTIL_LINUX else (path, SEARCH_PATH)
+    found = shutil.which(name, path=os.pathsep.join(order))
+    if found is None:
+        package = " (it is part of util-linux)" if name in _UTIL_LINUX else ""
+        raise MissingProgramError(f"{name} is not installed{package}")
+    return str(Path(found).absolute())
+
+
+def check_programs() -> None:
+    """Find everything that a script's command begins with. Raises `MissingProgramError`."""
+    for name in _UTIL_LINUX:
+        find_program(name)
+    if not os.access(BASH, os.X_OK):
+        raise MissingProgramError(f"{BASH} is not installed")
 
 
 def in_bubblewrap(sandbox: Sequence[str]) -> bool:
@@ -89,21 +171,22 @@ def command_prefix(user: User | None, sandbox: Sequence[str]) -> list[str]:
 
     Processes are counted by user, and (since Linux 5.14) by user namespace: they have a limit only where the
     script does not share the count with the worker's user. No limit is raised above our own.
+    Raises `MissingProgramError`.
     """
-    words = ["setsid", "choom", "-n", _KILL_FIRST, "--"]
+    words = [find_program("setsid"), find_program("choom"), "-n", _KILL_FIRST, "--"]
     if user is not None:
-        words += ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
+        words += [find_program("setpriv"), f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
         words += ["--no-new-privs", "--"]
     words += sandbox
     limits = _LIMITS
     if in_bubblewrap(sandbox):
         # Bubblewrap forks: without a session inside of it, its own processes are in the script's group.
-        words.append("setsid")
+        words.append(find_program("setsid"))
     if user is not None or in_bubblewrap(sandbox):
         limits = (*limits, _PROCESSES)
     # Inside the sandbox: what its namespaces count begins there.
     options = " ".join(f"-{name} {_at_most(kind, limit) // unit}" for name, kind, limit, unit in limits)
-    return [*words, "/bin/bash", "-c", _LAST_STEP.format(options=options), "bfaas"]
+    return [*words, BASH, "-c", _LAST_STEP.format(options=options), "bfaas"]
 
 
 # Without a process of its own: the shell becomes the command. A twistd in the background has a umask of 077.

@@ -7,6 +7,7 @@ A value is read without the whitespace around it, and an empty one counts as mis
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from bfaas.auth import Signer, Verifier, genkey
-from bfaas.confine import User
+from bfaas.confine import MissingProgramError, User, find_program
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -238,8 +239,8 @@ class BasherSettings:
                 max_req_time=read.optional("MAXREQTIME", _positive(parse_duration), None),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
-                sandbox=read.optional("SANDBOX", _words, ()),
-                run_as=read.optional("RUN_AS", User.parse, None),
+                sandbox=read.optional("SANDBOX", _command, ()),
+                run_as=read.optional("RUN_AS", _other_user, None),
                 home=read.optional("HOME", str, "/"),
             )
 
@@ -394,8 +395,21 @@ def _url(text: str) -> str:
     return text.rstrip("/")
 
 
-def _words(text: str) -> tuple[str, ...]:
+def _other_user(text: str) -> User | None:
+    user = User.parse(text)
+    # Without privileges nothing has to change, and groups could not be dropped.
+    return None if user.uid == os.geteuid() != 0 else user
+
+
+def _command(text: str) -> tuple[str, ...]:
     try:
-        return tuple(shlex.split(text))
+        words = shlex.split(text)
     except ValueError as error:
         raise ValueError(f"{_quoted(text)} is not a shell command: {error}") from None
+    if not words:
+        return ()
+    try:
+        # What starts a script must not depend on the PATH of the script.
+        return find_program(words[0]), *words[1:]
+    except MissingProgramError as error:
+        raise ValueError(str(error)) from None
