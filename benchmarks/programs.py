@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.client import ask, get, post
 from benchmarks.report import ROOT
 from bfaas.auth import Signer, genkey
-from bfaas.machines.local import find_sandbox, free_port, sandbox_for, script_user
+from bfaas.machines.local import find_sandbox, free_port, sandbox_for, script_users
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -139,7 +139,8 @@ class Confined(NamedTuple):
 def confined() -> Iterator[Confined]:
     """Make a home for scripts."""
     with tempfile.TemporaryDirectory(prefix="bfaas-bench-") as directory:
-        home, user = Path(directory, "home"), script_user()
+        users = script_users()
+        home, user = Path(directory, "home"), users.acquire() if users else None
         home.mkdir(mode=0o700)
         Path(directory).chmod(0o711)
         if user is not None:

@@ -37,7 +37,7 @@ from bfaas.machines.api import (
 )
 from bfaas.machines.documents import WORKER_PORT
 from bfaas.machines.fly import FlyMachines
-from bfaas.machines.local import LocalMachines, find_sandbox
+from bfaas.machines.local import HostError, LocalMachines, examine_host
 from bfaas.member import machine_name
 from bfaas.process import in_own_reactor
 from bfaas.proxy import Proxy
@@ -90,11 +90,16 @@ async def _examine(reactor: Any, settings: CoordSettings) -> bool:
     fly = settings.fly
     try:
         if fly is None:
-            sandboxed = find_sandbox()
+            try:
+                host = examine_host()
+            except HostError as error:
+                _tell("FAIL", "host", str(error))
+                return False
+            sandboxed = host.sandboxed
             missing = "not usable: scripts are not confined; apt-get install bubblewrap"
             _tell("ok" if sandboxed else "warn", "bubblewrap", "found" if sandboxed else missing)
             globalLogPublisher.addObserver(_tell_of_workers)
-            local = LocalMachines(reactor, time.time, sandboxed=sandboxed)
+            local = LocalMachines(reactor, time.time, sandboxed=sandboxed, directory=host.directory)
             try:
                 await _try_machine(reactor, settings, local, None)
             finally:

@@ -6,7 +6,9 @@ A worker that listens loads this, and klein with it, behind its first answer (se
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from klein import Klein
@@ -77,6 +79,8 @@ class Runner:
         if self._used:
             raise RefusalError(409, "this worker has had its run")
         ask = asked(request)
+        with suppress(OSError):
+            os.chdir(settings.home)  # it may have been removed and made again since we started
         format_ = wire.requested_format(request.args, request.getHeader("Accept") or "")
         answer = Answer(request, format_, self._reactor)
         run = BashRun(self._reactor, answer.output, settings.max_output)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -97,6 +98,34 @@ def kill_tree(pid: int) -> list[Process]:
     found = stop_tree(pid)
     _signal(found, signal.SIGKILL)
     return found
+
+
+def kill_user(uid: int) -> bool:
+    """
+    Kill every process of a user, wherever it descends from. Return False if some survive. Blocks.
+
+    The user must be one whose processes are all ours to kill.
+    """
+    for _ in range(_ROUNDS):
+        found = [process for process in _stop_all(lambda: _of_user(uid)) if not process.dead]
+        if not found:
+            return True
+        _signal(found, signal.SIGKILL)
+        time.sleep(0.001)
+    return False
+
+
+def _of_user(uid: int) -> list[Process]:
+    return [process for process in _all() if uid in _user_ids(process.pid)]
+
+
+def _user_ids(pid: int) -> tuple[int, ...]:
+    # Not the owner of /proc/PID, which is root where a process is not dumpable.
+    try:
+        status = Path(f"/proc/{pid}/status").read_bytes()
+    except OSError:
+        return ()
+    return tuple(map(int, status.partition(b"\nUid:")[2].partition(b"\n")[0].split()))
 
 
 def stop_tree(pid: int) -> list[Process]:

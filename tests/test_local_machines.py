@@ -9,7 +9,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred
@@ -18,7 +18,9 @@ from twisted.internet.error import ConnectError
 from bfaas import tree
 from bfaas.deadline import sleep
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local import LocalBodies, LocalMachines, _wipe, find_sandbox
+from bfaas.machines.local import LocalBodies, LocalMachines, find_sandbox
+from bfaas.machines.script_users import RANGES
+from bfaas.machines.state import wipe
 from tests import machines_contract
 from tests.liar import LoopbackTestCase, reactor, until
 from tests.machines_contract import CONFIG, TTL
@@ -137,7 +139,9 @@ class BodyTests(LoopbackTestCase):
         machine, _, environment = await self.messed()
 
         home = environment.pop("HOME")
-        for dull in ("PYTHONPATH", "LC_CTYPE"):
+        run_as = environment.pop("RUN_AS")
+        self.assertEqual(os.geteuid() == 0, run_as.isdecimal() and int(run_as) in RANGES[0])
+        for dull in ("PYTHONPATH", "PYTHONUSERBASE", "LC_CTYPE"):
             environment.pop(dull, None)
         self.assertEqual(
             {
@@ -146,7 +150,6 @@ class BodyTests(LoopbackTestCase):
                 "FLY_MACHINE_ID": machine.id,
                 "FLY_REGION": "ams",
                 "SANDBOX": "",
-                "RUN_AS": "65534" if os.geteuid() == 0 else "",
                 "PUBLIC": "key",
             },
             environment,
@@ -183,7 +186,7 @@ class BodyTests(LoopbackTestCase):
         if root:  # who may do everything
             os.seteuid(65534)
         try:
-            _wipe(home / "a")
+            wipe(home / "a")
         finally:
             if root:
                 os.seteuid(0)
@@ -240,6 +243,9 @@ class BodyTests(LoopbackTestCase):
         class Exhausted:
             def spawnProcess(self, *_: object, **__: object) -> None:
                 raise BlockingIOError("no more processes")
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(reactor, name)
 
         bodies = LocalBodies(Exhausted(), sandboxed=False)
         self.addCleanup(bodies.close)
