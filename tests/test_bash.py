@@ -12,8 +12,8 @@ from unittest import skipIf, skipUnless
 from twisted.trial.unittest import TestCase
 
 from bfaas.ask import Ask
-from bfaas.bash import SEARCH_PATH, BashRun, script_environment
-from bfaas.confine import User, name_of
+from bfaas.bash import BashRun, script_environment
+from bfaas.confine import SEARCH_PATH, User, name_of
 from bfaas.pipe import PIECE
 from bfaas.wire import Exit, Reason, Stream
 from tests.workers import LIMIT, reactor, until, watch_for_leftovers

@@ -23,7 +23,7 @@ from bfaas.deadline import Deadline, sleep
 from bfaas.exchange import Body, BytesProducer, single_use_agent
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 
     from twisted.python.failure import Failure
 
@@ -250,25 +250,35 @@ def free_port() -> int:
         return port
 
 
-def start(arguments: list[str], settings: dict[str, str]) -> tuple[Program, int]:
-    """Start a program of ours, with nothing but these settings in its environment."""
+def start(
+    arguments: list[str], settings: dict[str, str], leaders: Sequence[str] = (sys.executable,)
+) -> tuple[Program, int]:
+    """Start a program of ours behind `leaders`, with nothing but these settings in its environment."""
     program = Program()
     environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/", **settings}
     if "PYTHONPATH" in os.environ:
         environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
-    process = reactor.spawnProcess(program, sys.executable, [sys.executable, *arguments], env=environment)
+    process = reactor.spawnProcess(program, leaders[0], [*leaders, *arguments], env=environment)
     return program, process.pid
 
 
-async def start_listening(role: str, port: int, options: list[str], settings: dict[str, str]) -> Running:
+async def start_listening(
+    role: str,
+    port: int,
+    options: list[str],
+    settings: dict[str, str],
+    leaders: Sequence[str] = (sys.executable,),
+) -> Running:
     """Start one of our roles with twistd, and wait until it takes requests."""
-    return await start_program([*TWISTD, role, *options], port, settings)
+    return await start_program([*TWISTD, role, *options], port, settings, leaders)
 
 
-async def start_program(arguments: list[str], port: int, settings: dict[str, str]) -> Running:
+async def start_program(
+    arguments: list[str], port: int, settings: dict[str, str], leaders: Sequence[str] = (sys.executable,)
+) -> Running:
     """Start a program of ours that is told where to listen, and wait until it takes requests."""
     endpoint = f"tcp:{port}:interface=127.0.0.1"
-    program, pid = start([*arguments, "--listen", endpoint], settings)
+    program, pid = start([*arguments, "--listen", endpoint], settings, leaders)
     for _ in range(int(PATIENCE / 0.05)):
         assert program.status is None, program.said.decode()
         with socket.socket() as probe:
@@ -278,10 +288,12 @@ async def start_program(arguments: list[str], port: int, settings: dict[str, str
     raise AssertionError(program.said.decode())
 
 
-async def start_coordinator(**settings: str) -> Running:
+async def start_coordinator(*leaders: str, **settings: str) -> Running:
     """Start a coordinator, over local machines where the settings do not say otherwise."""
     defaults = {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s"}
-    return await start_listening("bfaas-coord", free_port(), [], {**defaults, **settings})
+    return await start_listening(
+        "bfaas-coord", free_port(), [], {**defaults, **settings}, leaders or (sys.executable,)
+    )
 
 
 async def stop(running: Running) -> int | None:
