@@ -240,7 +240,7 @@ class BashRun(ProcessProtocol):
             self._begun.happen(True)
             return
         self._look_whether_begun()
-        if not self._begun.happened:
+        if not self._begun.is_true:  # also where it is known that it never will: output can come last
             self._complaint += data[: _MAX_COMPLAINT - len(self._complaint)]
             return
         kept = data[: self._room]
@@ -357,6 +357,11 @@ class _Once(Generic[T]):
     @property
     def happened(self) -> bool:
         return bool(self._values)
+
+    @property
+    def is_true(self) -> bool:
+        """Whether it has happened, and its value counts as true."""
+        return any(self._values)
 
     def happen(self, value: T) -> None:
         """Give it to all who wait; only the first time counts."""
