@@ -23,7 +23,7 @@ from bfaas.listener import Listener
 from bfaas.logs import LOG_FORMAT, logged
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.fly import FlyMachines
-from bfaas.machines.local import LocalMachines, host_or_exit
+from bfaas.machines.local import LocalMachines, examine_host
 from bfaas.member import PoolSettings, lease_ttl
 from bfaas.metrics import Metrics
 from bfaas.pool import Pool
@@ -130,7 +130,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     random, fly = SystemRandom(), settings.fly
     machines: MachinesAPI
     if fly is None:
-        host = host_or_exit("bfaas-coord")
+        host = examine_host()
         machines = local = LocalMachines(
             reactor, time.time, sandboxed=host.sandboxed, directory=host.directory
         )

@@ -218,14 +218,6 @@ def examine_host() -> Host:
     return Host(sandboxed=reason is None, directory=directory)
 
 
-def host_or_exit(role: str) -> Host:
-    """Examine the host; where scripts cannot be run, exit with 1 and one line that says why."""
-    try:
-        return examine_host()
-    except HostError as error:
-        raise SystemExit(f"{role}: {error}") from None
-
-
 def _check_worker() -> None:
     """Raise `HostError` if a worker would not find its modules."""
     command = [_PYTHON, "-P", "-c", _IMPORTS.format(names=_NEEDED)]

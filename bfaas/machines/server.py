@@ -17,7 +17,7 @@ from bfaas.exchange import single_use_agent
 from bfaas.listener import Listener
 from bfaas.logs import logged
 from bfaas.machines.flycast import Flycast
-from bfaas.machines.local import LocalMachines, host_or_exit
+from bfaas.machines.local import LocalMachines, examine_host
 from bfaas.machines.routes import MachinesServer
 from bfaas.process import RoleOptions, check, prepare, room_for_connections
 from bfaas.site import MAX_CONNECTIONS, BoundedSite
@@ -68,7 +68,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     prepare(reactor)
     limited = bool(options["rate-limits"])
-    host = host_or_exit("bfaas-machines")
+    host = examine_host()
     machines = LocalMachines(
         reactor, time.time, sandboxed=host.sandboxed, directory=host.directory, rate_limited=limited
     )

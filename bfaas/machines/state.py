@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _PREFIX = "bfaas-machines-"
 _NAME = re.compile(rf"{_PREFIX}[a-z0-9_]{{8}}")  # as tempfile.mkdtemp makes them
-_ATTEMPTS = 100
+_ATTEMPTS = 10
 
 
 class StateDirectory:
@@ -124,10 +124,14 @@ def wipe(directory: Path) -> None:
         if not os.path.lexists(directory):
             return
         # Python goes down by recursion, and by paths that can be too long; these do not, however deep a
-        # script has dug.
-        if os.geteuid() != 0:
-            subprocess.run(["chmod", "-R", "u+rwx", "--", str(directory)], check=False, capture_output=True)
-        subprocess.run(["rm", "-rf", "--", str(directory)], check=True)
+        # script has dug. Again: as children of ours they can be taken for what another worker has left.
+        for _ in range(_ATTEMPTS):
+            if os.geteuid() != 0:
+                subprocess.run(["chmod", "-R", "u+rwx", "--", directory], check=False, capture_output=True)
+            subprocess.run(["rm", "-rf", "--", directory], check=False, capture_output=True)
+            if not os.path.lexists(directory):
+                return
+        raise OSError(f"{directory} cannot be removed") from None
 
 
 def _grant(directory: Path) -> None:
