@@ -193,8 +193,8 @@ def examine_host() -> Host:
 
     Log a warning where they are not confined. Blocks for a moment. Raises `HostError`.
     """
+    users = script_users()
     try:
-        users = script_users()
         check_programs()
         _check_worker()
         directory = _choose_directory(users)
@@ -205,6 +205,9 @@ def examine_host() -> Host:
         raise HostError(f"a script to try this host did not end within {_CHECK_TIMEOUT:g} s") from None
     except OSError as error:
         raise HostError(f"cannot try to run a script: {error}") from None
+    finally:
+        if users is not None:
+            users.close()
     obstacle = unavailable() if os.geteuid() == 0 else None
     if reason is not None:
         _log.warn(
@@ -247,12 +250,13 @@ def _choose_directory(users: ScriptUsers | None) -> str:
             told = "; ".join(f"{directory}: {reason}" for directory, reason in reasons.items())
             raise HostError(f"scripts cannot be run, TMPDIR may help: {told}")
         directory = second_choice
-    for other, reason in reasons.items():
+        _log.warn("homes of scripts in {directory}: {reason}", directory=directory, reason=reasons[directory])
+    preferred, reason = next(iter(reasons.items()), (directory, ""))
+    if preferred != directory:
         _log.warn(
-            "homes of scripts go to {directory}, not to {other}: {reason}",
-            directory=directory, other=other, reason=reason,
+            "homes of scripts go to {directory}, not to {preferred}: {reason}",
+            directory=directory, preferred=preferred, reason=reason,
         )  # fmt: skip
-        break
     return directory
 
 
