@@ -14,7 +14,7 @@ RUN apt-get update \
 RUN python3 -m venv /opt/bfaas
 COPY requirements.lock /src/
 RUN pip install --no-cache-dir --no-compile --disable-pip-version-check -r /src/requirements.lock
-COPY pyproject.toml README.md /src/
+COPY pyproject.toml README.md LICENSE /src/
 COPY bfaas /src/bfaas
 COPY twisted /src/twisted
 # twistd looks for its plugins once, here; nobody else may write what it finds.

@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos api overshoot bench lock images image-test lint format clean
+.PHONY: run fly test load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -79,6 +79,11 @@ images:
 # What buildah has built: who runs there, and what a script finds. As root.
 image-test: $(VENV)/installed-test
 	$(BIN)/python -m tests.images
+
+# The trial cases on each supported Python that is installed, with the lowest and the newest versions of what
+# pyproject.toml declares. PYTHONS="python3.12 ..." chooses others.
+matrix: $(VENV)/installed-test
+	$(BIN)/python -m tests.matrix $(PYTHONS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

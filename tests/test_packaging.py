@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import email
 import subprocess
 import sys
+import tarfile
 import tempfile
 import venv
 import zipfile
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
+
+from bfaas import __version__
 
 ROOT = Path(__file__).parent.parent
 TAPNAMES = {"bfaas-coord", "bfaas-basher", "bfaas-machines"}
@@ -47,8 +51,17 @@ class PackagingTests(SynchronousTestCase):
 
         self.assertIn("twisted/plugins/bfaas_plugin.py", names)
         self.assertIn("bfaas/machines/api.py", names)
-        self.assertIn("bfaas/page/index.html", names)
+        self.assertIn("bfaas/py.typed", names)
+        page = {f"bfaas/page/{path.name}" for path in (ROOT / "bfaas" / "page").iterdir() if path.is_file()}
+        self.assertIn("bfaas/page/index.html", page)
+        self.assertLessEqual(page, names)
         self.assertEqual(set(), foreign)
+
+        about = f"bfaas-{__version__}.dist-info"
+        with zipfile.ZipFile(wheel) as archive:
+            self.assertEqual(archive.read(f"{about}/licenses/LICENSE"), (ROOT / "LICENSE").read_bytes())
+            metadata = email.message_from_bytes(archive.read(f"{about}/METADATA"))
+        self.assertEqual((__version__, "MIT"), (metadata["Version"], metadata["License-Expression"]))
 
     def test_plugin_is_found_from_a_plain_and_an_editable_install(self) -> None:
         for editable in ([], ["--editable"]):
@@ -74,6 +87,28 @@ class PackagingTests(SynchronousTestCase):
 
             self.assertLessEqual(TAPNAMES, set(tapnames.split()))
             self.assertNotIn(str(ROOT / "twisted"), package)
+            self.assertEqual(f"bfaas {__version__}\n", run(str(home / "bin" / "bfaas"), "--version"))
+            self.assertIn("PRIVATE=", run(str(home / "bin" / "bfaas"), "genkey"))
+
+    def test_an_sdist_has_what_its_tests_read(self) -> None:
+        run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(self.directory), str(ROOT))
+        [sdist] = self.directory.glob("*.tar.gz")
+        with tarfile.open(sdist) as archive:
+            names = {name.partition("/")[2] for name in archive.getnames()}
+        needed = {
+            "LICENSE",
+            "README.md",
+            "CHANGELOG.md",
+            "SECURITY.md",
+            "Dockerfile",
+            "fly.toml",
+            "requirements.lock",
+        }
+        self.assertLessEqual(needed | {"tests/test_packaging.py", "bfaas/py.typed", "pyproject.toml"}, names)
+
+    def test_the_version_stands_in_one_place(self) -> None:
+        self.assertIn(f"\n  version: {__version__}\n", (ROOT / "docs" / "openapi.yaml").read_text())
+        self.assertNotIn(f'"{__version__}"', (ROOT / "pyproject.toml").read_text())
 
     def test_plugin_imports_no_role(self) -> None:
         heavy = (
