@@ -30,11 +30,9 @@ fly: $(VENV)/installed
 	FLY_FLAPS_BASE_URL=http://127.0.0.1:4280 WORKER_URL=http://127.0.0.1:4281 \
 	$(BIN)/twistd -n --pidfile= bfaas-coord --listen tcp:8000:interface=127.0.0.1
 
-# The trial cases under pytest and under trial, then the end-to-end tests: pytest-twisted and trial cases do
-# not share a session (its reactor looks dirty to them).
+# Trial runs its own cases, pytest (with pytest-twisted) the end-to-end tests: the two do not share a session.
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -p no:twisted --ignore=tests/e2e tests
-	BFAAS_BRIEF=1 $(BIN)/trial tests
+	$(BIN)/trial tests.unit tests.integration tests.project tests.simulation
 	$(BIN)/python -m pytest tests/e2e
 
 # The long form of the end-to-end tests.
@@ -47,9 +45,9 @@ soak: $(VENV)/installed-test
 
 # What else the simulation can do: the small world in every way, every line of the pool, every mutant.
 proof: $(VENV)/installed-test
-	$(BIN)/python -m tests.sim.small 6
-	$(BIN)/python -m tests.sim.lines
-	$(BIN)/python -m tests.sim.mutants
+	$(BIN)/python -m tests.simulation.small 6
+	$(BIN)/python -m tests.simulation.lines
+	$(BIN)/python -m tests.simulation.mutants
 
 # A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
 chaos: $(VENV)/installed-test
@@ -69,7 +67,7 @@ bench: $(VENV)/installed-test
 
 # What the images are made of, from what is installed here.
 lock: $(VENV)/installed-test
-	$(BIN)/python -m tests.lock > requirements.lock
+	$(BIN)/python -m tests.project.lock > requirements.lock
 
 # The images, with whatever builds them: docker, or buildah with BUILD="buildah build --isolation chroot".
 images:
@@ -78,17 +76,18 @@ images:
 
 # What buildah has built: who runs there, and what a script finds. As root.
 image-test: $(VENV)/installed-test
-	$(BIN)/python -m tests.images
+	$(BIN)/python -m tests.project.images
 
 # The trial cases on each supported Python that is installed, with the lowest and the newest versions of what
 # pyproject.toml declares. PYTHONS="python3.12 ..." chooses others.
 matrix: $(VENV)/installed-test
-	$(BIN)/python -m tests.matrix $(PYTHONS)
+	$(BIN)/python -m tests.project.matrix $(PYTHONS)
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .

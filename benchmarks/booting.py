@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from bfaas import coord
-from bfaas.machines.local import LocalMachines
-from bfaas.machines.memory import Timing
-from bfaas.process import run_role
+from bfaas.machines.emulator.state import Timing
+from bfaas.machines.local.processes import LocalMachines
+from bfaas.system.runtime import run_service
 
 
 class _Booting(LocalMachines):
@@ -19,4 +19,4 @@ class _Booting(LocalMachines):
 
 if __name__ == "__main__":
     coord.LocalMachines = _Booting  # type: ignore[attr-defined]  # it is that, slowed down
-    run_role(coord.Options(), coord.makeService)
+    run_service(coord.Options(), coord.makeService)

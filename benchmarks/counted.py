@@ -17,9 +17,9 @@ from bfaas.machines.api import (
     UnavailableError,
     WaitTimeoutError,
 )
-from bfaas.machines.documents import read_config
+from bfaas.machines.codec import read_config
+from bfaas.machines.emulator.rate_limits import RateLimits
 from bfaas.machines.fly import FlyMachines
-from bfaas.machines.rates import RateLimits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.machines.memory import MemoryMachines
+    from bfaas.machines.emulator.state import MemoryMachines
 
 
 class Book:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from benchmarks.client import ask, begin, post, read_to_body
 from benchmarks.programs import confined, coordinator, worker
 from benchmarks.report import Report
-from bfaas.confine import command_prefix
+from bfaas.system.confinement import command_prefix
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

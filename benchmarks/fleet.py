@@ -36,10 +36,10 @@ from benchmarks.counted import Book, CountedMachines
 from benchmarks.report import Report
 from bfaas.deadline import sleep
 from bfaas.machines.api import MachineConfig
-from bfaas.machines.memory import MemoryMachines, Timing
-from bfaas.member import PoolSettings, lease_ttl, owner
+from bfaas.machines.emulator.state import MemoryMachines, Timing
 from bfaas.pool import Pool
-from tests.sim.clock import HeapClock, NodeClock
+from bfaas.pooling.config import PoolConfig, lease_ttl, pool_of
+from tests.simulation.clock import HeapClock, NodeClock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +68,7 @@ class Coordinator:
         self._random = Random(name)  # noqa: S311 - a run is to be the same each time
         api = CountedMachines(self.clock, self._random, fleet.machines, fleet.book, fleet.latency)
         self._size = fleet.size
-        settings = PoolSettings(
+        settings = PoolConfig(
             name=name, size=fleet.size, region="ams", config=MachineConfig("basher:1"),
             max_req_time=_MAX_REQ_TIME, lease_ttl=lease_ttl(_MAX_REQ_TIME),
             standby=fleet.size - fleet.size // 5,
@@ -198,7 +198,7 @@ def _let_half_die(report: Report, fleet: Fleet) -> None:
     dead = {coordinator.name for coordinator in fleet.coordinators[::2]}
     for coordinator in fleet.coordinators[::2]:
         coordinator.clock.dead = True
-    orphans = {machine_id for machine_id, name in fleet.book.there() if owner(name) in dead}
+    orphans = {machine_id for machine_id, name in fleet.book.there() if pool_of(name) in dead}
     while fleet.heap.now < died + _PATIENCE and not orphans <= fleet.book.destroyed.keys():
         fleet.run(_WINDOW)
     gone = [fleet.book.destroyed[orphan] - died for orphan in orphans & fleet.book.destroyed.keys()]

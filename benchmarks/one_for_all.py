@@ -14,12 +14,12 @@ from twisted.application.strports import service as listening
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 
-from bfaas import wire
-from bfaas.logs import LOG_FORMAT
-from bfaas.machines.memory import MemoryMachines
-from bfaas.machines.routes import MachinesServer
-from bfaas.process import RoleOptions, prepare, run_role
-from bfaas.site import tell
+from bfaas.http.server import text_response
+from bfaas.machines.emulator.routes import MachinesServer
+from bfaas.machines.emulator.state import MemoryMachines
+from bfaas.protocol import formats
+from bfaas.system.logs import LOG_FORMAT
+from bfaas.system.runtime import RoleOptions, configure_reactor, run_service
 
 if TYPE_CHECKING:
     from twisted.application.service import IService
@@ -33,11 +33,11 @@ class Worker(Resource):
 
     def render(self, request: Request) -> Any:
         """Be ready, or begin a run."""
-        if request.path == wire.HEALTH_PATH.encode():
-            return tell(request, "ok")
-        request.setHeader("Content-Type", wire.Format.EVENTS.value)
-        request.setHeader(wire.WORKER, request.getHeader(wire.FORCE_INSTANCE) or "")
-        request.write(wire.run_writer(wire.Format.EVENTS).output(wire.Stream.STDOUT, b"hello\n"))
+        if request.path == formats.HEALTH_PATH.encode():
+            return text_response(request, "ok")
+        request.setHeader("Content-Type", formats.Format.EVENTS.value)
+        request.setHeader(formats.WORKER, request.getHeader(formats.FORCE_INSTANCE) or "")
+        request.write(formats.run_writer(formats.Format.EVENTS).output(formats.Stream.STDOUT, b"hello\n"))
         return NOT_DONE_YET
 
 
@@ -53,7 +53,7 @@ class Options(RoleOptions):
 
 def make_service(options: Options, reactor: Any) -> IService:
     """Compose it."""
-    prepare(reactor)
+    configure_reactor(reactor)
     service = MultiService()
     api = MachinesServer(MemoryMachines(reactor, time.time), "workers", None)
     for endpoint, resource in ((options["listen"], api.app.resource()), (options["workers"], Worker())):
@@ -62,4 +62,4 @@ def make_service(options: Options, reactor: Any) -> IService:
 
 
 if __name__ == "__main__":
-    run_role(Options(), make_service)
+    run_service(Options(), make_service)

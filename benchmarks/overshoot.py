@@ -39,8 +39,8 @@ from twisted.logger import ILogObserver, formatEventAsClassicLogText
 from zope.interface import provider
 
 from benchmarks.report import Report, percentile
-from bfaas.wire import Reason
-from tests.e2e.coordinator import TWISTD, Answer, free_port, start_program, stop
+from bfaas.protocol.formats import Reason
+from tests.e2e.coordinator import TWISTD, RunResponse, free_port, start_program, stop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -84,7 +84,7 @@ def tell_endings() -> Callable[[LogEvent], None]:
 class Run(NamedTuple):
     """A run as its client saw it: when its head and its last byte came, and how late the timer was."""
 
-    answer: Answer
+    answer: RunResponse
     head_at: float
     end_at: float
     timer_late: float
@@ -144,7 +144,7 @@ async def _run(reactor: Any, coordinator: Running, script: str, max_req_time: fl
     reactor.callLater(max_req_time, lambda: late.callback(time.monotonic() - head_at - max_req_time))
     await exchange.end()
     end_at = time.monotonic()
-    answer = Answer(exchange.status, exchange.headers, b"".join(pieces))
+    answer = RunResponse(exchange.status, exchange.headers, b"".join(pieces))
     return Run(answer, head_at, end_at, await late)
 
 

@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.client import ask, get, post
 from benchmarks.report import ROOT
-from bfaas.auth import Signer, genkey
-from bfaas.machines.local import find_sandbox, free_port, sandbox_for, script_users
+from bfaas.machines.local.processes import find_sandbox, free_port, sandbox_for, script_users
+from bfaas.tokens import Signer, genkey
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from benchmarks.client import Heard
-    from bfaas.confine import User
+    from bfaas.system.confinement import User
 
 MAX_OUTPUT = 4 << 30
 COORD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "bfaas-coord")

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from benchmarks.client import begin, get, post, read_to_body
 from benchmarks.programs import coordinator, program
 from benchmarks.report import Report
-from bfaas.auth import genkey
-from bfaas.machines.local import free_port
+from bfaas.machines.local.processes import free_port
+from bfaas.tokens import genkey
 
 if TYPE_CHECKING:
     from benchmarks.programs import Program

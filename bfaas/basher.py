@@ -4,7 +4,7 @@ The worker: takes one authenticated script in its life, runs it, streams its out
 `twistd bfaas-basher`, or `python -m bfaas.basher` without twistd's start-up.
 
 A machine boots for every run, and somebody may wait for it. So it listens as soon as it can, and what only a
-run needs (`bfaas.runner`, klein) is loaded once it has told that it listens.
+run needs (`bfaas.worker.app`, klein) is loaded once it has told that it listens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if __name__ == "__main__":
     import gc
     import sys
 
-    from bfaas.start import begin
+    from bfaas.system.startup import begin
 
     begin("bfaas-basher")
     # Imports leave next to no garbage; looking for it takes some 10 ms.
@@ -30,22 +30,23 @@ from twisted.application.service import Service
 from twisted.internet.defer import Deferred
 from twisted.web.resource import Resource
 
-from bfaas import tree, wire
-from bfaas.confine import check_programs
-from bfaas.listener import Listener
-from bfaas.logs import LOG_FORMAT, logged
-from bfaas.process import (
+from bfaas.http.server import MAX_CONNECTIONS, BoundedSite, text_response
+from bfaas.protocol import formats
+from bfaas.settings import BasherSettings
+from bfaas.system import process_tree
+from bfaas.system.confinement import check_programs
+from bfaas.system.listener import Listener
+from bfaas.system.logs import LOG_FORMAT, logged
+from bfaas.system.runtime import (
     RoleOptions,
     check,
-    prepare,
-    room_for_connections,
-    run_role,
+    configure_reactor,
+    max_connections,
+    run_service,
     settings_or_exit,
     stop_at_end_of_input,
 )
-from bfaas.settings import BasherSettings
-from bfaas.site import MAX_CONNECTIONS, BoundedSite, tell
-from bfaas.start import StartError
+from bfaas.system.startup import StartError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,10 +55,10 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
-    from bfaas.runner import Runner
+    from bfaas.worker.app import WorkerApp
 
 
-class Front(Resource):
+class LazyResource(Resource):
     """
     Stands before a resource that takes its time to load, and tells meanwhile that we listen.
 
@@ -76,10 +77,10 @@ class Front(Resource):
 
     def render(self, request: Request) -> Any:
         """Answer that we listen, or have the resource answer."""
-        if self._loaded is None and (request.method, request.path) == (b"GET", wire.HEALTH_PATH.encode()):
+        if self._loaded is None and (request.method, request.path) == (b"GET", formats.HEALTH_PATH.encode()):
             request.notifyFinish().addBoth(self._answered)
-            request.setHeader(wire.WORKER, self._machine_id)
-            return tell(request, "ok")
+            request.setHeader(formats.WORKER, self._machine_id)
+            return text_response(request, "ok")
         return self._resource().render(request)
 
     def _answered(self, _: object) -> None:
@@ -100,9 +101,9 @@ class Worker(Service):
     def __init__(self, reactor: Any, settings: BasherSettings, endpoint: str) -> None:
         self._reactor = reactor
         self._settings = settings
-        self._runner: Runner | None = None
-        front = Front(reactor, self._load, settings.machine_id)
-        most = min(MAX_CONNECTIONS, room_for_connections())
+        self._runner: WorkerApp | None = None
+        front = LazyResource(reactor, self._load, settings.machine_id)
+        most = min(MAX_CONNECTIONS, max_connections())
         self._site = BoundedSite(reactor, front, settings.max_body, max_connections=most)
         self._listener = Listener(reactor, "--listen", endpoint, self._site)
 
@@ -119,12 +120,12 @@ class Worker(Service):
         return resource
 
     def _load_runner(self) -> Resource:
-        from bfaas.runner import Runner  # noqa: PLC0415 - see above
+        from bfaas.worker.app import WorkerApp  # noqa: PLC0415 - see above
 
-        self._runner = Runner(self._reactor, self._settings, time.time, self._end)
+        self._runner = WorkerApp(self._reactor, self._settings, time.time, self._end)
         resource: Resource = self._runner.app.resource()
         # The first look for a route sorts them all, and imports an encoding.
-        self._runner.app.url_map.bind("localhost").match(wire.HEALTH_PATH)
+        self._runner.app.url_map.bind("localhost").match(formats.HEALTH_PATH)
         return resource
 
     def startService(self) -> None:
@@ -133,8 +134,8 @@ class Worker(Service):
             os.chdir(self._settings.home)
         except (OSError, ValueError) as error:
             raise StartError(f"HOME: {error}") from None
-        tree.become_subreaper()
-        tree.become_opaque()
+        process_tree.become_subreaper()
+        process_tree.set_non_dumpable()
         super().startService()
         self._listener.startService()
 
@@ -176,11 +177,11 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     check_programs()
-    prepare(reactor)
+    configure_reactor(reactor)
     if options["attached"]:
         stop_at_end_of_input(reactor)
     return logged(Worker(reactor, settings, options["listen"]), options, reactor)
 
 
 if __name__ == "__main__":
-    run_role(Options(), makeService)
+    run_service(Options(), makeService)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import time
-from math import ceil
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,28 +15,21 @@ from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
-from bfaas.browser import foreign_page
-from bfaas.coordinator import Coordinator
-from bfaas.exchange import lasting_agent
-from bfaas.listener import Listener
-from bfaas.logs import LOG_FORMAT, logged
-from bfaas.machines.api import MachineConfig
+from bfaas.coordinator.app import Coordinator
+from bfaas.coordinator.metrics import Metrics
+from bfaas.coordinator.run_tracker import RunTracker
+from bfaas.coordinator.worker_client import WorkerClient
+from bfaas.http.client import pooled_agent
+from bfaas.http.origin_check import cross_origin_reason
+from bfaas.http.server import MAX_CONNECTIONS, BoundedSite
 from bfaas.machines.fly import FlyMachines
-from bfaas.machines.local import LocalMachines, examine_host
-from bfaas.member import PoolSettings, lease_ttl
-from bfaas.metrics import Metrics
+from bfaas.machines.local.processes import LocalMachines, examine_host
 from bfaas.pool import Pool
-from bfaas.process import (
-    RoleOptions,
-    check,
-    prepare,
-    room_for_connections,
-    settings_or_exit,
-)
-from bfaas.proxy import Proxy
-from bfaas.runs import Runs
+from bfaas.pooling.config import pool_config
 from bfaas.settings import CoordSettings
-from bfaas.site import MAX_CONNECTIONS, BoundedSite
+from bfaas.system.listener import Listener
+from bfaas.system.logs import LOG_FORMAT, logged
+from bfaas.system.runtime import RoleOptions, check, configure_reactor, max_connections, settings_or_exit
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -48,8 +40,6 @@ if TYPE_CHECKING:
 
 _log = Logger()
 
-IDLE_MARGIN = 60
-"""Seconds for which the workers' proxy keeps a silent connection beyond the longest silence of a run."""
 
 METRICS_CONNECTIONS = 16
 """Connections to the metrics at the most."""
@@ -123,7 +113,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     for silence in settings.silences:
         _log.warn("{silence}", silence=silence)
-    prepare(reactor)
+    configure_reactor(reactor)
     # What is there by then stays: looking through all of it for garbage, again and again, takes long enough
     # to make deadlines late.
     reactor.callWhenRunning(gc.freeze)
@@ -136,23 +126,23 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         )
         shut_down, worker_url, endpoint = local.shutdown, None, "tcp:8000:interface=127.0.0.1"
     else:
-        agent, connections = lasting_agent(reactor)
+        agent, connections = pooled_agent(reactor)
         machines = FlyMachines(reactor, agent, random, fly.api.url, fly.api.worker_app, fly.api.token)
         shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
-    proxy = Proxy(reactor, worker_url, settings.max_output)
+    proxy = WorkerClient(reactor, worker_url, settings.max_output)
     metrics = Metrics()
-    pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_settings(settings), metrics.passed)
-    runs = Runs(reactor, time.time, random, metrics)
+    pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_config(settings), metrics.passed)
+    runs = RunTracker(reactor, time.time, random, metrics)
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time, runs)
-    metrics.look_at(pool, coordinator)
+    metrics.register_gauges(pool, coordinator)
     others = settings.pool_size * FILES_A_MACHINE + (METRICS_CONNECTIONS if options["metrics"] else 0)
-    most = min(MAX_CONNECTIONS, room_for_connections(others))
+    most = min(MAX_CONNECTIONS, max_connections(others))
     if most < FEW_CONNECTIONS:
         _log.warn("the open files that are allowed (ulimit -n) suffice for {most} connections", most=most)
     site = BoundedSite(
         reactor, coordinator.app.resource(), settings.max_body, max_connections=most,
         # On Fly all connections come from its proxy; on a laptop some come from pages in a browser.
-        max_per_address=most if fly else most // 2, guard=None if fly else foreign_page,
+        max_per_address=most if fly else most // 2, request_filter=None if fly else cross_origin_reason,
     )  # fmt: skip
     listener = Listener(reactor, "--listen", options["listen"] or endpoint, site)
     service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroys_on_exit)
@@ -161,30 +151,3 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
         Listener(reactor, "--metrics", options["metrics"], page).setServiceParent(service)
     return logged(service, options, reactor)
-
-
-def pool_settings(settings: CoordSettings) -> PoolSettings:
-    """Say what machines the pool makes: their environment tells a worker whom to trust, and its limits."""
-    environment = {
-        "PUBLIC": settings.signer.public,
-        "MAXREQTIME": f"{settings.max_req_time:.9f}s",
-        "MAXBODY": str(settings.max_body),
-        "MAXOUTPUT": str(settings.max_output),
-    }
-    return PoolSettings(
-        name=settings.machine_id,
-        size=settings.pool_size,
-        region=settings.region,
-        config=MachineConfig(
-            image=settings.fly.worker_image if settings.fly else "local",
-            env=environment,
-            cpus=settings.worker_cpus,
-            memory_mb=settings.worker_memory_mb,
-            # A raw run may be silent for all of its time, on this side of the coordinator too.
-            idle_timeout=ceil(max(settings.max_req_time, settings.max_wait)) + IDLE_MARGIN,
-        ),
-        max_req_time=settings.max_req_time,
-        lease_ttl=lease_ttl(settings.max_req_time),
-        standby=settings.standby,
-        suspends=settings.standby_suspended,
-    )

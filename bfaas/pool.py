@@ -3,7 +3,8 @@ The pool: machines on demand, each for one request at a time, wiped in between.
 
 Requests wait in line for machines, their clients taking turns; only the pool creates, starts, stops and
 destroys them, so that a request which is cancelled strands nothing. Each machine's life is one coroutine,
-`_live`, from its creation to its end. What a request gets is an `Allocation`, which ends exactly once.
+`_run_lifecycle`, from its creation to its end. What a request gets is an `Allocation`, which ends exactly
+once.
 
 A machine belongs to the pool that its name says, since a name cannot be changed from inside a machine. Its
 metadata says so too, for whoever reads it, but proves nothing.
@@ -16,25 +17,26 @@ from typing import TYPE_CHECKING
 from twisted.internet.defer import Deferred, DeferredList
 from twisted.logger import Logger
 
-from bfaas.backoff import Backoff, Pauses
 from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.life import Life, StuckError, TakenOverError
-from bfaas.line import Line
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError, RateLimitedError, UnavailableError
-from bfaas.member import Member, Phase, PoolSettings, Watch, machine_name
-from bfaas.standby import Call, Standby
-from bfaas.sweep import Sweep
+from bfaas.pooling.backoff import Backoff, Pauses
+from bfaas.pooling.config import PoolConfig, machine_name
+from bfaas.pooling.fair_queue import FairQueue
+from bfaas.pooling.lifecycle import DestroyTimeoutError, LeaseLostError, MachineLifecycle
+from bfaas.pooling.reconciler import Reconciler
+from bfaas.pooling.slot import Phase, PhaseObserver, Slot
+from bfaas.pooling.standby import Standby, StandbyAction
 
 if TYPE_CHECKING:
     from random import Random
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.life import Probe
-    from bfaas.sweep import Seen
+    from bfaas.pooling.lifecycle import Probe
+    from bfaas.pooling.reconciler import Inspected
 
 
-_TAKEN = (Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
+_TAKEN = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
 """Phases of machines that have to come free before they can serve a request."""
 
 
@@ -73,37 +75,42 @@ class Pool:
         probe: Probe,
         clock: IReactorTime,
         random: Random,
-        settings: PoolSettings,
-        watch: Watch = lambda _left, _entered, _seconds: None,
+        settings: PoolConfig,
+        watch: PhaseObserver = lambda _left, _entered, _seconds: None,
     ) -> None:
         self._settings = settings
         self._clock = clock
         self._random = random
         self._watch = watch
         pauses = Pauses(clock, random)
-        self._life = Life(api, probe, clock, pauses, settings)
-        self._sweep = Sweep(api, clock, random, settings, pauses.after, self._know)
-        self._members: dict[Member, Deferred[None]] = {}
-        self._line: Line[Allocation] = Line()
-        self._turn, self._turns = 0.0, 0
+        self._lifecycle = MachineLifecycle(api, probe, clock, pauses, settings)
+        self._reconciler = Reconciler(api, clock, random, settings, pauses.after, self._reconcile)
+        self._slots: dict[Slot, Deferred[None]] = {}
+        self._queue: FairQueue[Allocation] = FairQueue()
+        self._mean_turnaround, self._turns = 0.0, 0
         self._reclaimed = False
-        self._limited = False
-        self._creating = Backoff(clock, pauses.after, self._balance)
-        self._standing = Backoff(clock, pauses.after, self._balance)
-        self._standby = Standby(self._life, self._standing, self._call, suspends=settings.suspends)
+        self._create_rate_limited = False
+        self._create_backoff = Backoff(clock, pauses.after, self._balance)
+        self._standby_backoff = Backoff(clock, pauses.after, self._balance)
+        self._standby = Standby(
+            self._lifecycle,
+            self._standby_backoff,
+            self._next_action,
+            suspend_standby=settings.suspend_standby,
+        )
         self._closing = False
         self._destroys = False
 
     def start(self) -> None:
         """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
-        self._sweep.start()
+        self._reconciler.start()
 
     # What requests see.
 
     @property
-    def next_in_line(self) -> int:
+    def queue_depth_ahead(self) -> int:
         """How many machines have to come free before one more request is served; 0 where none has to."""
-        return max(0, len(self._line) + 1 - (self._settings.size - len(self._in(*_TAKEN))))
+        return max(0, len(self._queue) + 1 - (self._settings.size - len(self._in_phase(*_TAKEN))))
 
     @property
     def expected_wait(self) -> float:
@@ -115,37 +122,42 @@ class Pool:
         under way that has taken longer already counts with its age, so that a pool which has never finished
         one does not guess. None counts for more than a request of full length and a stop.
         """
-        taken = self._in(*_TAKEN)
+        taken = self._in_phase(*_TAKEN)
         now = self._clock.seconds()
-        turns = [max(self._turn, min(now - member.since, self._longest_turn)) for member in taken]
-        turn = sum(turns) / len(turns) if turns else self._turn
-        return turn * self.next_in_line / self._settings.size
+        turns = [
+            max(self._mean_turnaround, min(now - slot.phase_since, self._longest_turn)) for slot in taken
+        ]
+        turn = sum(turns) / len(turns) if turns else self._mean_turnaround
+        return turn * self.queue_depth_ahead / self._settings.size
 
     @property
     def waiting(self) -> int:
         """How many requests wait for a machine."""
-        return len(self._line)
+        return len(self._queue)
 
     @property
     def trouble(self) -> str | None:
         """What speaks against a machine for a request that comes now; None where nothing is known to."""
-        if self._in(Phase.READY):
+        if self._in_phase(Phase.READY):
             return None
         if not self._reclaimed:
             return "it is not known yet which machines there are"
-        if not self._sweep.sees:
+        if not self._reconciler.api_reachable:
             return "the Machines API fails"
-        if self._in(Phase.IDLE, Phase.SUSPENDED):
+        if self._in_phase(Phase.STOPPED, Phase.SUSPENDED):
             return None
         # A creation whose answer was lost has its place until it is known, what has failed until it is gone.
-        lost = any(member.lost is not None for member in self._in(Phase.CREATING))
-        overdue = self._clock.seconds() - self._settings.limits.look
-        stuck = sum(member.since < overdue for member in self._in(Phase.LEAVING)) >= self._settings.size
-        return "machines cannot be started" if self._creating.pauses or lost or stuck else None
+        lost = any(slot.create_unknown_since is not None for slot in self._in_phase(Phase.CREATING))
+        overdue = self._clock.seconds() - self._settings.limits.inspect
+        stuck = (
+            sum(slot.phase_since < overdue for slot in self._in_phase(Phase.DESTROYING))
+            >= self._settings.size
+        )
+        return "machines cannot be started" if self._create_backoff.active or lost or stuck else None
 
     def count(self, phase: Phase) -> int:
-        """How many members are in a phase."""
-        return len(self._in(phase))
+        """How many slots are in a phase."""
+        return len(self._in_phase(phase))
 
     def allocate(self, client: str) -> Deferred[Allocation]:
         """
@@ -153,21 +165,21 @@ class Pool:
 
         Fails with `PoolClosedError` when the pool closes first.
         """
-        place = self._line.join(client)
+        place = self._queue.enqueue(client)
         self._balance()
         return place
 
     async def close(self) -> None:
         """Stop every machine, and leave it for the pool's next instance; waits for those in use."""
         self._closing = True
-        self._life.close()
-        self._sweep.close()
-        self._creating.close()
-        self._standing.close()
-        self._line.close(PoolClosedError)
-        for member in list(self._members):
-            member.wake(wanted=False)
-        await DeferredList(list(self._members.values()), consumeErrors=True)
+        self._lifecycle.close()
+        self._reconciler.close()
+        self._create_backoff.close()
+        self._standby_backoff.close()
+        self._queue.close(PoolClosedError)
+        for slot in list(self._slots):
+            slot.wake(wanted=False)
+        await DeferredList(list(self._slots.values()), consumeErrors=True)
 
     async def destroy(self) -> None:
         """
@@ -179,10 +191,10 @@ class Pool:
         limits = self._settings.limits
         longest = self._settings.max_req_time + limits.exit - limits.destroy
         await Deadline(self._clock, longest).run(self.close())  # cancelled, it waits no longer
-        for member in self._members:
-            self._log.error("{name} is not destroyed in time", name=member.name)
+        for slot in self._slots:
+            self._log.error("{name} is not destroyed in time", name=slot.name)
         try:
-            await Deadline(self._clock, limits.destroy).run(self._sweep.destroy_all_own())
+            await Deadline(self._clock, limits.destroy).run(self._reconciler.destroy_all_own())
         except (MachinesError, DeadlineExceededError) as error:
             self._log.error("cannot tell whether a machine is left: {error}", error=error)
 
@@ -192,25 +204,25 @@ class Pool:
         """Set machines on their way, as many as requests are short of."""
         if self._closing:
             return
-        for member in self._in(Phase.READY)[: len(self._line)]:
-            member.wake(wanted=True)
-        asleep = sorted(self._in(Phase.SUSPENDED), key=lambda member: member.woken is None)
-        for member in asleep[: max(0, len(self._line) - self.count(Phase.THAWING))]:
-            member.wake(wanted=True)
-        others = self._in(Phase.IDLE, Phase.BUSY, Phase.STOPPING, Phase.LEAVING)
-        ready = len(self._members) - len(others)  # or on their way
-        holds_back = self._creating.pauses or self._standing.pauses
-        short = len(self._line) + (0 if holds_back else self._settings.standby) - ready
-        for member in sorted(self._in(Phase.IDLE), key=lambda member: -member.lease_end)[: max(0, short)]:
-            member.wake(wanted=True)
+        for slot in self._in_phase(Phase.READY)[: len(self._queue)]:
+            slot.wake(wanted=True)
+        asleep = sorted(self._in_phase(Phase.SUSPENDED), key=lambda slot: slot.wakeup is None)
+        for slot in asleep[: max(0, len(self._queue) - self.count(Phase.RESUMING))]:
+            slot.wake(wanted=True)
+        others = self._in_phase(Phase.STOPPED, Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
+        ready = len(self._slots) - len(others)  # or on their way
+        holds_back = self._create_backoff.active or self._standby_backoff.active
+        short = len(self._queue) + (0 if holds_back else self._settings.standby) - ready
+        for slot in sorted(self._in_phase(Phase.STOPPED), key=lambda slot: -slot.lease_end)[: max(0, short)]:
+            slot.wake(wanted=True)
             short -= 1
-        while short > 0 and len(self._members) < self._settings.size and self._may_create():
-            self._add(Member(machine_name(self._settings.name, self._random), self._clock, self._watch))
+        while short > 0 and len(self._slots) < self._settings.size and self._may_create():
+            self._add(Slot(machine_name(self._settings.name, self._random), self._clock, self._watch))
             short -= 1
-        self._limited = self._limited and short > 0
+        self._create_rate_limited = self._create_rate_limited and short > 0
 
-    def _in(self, *phases: Phase) -> list[Member]:
-        return [member for member in self._members if member.phase in phases]
+    def _in_phase(self, *phases: Phase) -> list[Slot]:
+        return [slot for slot in self._slots if slot.phase in phases]
 
     def _may_create(self) -> bool:
         """
@@ -218,106 +230,108 @@ class Pool:
 
         And one at a time while the app is at its limit, of one a second, which all its coordinators share.
         """
-        asked = [member for member in self._in(Phase.CREATING) if member.known_machine is None]
-        if self._limited and any(member.lost is None for member in asked):
+        asked = [slot for slot in self._in_phase(Phase.CREATING) if slot.known_machine is None]
+        if self._create_rate_limited and any(slot.create_unknown_since is None for slot in asked):
             return False
-        return self._reclaimed and not self._creating.pauses
+        return self._reclaimed and not self._create_backoff.active
 
-    def _add(self, *members: Member) -> None:
+    def _add(self, *slots: Slot) -> None:
         """Give each a place, and only then let them begin to live."""
-        self._members |= (places := {member: Deferred[None]() for member in members})
-        for member, gone in places.items():
-            self._begin(member, gone)
+        self._slots |= (places := {slot: Deferred[None]() for slot in slots})
+        for slot, gone in places.items():
+            self._begin(slot, gone)
 
-    def _begin(self, member: Member, gone: Deferred[None]) -> None:
+    def _begin(self, slot: Slot, gone: Deferred[None]) -> None:
         def leave(_: object) -> None:
-            del self._members[member]
+            del self._slots[slot]
             gone.callback(None)
             self._balance()
 
-        life = Deferred.fromCoroutine(self._live(member))
-        life.addErrback(lambda failure: self._log.failure("in the life of {name}", failure, name=member.name))
+        life = Deferred.fromCoroutine(self._run_lifecycle(slot))
+        life.addErrback(lambda failure: self._log.failure("in the life of {name}", failure, name=slot.name))
         life.addCallback(leave)
 
     # A machine's life.
 
-    async def _live(self, member: Member) -> None:
+    async def _run_lifecycle(self, slot: Slot) -> None:
         """Get a machine, let it serve as long as it is good for it, and see it off."""
         try:
-            if member.phase is Phase.CREATING:
-                await self._life.create(member)
-                if self._limited:
+            if slot.phase is Phase.CREATING:
+                await self._lifecycle.create(slot)
+                if self._create_rate_limited:
                     self._balance()
-                await self._serve(member)
-            elif not member.tainted:
-                await self._life.adopt(member)
-                await self._life.stop(member)
-            while await self._rest(member):
-                await self._life.start(member)
-                await self._serve(member)
+                await self._serve(slot)
+            elif not slot.unusable:
+                await self._lifecycle.adopt(slot)
+                await self._lifecycle.stop(slot)
+            while await self._rest(slot):
+                await self._lifecycle.start(slot)
+                await self._serve(slot)
         except (MachinesError, DeadlineExceededError) as error:
-            self._log.warn("gives up {name}: {error}", name=member.name, error=error)
-            self._creating.failed()
+            self._log.warn("gives up {name}: {error}", name=slot.name, error=error)
+            self._create_backoff.failed()
             if isinstance(error, RateLimitedError):
-                self._limited = True
+                self._create_rate_limited = True
             elif isinstance(error, (UnavailableError, DeadlineExceededError)):
-                self._sweep.doubt()
+                self._reconciler.check_soon()
         else:
-            if self._closing and not self._destroys and not member.tainted:
+            if self._closing and not self._destroys and not slot.unusable:
                 return
-        await self._see_off(member)
+        await self._retire(slot)
 
-    async def _serve(self, member: Member) -> None:
+    async def _serve(self, slot: Slot) -> None:
         """Give the machine to the request that is next, until it is released; then wipe it."""
         began = self._clock.seconds()
-        await self._life.become_ready(member)
-        self._creating.succeeded()
+        await self._lifecycle.wait_until_ready(slot)
+        self._create_backoff.succeeded()
         ready_at = self._clock.seconds()
-        wanted = await self._standby.hold(member)
+        wanted = await self._standby.wait_for_work(slot)
         began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
-        is_leased = self._is_leased(member, self._settings.max_req_time)
-        if serves := wanted and is_leased and len(self._line) > 0:
-            member.enter(Phase.BUSY)
+        is_leased = self._is_leased(slot, self._settings.max_req_time)
+        if serves := wanted and is_leased and len(self._queue) > 0:
+            slot.transition_to(Phase.RUNNING)
             released: Deferred[None] = Deferred()
-            self._line.serve(Allocation(member.machine, released))
+            self._queue.assign(Allocation(slot.machine, released))
             await released
         if self._destroys:
             return
-        member.enter(Phase.STOPPING)
+        slot.transition_to(Phase.STOPPING)
         self._balance()
-        await self._life.stop(member)
+        await self._lifecycle.stop(slot)
         if serves:
-            self._took_turn(self._clock.seconds() - began)
+            self._record_turnaround(self._clock.seconds() - began)
 
-    def _call(self, member: Member) -> Call:
+    def _next_action(self, slot: Slot) -> StandbyAction:
         """Say what a machine that is ready is to do."""
-        if self._closing or member.tainted:
-            return Call.END
-        others = [other for other in self._in(Phase.READY, Phase.SUSPENDED) if other is not member]
-        if len(self._line) > 0 or len(others) >= self._settings.standby:
-            return Call.COME
-        return Call.STAND_BY
+        if self._closing or slot.unusable:
+            return StandbyAction.RETIRE
+        others = [other for other in self._in_phase(Phase.READY, Phase.SUSPENDED) if other is not slot]
+        if len(self._queue) > 0 or len(others) >= self._settings.standby:
+            return StandbyAction.SERVE
+        return StandbyAction.WAIT
 
-    def _took_turn(self, seconds: float) -> None:
+    def _record_turnaround(self, seconds: float) -> None:
         self._turns += 1
-        self._turn += (min(seconds, self._longest_turn) - self._turn) / min(self._turns, 5)
+        self._mean_turnaround += (min(seconds, self._longest_turn) - self._mean_turnaround) / min(
+            self._turns, 5
+        )
 
     @property
     def _longest_turn(self) -> float:
         return self._settings.max_req_time + self._settings.limits.stop
 
-    def _is_leased(self, member: Member, seconds: float) -> bool:
+    def _is_leased(self, slot: Slot, seconds: float) -> bool:
         """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""
-        return member.lease_end - self._clock.seconds() >= seconds
+        return slot.lease_end - self._clock.seconds() >= seconds
 
-    async def _rest(self, member: Member) -> bool:
+    async def _rest(self, slot: Slot) -> bool:
         """Wait until a request wants the machine. False when it is to end: its lease does, or the pool."""
-        left = member.lease_end - self._clock.seconds() - 2 * self._settings.max_req_time
-        if self._closing or member.tainted or left <= 0:
+        left = slot.lease_end - self._clock.seconds() - 2 * self._settings.max_req_time
+        if self._closing or slot.unusable or left <= 0:
             return False
-        member.enter(Phase.IDLE)
-        woken = member.rest()
-        timer = self._clock.callLater(left, lambda: member.wake(wanted=False))
+        slot.transition_to(Phase.STOPPED)
+        woken = slot.park()
+        timer = self._clock.callLater(left, lambda: slot.wake(wanted=False))
         self._balance()
         try:
             wanted = await woken
@@ -325,45 +339,45 @@ class Pool:
             if timer.active():
                 timer.cancel()
         if wanted:
-            member.enter(Phase.STARTING)
+            slot.transition_to(Phase.STARTING)
         return wanted
 
-    async def _see_off(self, member: Member) -> None:
+    async def _retire(self, slot: Slot) -> None:
         """Destroy the machine. Until that is done it has its place: it is there."""
-        member.enter(Phase.LEAVING)
+        slot.transition_to(Phase.DESTROYING)
         self._balance()
-        if member.known_machine is None:
+        if slot.known_machine is None:
             return
         try:
-            await self._life.destroy(member)
-        except TakenOverError as error:
+            await self._lifecycle.destroy(slot)
+        except LeaseLostError as error:
             self._log.warn("{error}", error=error)
-        except StuckError as error:
+        except DestroyTimeoutError as error:
             self._log.error("{error}", error=error)
 
     # What cleaning finds.
 
-    def _know(self, machines: list[Seen]) -> None:
+    def _reconcile(self, machines: list[Inspected]) -> None:
         """
         Take note of all machines of this pool.
 
         One that we did not know has a place from now on, since it is there; if it is not to be used, or
         one too many, until it is gone. Not to be used is also one that could not be looked at.
         """
-        known = {member.name: member for member in self._members}
-        strangers: list[Member] = []
+        known = {slot.name: slot for slot in self._slots}
+        unknown: list[Slot] = []
         fit = {listed.name: seen is not None and self._settings.recognizes(seen) for listed, seen in machines}
         for listed, seen in sorted(machines, key=lambda pair: not fit[pair[0].name]):
-            member = known.get(listed.name)
-            if member is None:
-                too_many = len(known) + len(strangers) >= self._settings.size
-                place = Member(listed.name, self._clock, self._watch, Phase.RECLAIMING, seen or listed)
-                place.tainted = too_many or not fit[listed.name]
-                strangers.append(place)
+            slot = known.get(listed.name)
+            if slot is None:
+                too_many = len(known) + len(unknown) >= self._settings.size
+                place = Slot(listed.name, self._clock, self._watch, Phase.ADOPTING, seen or listed)
+                place.unusable = too_many or not fit[listed.name]
+                unknown.append(place)
             elif seen is not None and not fit[listed.name]:
                 self._log.warn("somebody changed the metadata of {name}", name=listed.name)
-                member.tainted = True
-                member.wake(wanted=False)
-        self._add(*strangers)
+                slot.unusable = True
+                slot.wake(wanted=False)
+        self._add(*unknown)
         self._reclaimed = True
         self._balance()

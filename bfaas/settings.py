@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from bfaas.auth import Signer, Verifier, genkey
-from bfaas.confine import MissingProgramError, User, find_program
+from bfaas.system.confinement import MissingProgramError, User, find_program
+from bfaas.tokens import Signer, Verifier, genkey
+from bfaas.units import parse_duration, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,27 +26,6 @@ N = TypeVar("N", int, float)
 
 _MOCK = "mock"
 
-_INT64 = 1 << 63
-_NANOSECONDS = {
-    "ns": 1,
-    "us": 1_000,
-    "\u00b5s": 1_000,  # the micro sign
-    "\u03bcs": 1_000,  # the Greek letter
-    "ms": 1_000_000,
-    "s": 1_000_000_000,
-    "m": 60_000_000_000,
-    "h": 3_600_000_000_000,
-}
-_BYTES = {
-    "B": 1,
-    "kB": 1_000,
-    "KB": 1_000,
-    "MB": 1_000_000,
-    "GB": 1_000_000_000,
-    "KiB": 1 << 10,
-    "MiB": 1 << 20,
-    "GiB": 1 << 30,
-}
 _MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
 _FLY_IDLE_TIMEOUT = 60.0
 """Seconds of silence after which Fly's proxy ends a connection, where `idle_timeout` is not set."""
@@ -53,35 +33,11 @@ _FLY_IDLE_TIMEOUT = 60.0
 _MAX_SUSPENDED_MB = 2048
 """Memory that a machine may have to be suspended (https://fly.io/docs/reference/suspend-resume/)."""
 
-_TERM = re.compile(rf"(?=\.?[0-9])([0-9]*)(?:\.([0-9]*))?({'|'.join(_NANOSECONDS)})(?![^0-9.])")
-_DURATION = re.compile(rf"[-+]?(?:0|(?:{_TERM.pattern})+)")
-_SIZE = re.compile(rf"([0-9]{{1,18}})(?: ?({'|'.join(_BYTES)}))?")
 _WHOLE = re.compile(r"-?[0-9]{1,18}")
 _URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
 _MACHINE_ID = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 _quoted = json.dumps  # one line of ASCII, whatever the value holds
-
-
-def parse_duration(text: str) -> float:
-    """
-    Read a Go duration such as `1m30s`, in seconds (https://pkg.go.dev/time#ParseDuration).
-
-    Accepts, refuses and rounds as Go does; raises `ValueError`.
-    """
-    return _nanoseconds(text) / 1_000_000_000
-
-
-def parse_size(text: str) -> int:
-    """
-    Read a whole number of bytes such as `1024`, `64 kB` or `1MiB`; raise `ValueError` for anything else.
-
-    The units are `B`; `kB` (or `KB`), `MB`, `GB`, powers of 1000; and `KiB`, `MiB`, `GiB`, powers of 1024.
-    """
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise ValueError(f"{_quoted(text)} is not a size such as 1MiB")
-    return int(match[1]) * _BYTES[match[2] or "B"]
 
 
 class SettingsError(Exception):
@@ -299,29 +255,6 @@ class _Reader:
         except ValueError as error:
             self._problems.append(f"{name}: {error}")
             return cast("T", None)
-
-
-def _nanoseconds(text: str) -> int:
-    if not _DURATION.fullmatch(text):
-        raise ValueError(f"{_quoted(text)} is not a duration such as 1m30s")
-    total = sum(_term(match[1], match[2] or "", _NANOSECONDS[match[3]]) for match in _TERM.finditer(text))
-    nanoseconds = -total if text.startswith("-") else total
-    if not -_INT64 <= nanoseconds < _INT64:
-        raise ValueError(f"{_quoted(text)} is too long a duration")
-    return nanoseconds
-
-
-def _term(whole: str, fraction: str, unit: int) -> int:
-    # Twenty digits are past the limit whatever follows them; int() refuses thousands.
-    nanoseconds = int(whole.lstrip("0")[:20] or "0") * unit
-    # The fraction as Go has it, to the bit: digits past 63 bits are dropped, the rest is a float.
-    numerator, scale = 0, 1.0
-    for digit in fraction:
-        longer = numerator * 10 + int(digit)
-        if longer > _INT64:
-            break
-        numerator, scale = longer, scale * 10
-    return nanoseconds + int(numerator * (unit / scale))
 
 
 def _whole(text: str) -> int:

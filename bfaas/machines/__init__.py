@@ -1,1 +1,1 @@
-"""Machines: what the pool asks of them, and who provides them."""
+"""Providers of machines."""

@@ -19,8 +19,8 @@ from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
 from bfaas.deadline import Deadline, DeadlineExceededError, sleep
-from bfaas.endpoints import CertificateError, describe, root_cause
-from bfaas.exchange import BytesProducer, Towards, head, read_body
+from bfaas.http.client import BytesProducer, Towards, read_body, wait_for_response
+from bfaas.http.endpoints import CertificateError, describe, root_cause
 from bfaas.machines.api import (
     Call,
     CapacityError,
@@ -41,8 +41,8 @@ from bfaas.machines.api import (
     WaitTimeoutError,
     has_ended,
 )
-from bfaas.machines.documents import (
-    DocumentError,
+from bfaas.machines.codec import (
+    DecodeError,
     config_to_json,
     read_created,
     read_lease,
@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NONCE = "fly-machine-lease-nonce"
+NONCE_HEADER = "fly-machine-lease-nonce"
 
 _CALL_LIMIT = 15.0  # seconds for a call that needs no waiting, its repetitions included
 _CREATE_LIMIT = 60.0  # a create waits for a host
@@ -70,14 +70,14 @@ _NOT_REACHED = (408, 409, 412)
 _GONE = (State.DESTROYING, State.DESTROYED)
 _MAX_ANSWER = 16 << 20  # bytes; a list of ten thousand machines has about five million
 _EXCERPT = 300
-_PAUSES = (0.1, 5.0)
+_RETRY_DELAYS = (0.1, 5.0)
 
 
 _SCHEMES = {"flyv1": "FlyV1", "bearer": "Bearer"}
 _MACAROONS = ("fm1r", "fm1a", "fm2")
 
 
-class _Answer(NamedTuple):
+class _Response(NamedTuple):
     status: int
     body: bytes
     request_id: str | None
@@ -125,7 +125,7 @@ class FlyMachines:
         """Make a machine, leased at once. Not repeated: whoever asked must know of a lost answer."""
         asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": config_to_json(config)}
         machine, nonce = await self._call(
-            "POST", "", read_created, body=asked, limit=_CREATE_LIMIT, repeat=()
+            "POST", "", read_created, body=asked, limit=_CREATE_LIMIT, retry_on=()
         )
         if machine.name != name:
             raise UnavailableError(f"asked to create {name}, the API tells of {machine.name}")
@@ -141,7 +141,7 @@ class FlyMachines:
         for item in await self._call("GET", "?summary=true", read_list):
             try:
                 machines.append(read_machine(item))
-            except DocumentError as error:
+            except DecodeError as error:
                 self._log.warn("a machine in the list makes no sense: {error}", error=error)
         return machines
 
@@ -187,7 +187,7 @@ class FlyMachines:
                         f"{path}?{urlencode(query)}",
                         read_object,
                         limit=seconds + _CALL_LIMIT,
-                        repeat=(RateLimitedError,),
+                        retry_on=(RateLimitedError,),
                     )
                 )
             except DeadlineExceededError:
@@ -205,7 +205,7 @@ class FlyMachines:
                 is_doubtful = True
             if is_doubtful and deadline.remaining:
                 version = await self._inspect(machine.id, state, deadline) or version
-            await sleep(self._clock, self._random.uniform(*_PAUSES) / 2)
+            await sleep(self._clock, self._random.uniform(*_RETRY_DELAYS) / 2)
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
     async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:
@@ -233,7 +233,7 @@ class FlyMachines:
         """Take a free lease. Not repeated: had it been ours, the second call would find it held."""
         asked = {"ttl": ttl, "description": description}
         path = f"/{machine_id}/lease"
-        return await self._call("POST", path, read_lease, body=asked, repeat=(RateLimitedError,))
+        return await self._call("POST", path, read_lease, body=asked, retry_on=(RateLimitedError,))
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
         """Extend our lease."""
@@ -259,12 +259,12 @@ class FlyMachines:
         body: Mapping[str, Any] | None = None,
         *,
         limit: float = _CALL_LIMIT,
-        repeat: tuple[type[UnavailableError], ...] = (UnavailableError,),
+        retry_on: tuple[type[UnavailableError], ...] = (UnavailableError,),
     ) -> T:
         """Make a call, again after errors that are worth it, and read its answer. Raises `MachinesError`."""
         path = self._machines + path
         deadline = Deadline(self._clock, limit)
-        pause, longest = _PAUSES
+        pause, longest = _RETRY_DELAYS
         last: UnavailableError | None = None
         while True:
             try:
@@ -274,7 +274,7 @@ class FlyMachines:
                 raise UnavailableError(f"{method} {path}: {error}{before}", Call(method, path)) from last
             except UnavailableError as error:
                 last = error
-                if not isinstance(error, repeat) or pause > deadline.remaining:
+                if not isinstance(error, retry_on) or pause > deadline.remaining:
                     raise
                 if isinstance(root_cause(error), CertificateError):
                     raise  # it is the same a moment later
@@ -301,22 +301,22 @@ class FlyMachines:
             raise _error(replace(call, excerpt=_excerpt(answer.body)), answer.body)
         try:
             return read(json.loads(answer.body))
-        except (ValueError, DocumentError) as error:
+        except (ValueError, DecodeError) as error:
             # Without what it says: an answer may hold a nonce.
             raise UnavailableError(f"{method} {path}: {answer.status} {error}", call) from None
 
     async def _send(
         self, method: str, path: str, nonce: str | None, body: Mapping[str, Any] | None
-    ) -> _Answer:
+    ) -> _Response:
         headers = Headers({"Authorization": [self._authorization], "Accept": ["application/json"]})
         if nonce is not None:
-            headers.setRawHeaders(NONCE, [nonce])
+            headers.setRawHeaders(NONCE_HEADER, [nonce])
         if body is not None:
             headers.setRawHeaders("Content-Type", ["application/json"])
         data = None if body is None else json.dumps(body).encode()
         # A client of its own for each call: no cookie outlives it.
         client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
-        response = await head(
+        response = await wait_for_response(
             client.request(
                 method, Towards.ANYWHERE + path, headers=headers, data=data,
                 allow_redirects=False, unbuffered=True,
@@ -324,7 +324,7 @@ class FlyMachines:
             )
         )  # fmt: skip
         names = response.headers.getRawHeaders("fly-request-id", [None])
-        return _Answer(response.code, await read_body(response, _MAX_ANSWER), names[0])
+        return _Response(response.code, await read_body(response, _MAX_ANSWER), names[0])
 
 
 def _excerpt(body: bytes) -> str:
@@ -341,7 +341,7 @@ def _error(call: Call, body: bytes) -> MachinesError:
     """Choose the error by status first; the text only refines it (superfly/fly-go, flaps/flaps_error.go)."""
     try:
         told = read_object(json.loads(body))
-    except (ValueError, DocumentError):
+    except (ValueError, DecodeError):
         told = {}
     said = told.get("message") or told.get("error")
     text = said if isinstance(said, str) else call.excerpt

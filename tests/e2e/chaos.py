@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred, DeferredLock
 
-from bfaas import tree
 from bfaas.deadline import sleep
 from bfaas.machines.api import MachinesError, NotFoundError, State
-from bfaas.member import owner
+from bfaas.pooling.config import pool_of
+from bfaas.system import process_tree
 from tests.e2e.coordinator import (
     PATIENCE,
-    Answer,
     Running,
+    RunResponse,
     command,
     free_port,
     marked,
@@ -53,7 +53,7 @@ CLEANING_PERIOD = 4.0
 RECOVERY = 45.0
 """Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""
 
-SLACK = 10.0
+CLOCK_SKEW = 10.0
 """Seconds that anything else may take longer than it should on such a machine."""
 
 _COORDINATOR = str(Path(__file__).with_name("hurried.py"))
@@ -181,7 +181,7 @@ class Chaos:
     async def _busy_worker(self) -> int:
         """Wait for a worker whose script runs."""
         for _ in range(int(PATIENCE / 0.1)):
-            if busy := [worker for worker in self.fly.machines.workers() if tree.children(worker)]:
+            if busy := [worker for worker in self.fly.machines.workers() if process_tree.children(worker)]:
                 return self._chance.choice(busy)
             await sleep(reactor, 0.1)
         raise AssertionError("no script runs")
@@ -227,7 +227,7 @@ class Chaos:
                 raise AssertionError(f"request {number} was cut: {error!r}") from error
             ended = Ending.CUT
         else:
-            answer = Answer(exchange.status, exchange.headers, b"".join(pieces))
+            answer = RunResponse(exchange.status, exchange.headers, b"".join(pieces))
             ended = ending(answer, work, code)
         assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
         assert self._witness.sent[number] <= 1, f"request {number} was sent to workers twice"
@@ -247,7 +247,7 @@ class Chaos:
             machines = await self.fly.api.list()
         except MachinesError:
             return {State.UNKNOWN}
-        sizes = Counter(owner(machine.name) or "" for machine in machines)
+        sizes = Counter(pool_of(machine.name) or "" for machine in machines)
         for pool, size in sizes.items():
             assert size <= SIZES.get(pool, 0), f"{pool} has {size} machines"
         self.most |= sizes
@@ -338,7 +338,9 @@ class Chaos:
             for machine in here - ends.keys():
                 ends[machine] = await self._lease_end(machine)
             last = max(ends.values())
-            assert now < last + 1.2 * CLEANING_PERIOD + SLACK, f"{here} are there, {now - last:.1f} s late"
+            assert now < last + 1.2 * CLEANING_PERIOD + CLOCK_SKEW, (
+                f"{here} are there, {now - last:.1f} s late"
+            )
             await sleep(reactor, 0.1)
 
     async def _lease_end(self, machine_id: str) -> float:

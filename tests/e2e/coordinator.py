@@ -18,9 +18,9 @@ from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.protocol import ProcessProtocol
 from twisted.web.http_headers import Headers
 
-from bfaas import tree
 from bfaas.deadline import Deadline, sleep
-from bfaas.exchange import Body, BytesProducer, single_use_agent
+from bfaas.http.client import BodyReceiver, BytesProducer, single_use_agent
+from bfaas.system import process_tree
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfil
 
 
 @dataclass
-class Answer:
+class RunResponse:
     """What came back for a script."""
 
     status: int
@@ -85,7 +85,7 @@ class Program(ProcessProtocol):
 class Exchange:
     """A request that was sent, and its answer as it comes."""
 
-    def __init__(self, status: int, headers: dict[str, str], body: Body) -> None:
+    def __init__(self, status: int, headers: dict[str, str], body: BodyReceiver) -> None:
         self.status = status
         self.headers = headers
         self.reader = body
@@ -127,7 +127,7 @@ class Running:
         told = {
             name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
         }
-        body = Body(take)
+        body = BodyReceiver(take)
         response.deliverBody(body)
         return Exchange(response.code, told, body)
 
@@ -144,22 +144,22 @@ class Running:
 
     async def run(
         self, script: str | bytes, query: str = "", headers: Mapping[str, str] | None = None
-    ) -> Answer:
+    ) -> RunResponse:
         """Send a script, read everything."""
         pieces: list[bytes] = []
         exchange = await self.begin(script, query, pieces.append, headers)
         await exchange.end()
-        return Answer(exchange.status, exchange.headers, b"".join(pieces))
+        return RunResponse(exchange.status, exchange.headers, b"".join(pieces))
 
-    async def get(self, path: str) -> Answer:
+    async def get(self, path: str) -> RunResponse:
         pieces: list[bytes] = []
         exchange = await self.request("GET", path, None, pieces.append)
         await exchange.end()
-        return Answer(exchange.status, exchange.headers, b"".join(pieces))
+        return RunResponse(exchange.status, exchange.headers, b"".join(pieces))
 
-    def processes(self) -> list[tree.Process]:
+    def processes(self) -> list[process_tree.Process]:
         """Find everything below the coordinator: workers, scripts."""
-        return [process for process in tree.descendants(self.pid) if not process.dead]
+        return [process for process in process_tree.descendants(self.pid) if not process.dead]
 
     def workers(self) -> list[int]:
         """Find the worker processes."""
@@ -204,10 +204,10 @@ def send(pid: int, number: signal.Signals) -> None:
 
 async def pause(pid: int, seconds: float) -> None:
     """Stop a process for a while."""
-    paused = tree.with_root(pid)[:1]
+    paused = process_tree.with_root(pid)[:1]
     send(pid, signal.SIGSTOP)
     await sleep(reactor, seconds)
-    if tree.alive(paused):
+    if process_tree.alive(paused):
         send(pid, signal.SIGCONT)
 
 

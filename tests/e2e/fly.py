@@ -6,9 +6,9 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bfaas.auth import genkey
 from bfaas.machines.fly import FlyMachines
-from bfaas.member import owner
+from bfaas.pooling.config import pool_of
+from bfaas.tokens import genkey
 from tests.e2e.coordinator import Running, free_port, reactor, start_listening
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Fly:
 
     async def of_pool(self, pool: str) -> dict[str, State]:
         """Tell a pool's machines."""
-        return {machine.id: machine.state for machine in await self.api.list() if owner(machine.name) == pool}
+        return {
+            machine.id: machine.state for machine in await self.api.list() if pool_of(machine.name) == pool
+        }
 
 
 async def start_stand_in(port: int, proxy_port: int, **settings: str) -> Running:

@@ -19,13 +19,13 @@ from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.interfaces import IPullProducer
 from zope.interface import implementer
 
-from bfaas.auth import genkey
 from bfaas.deadline import Deadline
-from bfaas.machines.memory import MemoryMachines
-from bfaas.machines.routes import MachinesServer
-from bfaas.site import BoundedSite
+from bfaas.http.server import BoundedSite
+from bfaas.machines.emulator.routes import MachinesServer
+from bfaas.machines.emulator.state import MemoryMachines
+from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
-from tests.liar import LAST_CHUNK, End, Liar, Peer, chunk, until
+from tests.support.hostile_worker import LAST_CHUNK, End, Liar, Peer, chunk, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable

@@ -13,17 +13,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bfaas import coord
-from bfaas.process import run_role
+from bfaas.pooling.config import pool_config
+from bfaas.system.runtime import run_service
 
 if TYPE_CHECKING:
-    from bfaas.member import PoolSettings
+    from bfaas.pooling.config import PoolConfig
     from bfaas.settings import CoordSettings
 
-_usual_settings = coord.pool_settings
 
-
-def _pool_settings(settings: CoordSettings) -> PoolSettings:
-    chosen = _usual_settings(settings)
+def _pool_settings(settings: CoordSettings) -> PoolConfig:
+    chosen = pool_config(settings)
     if "UNTIMED" in os.environ:
         environment = dict(chosen.config.env)
         del environment["MAXREQTIME"]
@@ -41,5 +40,5 @@ def _pool_settings(settings: CoordSettings) -> PoolSettings:
 
 
 if __name__ == "__main__":
-    coord.pool_settings = _pool_settings
-    run_role(coord.Options(), coord.makeService)
+    vars(coord)["pool_config"] = _pool_settings
+    run_service(coord.Options(), coord.makeService)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.protocols import portforward
 
-from bfaas.agent import CutShortError
+from bfaas.http.strict_agent import IncompleteResponseError
 
 if TYPE_CHECKING:
-    from tests.e2e.coordinator import Answer
+    from tests.e2e.coordinator import RunResponse
 
 ENDLESS = "sleep 1000"
 
@@ -22,7 +22,7 @@ SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; e
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2", "sleep 0.8", ENDLESS)
 
 _NUMBER = re.compile(rb"# request (\d+);")
-CUT = (ConnectError, ConnectionClosed, CutShortError)
+CUT = (ConnectError, ConnectionClosed, IncompleteResponseError)
 
 
 class Ending(enum.Enum):
@@ -62,7 +62,7 @@ class Witness(portforward.ProxyFactory):
         self.sent: Counter[int] = Counter()
 
 
-def ending(answer: Answer, work: str, code: int) -> Ending:
+def ending(answer: RunResponse, work: str, code: int) -> Ending:
     """Tell how a request ended that was answered: with an exit, or with an error."""
     if answer.status != 200:
         assert answer.status in (502, 503, 504), answer

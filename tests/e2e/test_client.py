@@ -37,7 +37,7 @@ class Command(ProcessProtocol):
         self.said = {1: b"", 2: b""}
         self.ended: Deferred[int] = Deferred()
         environment = {**os.environ, "BFAAS_URL": f"http://127.0.0.1:{port}"}
-        words = [sys.executable, "-m", "bfaas.cli", *arguments]
+        words = [sys.executable, "-m", "bfaas.cli.main", *arguments]
         opened = None if output is None else os.open(output, os.O_WRONLY)
         files = {0: "w", 1: "r" if opened is None else opened, 2: "r"}
         process = reactor.spawnProcess(self, sys.executable, words, env=environment, childFDs=files)
@@ -74,7 +74,7 @@ class Terminal(ProcessProtocol):
         self.ended: Deferred[None] = Deferred()
         env = {
             **os.environ,
-            "BFAAS": f"{sys.executable} -m bfaas.cli",
+            "BFAAS": f"{sys.executable} -m bfaas.cli.main",
             "BFAAS_URL": f"http://127.0.0.1:{port}",
             "TERM": "dumb",
         }
@@ -100,7 +100,7 @@ async def shell(running: Running, script: str, *words: str, **environ: str) -> t
     """Run a script, in which $BFAAS is the command, with words as its arguments."""
     env = {
         **os.environ,
-        "BFAAS": f"{sys.executable} -m bfaas.cli",
+        "BFAAS": f"{sys.executable} -m bfaas.cli.main",
         "BFAAS_URL": f"http://127.0.0.1:{running.port}",
         **environ,
     }

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING
 
 import pytest_twisted
 
-from bfaas.channel import Channel
 from bfaas.deadline import sleep
+from bfaas.http.channel import Channel
 from tests.e2e.coordinator import reactor, together
 from tests.e2e.hostile import MAX_LINES, Spent, stage
-from tests.liar import parse_answer, post, until
+from tests.support.hostile_worker import parse_answer, post, until
 
 if TYPE_CHECKING:
     from tests.e2e.hostile import Stage
-    from tests.liar import Peer
+    from tests.support.hostile_worker import Peer
 
 IDLE = int(os.environ.get("BFAAS_CONNECTIONS", "500"))
 READERS = IDLE // 10
@@ -121,7 +121,7 @@ async def hold_a_crowd(there: Stage) -> None:
     print(f"slowest of {HONEST}: {alone:.3f} s alone, {among_idle:.3f} s, {among_all:.3f} s; {seconds:.1f} s")
     assert held == IDLE
     assert all(peer.end is None for peer in readers)
-    if seconds < Channel.IDLE:
+    if seconds < Channel.IDLE_TIMEOUT:
         assert all(peer.end is None for peer in idle)
     assert max(among_idle, among_all) < PATIENCE
     assert each_idle < MAX_IDLE

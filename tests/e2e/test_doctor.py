@@ -13,9 +13,9 @@ import pytest_twisted
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
-from bfaas.auth import genkey
 from bfaas.deadline import Deadline, sleep
-from bfaas.exchange import single_use_agent
+from bfaas.http.client import single_use_agent
+from bfaas.http.server import BoundedSite
 from bfaas.machines.api import (
     CapacityError,
     MachineConfig,
@@ -24,14 +24,14 @@ from bfaas.machines.api import (
     RateLimitedError,
     State,
 )
-from bfaas.machines.bodies import NoBodies
-from bfaas.machines.flycast import Flycast
-from bfaas.machines.memory import MemoryMachines, Timing
-from bfaas.machines.routes import BadRequestError, MachinesServer
-from bfaas.site import BoundedSite
+from bfaas.machines.emulator.backend import NullBackend
+from bfaas.machines.emulator.fly_proxy import Flycast
+from bfaas.machines.emulator.routes import BadRequestError, MachinesServer
+from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, free_port, reactor, start, stop, together
 from tests.e2e.fly import start_fly
-from tests.faults import Fault, FaultyMachines, LoseAnswer, Refuse
+from tests.support.faults import Fault, FaultyMachines, LoseAnswer, Refuse
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
@@ -57,12 +57,12 @@ DEAD = "WORKER_IMAGE: it does not start, or ends; look at `fly logs` of the work
 
 
 async def doctor(settings: Mapping[str, str]) -> tuple[int | None, str]:
-    program, _ = start(["-m", "bfaas.cli", "doctor"], dict(settings))
+    program, _ = start(["-m", "bfaas.cli.main", "doctor"], dict(settings))
     code = await Deadline(reactor, 3 * PATIENCE).run(program.ended)
     return code, program.said.decode()
 
 
-class Bodies(NoBodies):
+class MachineBackend(NullBackend):
     """Bodies that may end by themselves, after some seconds; their workers are where the test says."""
 
     def __init__(self) -> None:
@@ -103,7 +103,7 @@ class IllFly:
     """Fly in the test's own hands, as an API and a proxy."""
 
     def __init__(self) -> None:
-        self.bodies = Bodies()
+        self.bodies = MachineBackend()
         self.machines = MemoryMachines(reactor, time.time, self.bodies, Timing(boot=0.05))
         self.faulty = Hosted(self.machines)
         self._ports: list[Any] = []
@@ -277,7 +277,7 @@ async def test_a_machine_that_does_not_run() -> None:
 async def test_a_doctor_that_is_told_to_end_leaves_no_machine() -> None:
     async with ill_fly() as fly:
         fly.faulty.always["get"] = Tell(State.STARTING)
-        program, pid = start(["-m", "bfaas.cli", "doctor"], {**SETTINGS, **fly.settings})
+        program, pid = start(["-m", "bfaas.cli.main", "doctor"], {**SETTINGS, **fly.settings})
         await Deadline(reactor, PATIENCE).run(fly.until_asked("get"))
         os.kill(pid, signal.SIGINT)
         await Deadline(reactor, PATIENCE).run(program.ended)

@@ -16,12 +16,12 @@ from bfaas.deadline import Deadline, sleep
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
 from tests.e2e.hostile import EXIT, HEAD, stage
 from tests.e2e.test_main_job import path_setting
-from tests.liar import LAST_CHUNK, End, Peer, chunk, parse_answer, post
+from tests.support.hostile_worker import LAST_CHUNK, End, Peer, chunk, parse_answer, post
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.e2e.coordinator import Answer, Running
+    from tests.e2e.coordinator import Running, RunResponse
     from tests.e2e.hostile import Script, Stage
 
 FLOOD = 24
@@ -38,7 +38,7 @@ def at(address: str, coordinator: Running) -> Running:
     return replace(coordinator, agent=Agent(reactor, pool=pool, bindAddress=(address, 0)))
 
 
-def assert_refused_for_its_share(answer: Answer) -> None:
+def assert_refused_for_its_share(answer: RunResponse) -> None:
     assert answer.status == 429, answer
     assert answer.body == b"too many requests of yours are under way\n"
     assert 1 <= int(answer.headers["retry-after"]) <= 30

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from bfaas.auth import genkey
-from tests.certificates import Authority
+from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, TWISTD
+from tests.support.certificates import Authority
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +137,7 @@ class Network:
         return Done(done.returncode, done.stdout.decode())
 
     def bfaas(self, *words: str, **settings: str) -> Done:
-        return self.run(sys.executable, "-m", "bfaas.cli", *words, **settings)
+        return self.run(sys.executable, "-m", "bfaas.cli.main", *words, **settings)
 
     def curl(self, *words: str) -> Done:
         return self.run("curl", "-sS", "--max-time", "30", *words)
@@ -327,7 +327,7 @@ FAILURES: list[tuple[dict[str, str], str, str]] = [
 def test_a_doctor_tells_a_failed_connection_from_a_wrong_token_or_app(network: Network) -> None:
     # All at once: a call that gets no connection is repeated for 15 s.
     doctors = [
-        network.start(sys.executable, "-m", "bfaas.cli", "doctor", **{**SETTINGS, **wrong})
+        network.start(sys.executable, "-m", "bfaas.cli.main", "doctor", **{**SETTINGS, **wrong})
         for wrong, _, _ in FAILURES
     ]
     for doctor, (_, found, advice) in zip(doctors, FAILURES, strict=True):
@@ -349,7 +349,7 @@ def test_a_doctor_that_waits_for_a_connection_ends_at_once(
     resolv.write_text(f"nameserver {nameserver}\n")
     settings = {**SETTINGS, "FLY_FLAPS_BASE_URL": url}
     try:
-        doctor = network.start(sys.executable, "-m", "bfaas.cli", "doctor", **settings)
+        doctor = network.start(sys.executable, "-m", "bfaas.cli.main", "doctor", **settings)
         end = time.monotonic() + PATIENCE
         while "ok    settings" not in network.log(doctor):
             assert time.monotonic() < end, network.log(doctor)

@@ -16,13 +16,13 @@ from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import LoopingCall
 from twisted.web.http_headers import Headers
 
-from bfaas import tree
 from bfaas.deadline import Deadline, sleep
 from bfaas.machines.api import State
+from bfaas.system import process_tree
 from tests.e2e.coordinator import (
     PATIENCE,
-    Answer,
     Program,
+    RunResponse,
     reactor,
     start,
     start_coordinator,
@@ -51,7 +51,7 @@ async def fly() -> AsyncIterator[Fly]:
     processes = fly.machines.processes()
     assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
     assert b"Traceback" not in fly.machines.program.said
-    assert not tree.alive(processes)
+    assert not process_tree.alive(processes)
 
 
 @with_twisted
@@ -114,7 +114,7 @@ async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly:
 
     processes = coordinator.processes()
     assert await stop(coordinator) == 0
-    assert not tree.alive(processes)
+    assert not process_tree.alive(processes)
     assert set((await fly.of_pool("s")).values()) == {State.STOPPED}
 
 
@@ -133,7 +133,7 @@ async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None
         await run
 
     second = await start_coordinator(**settings)
-    answers: list[Answer] = await gatherResults(
+    answers: list[RunResponse] = await gatherResults(
         [Deferred.fromCoroutine(second.run(SCRIPT.format(work="true", code=0))) for _ in range(6)]
     )
 
@@ -178,7 +178,7 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
         assert await stop(coordinator) == 0
 
     async def bfaas(*arguments: str) -> tuple[int | None, str]:
-        program, _ = start(["-m", "bfaas.cli", *arguments], settings)
+        program, _ = start(["-m", "bfaas.cli.main", *arguments], settings)
         status = await Deadline(reactor, PATIENCE).run(program.ended)
         return status, program.said.decode()
 
@@ -193,12 +193,12 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
     assert len(await fly.of_pool("q")) == 1
 
     settings["FLY_MACHINE_ID"] = "q"
-    closed = ["-c", "import os; os.close(0); from bfaas.cli import program; program()", "destroy"]
+    closed = ["-c", "import os; os.close(0); from bfaas.cli.main import program; program()", "destroy"]
     program, _ = start(closed, settings)
     assert await Deadline(reactor, PATIENCE).run(program.ended) == 1
     assert program.said.endswith(b"[y/N] nothing was destroyed\n")
     for number in (signal.SIGINT, signal.SIGTERM):
-        program, pid = start(["-m", "bfaas.cli", "destroy"], settings)
+        program, pid = start(["-m", "bfaas.cli.main", "destroy"], settings)
         await until_said(program, b"[y/N] ")
         os.kill(pid, number)
         await Deadline(reactor, PATIENCE).run(program.ended)
@@ -263,15 +263,15 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
 async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly, query: str) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1))
     pieces: list[bytes] = []
-    begun: Deferred[None] = Deferred()
+    started: Deferred[None] = Deferred()
 
     def take(data: bytes) -> None:
         pieces.append(data)
-        if not begun.called:
-            begun.callback(None)
+        if not started.called:
+            started.callback(None)
 
     running = await coordinator.begin("echo begun; sleep 1000", query, take)
-    await Deadline(reactor, PATIENCE).run(begun)
+    await Deadline(reactor, PATIENCE).run(started)
     machine_id = running.headers["worker"]
     lease = await fly.api.get_lease(machine_id)
     await fly.api.stop(machine_id, lease.nonce)
@@ -281,7 +281,7 @@ async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly
     if query:
         assert body == b"begun\n\nexit: 125 worker-lost\n"
     else:
-        told = Answer(200, {}, body).exit
+        told = RunResponse(200, {}, body).exit
         assert (told["code"], told["reason"], told.get("signal")) == (125, "worker-lost", None)
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
     assert await stop(coordinator) == 0

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
 
-from bfaas.coordinator import MIN_GRACE
+from bfaas.coordinator.app import MIN_GRACE
 from bfaas.deadline import sleep
 from tests.e2e.coordinator import reactor
 from tests.e2e.hostile import HEAD, MAX_LINES, MAX_MEMORY, Spent, stage
-from tests.liar import LAST_CHUNK, End, chunk, parse_answer, post
+from tests.support.hostile_worker import LAST_CHUNK, End, chunk, parse_answer, post
 
 if TYPE_CHECKING:
     import pytest
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tests.e2e.hostile import Says, Script, Stage
 
 MAX_REQ_TIME = 2.5
-SLACK = 10.0
+CLOCK_SKEW = 10.0
 MAX_OUTPUT = 64 * 1024
 
 
@@ -293,7 +293,7 @@ async def run(there: Stage, case: Case) -> None:
     ending, output = read(heard, raw=case.raw)
     assert ending == case.ending.value
     assert case.output is None or output == case.output
-    assert seconds < MAX_REQ_TIME + SLACK
+    assert seconds < MAX_REQ_TIME + CLOCK_SKEW
     heard, _ = await there.ask(post("/run", b"honest"))
     assert read(heard, raw=False) == ("0", "honest\n")
     assert spent.memory <= MAX_MEMORY
@@ -324,7 +324,7 @@ async def test_a_worker_that_never_answers_is_a_failure_however_short_the_run_ma
         there.worker.says[b'{"script":"true","timeout":"10ms"}'] = once(b"")
         heard, seconds = await there.ask(request)
         assert read(heard, raw=False) == (Ending.LATE.value, "")
-        assert MIN_GRACE - 0.1 <= seconds < MIN_GRACE + SLACK
+        assert MIN_GRACE - 0.1 <= seconds < MIN_GRACE + CLOCK_SKEW
         there.worker.says[b'{"script":"true","timeout":"10ms"}'] = once_late
         heard, _ = await there.ask(request)
         assert read(heard, raw=False)[0] == Ending.TIMEOUT.value

@@ -128,10 +128,10 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
         arguments = ["curl", "-sN", *trust, url, "-d", "echo begun; sleep 15"]
         leaving = reactor.spawnProcess(client, "curl", arguments, env=os.environ)
 
-        async def begun() -> bool:
+        async def started() -> bool:
             return b"begun" in client.said
 
-        await until(begun)
+        await until(started)
         leaving.signalProcess("KILL")
         await client.ended
 

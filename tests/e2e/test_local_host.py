@@ -19,13 +19,13 @@ from twisted.internet.defer import Deferred
 from twisted.internet.threads import deferToThread
 
 import bfaas
-from bfaas import tree
 from bfaas.deadline import Deadline
+from bfaas.system import process_tree
 from tests.e2e.coordinator import (
     PATIENCE,
     TWISTD,
-    Answer,
     Running,
+    RunResponse,
     free_port,
     reactor,
     start,
@@ -115,7 +115,7 @@ def directories(place: Path) -> set[str]:
 
 
 def state_of(pid: int) -> str:
-    return next((process.state for process in tree.with_root(pid)[:1]), "gone")
+    return next((process.state for process in process_tree.with_root(pid)[:1]), "gone")
 
 
 async def kill(coordinator: Running) -> None:
@@ -125,7 +125,7 @@ async def kill(coordinator: Running) -> None:
     await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
     async def gone() -> bool:
-        return not tree.alive(processes)
+        return not process_tree.alive(processes)
 
     await until(gone)
 
@@ -348,7 +348,7 @@ async def test_scripts_have_users_and_limits_of_their_own(without_bubblewrap: st
     assert len({output[0] for output in outputs} - {"65534"}) == 3
 
 
-def deferred_run(coordinator: Running, script: str) -> Deferred[Answer]:
+def deferred_run(coordinator: Running, script: str) -> Deferred[RunResponse]:
     return Deferred.fromCoroutine(coordinator.run(script))
 
 

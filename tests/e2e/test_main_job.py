@@ -16,9 +16,9 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import LoopingCall
 
-from bfaas import tree
 from bfaas.deadline import Deadline, sleep
-from tests.e2e.coordinator import PATIENCE, TWISTD, Answer, reactor, start, start_coordinator, stop
+from bfaas.system import process_tree
+from tests.e2e.coordinator import PATIENCE, TWISTD, RunResponse, reactor, start, start_coordinator, stop
 
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
@@ -68,7 +68,7 @@ async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
 async def test_many_runs_at_once_each_whole(coordinator: Running) -> None:
     eight = DeferredSemaphore(8)
 
-    def run() -> Deferred[Answer]:
+    def run() -> Deferred[RunResponse]:
         return Deferred.fromCoroutine(coordinator.run("echo out; echo err >&2; exit 3"))
 
     answers = await gatherResults([eight.run(run) for _ in range(RUNS)], consumeErrors=True)
@@ -251,15 +251,15 @@ async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
 @with_twisted
 async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: str) -> None:
     pieces: list[bytes] = []
-    begun: Deferred[None] = Deferred()
+    started: Deferred[None] = Deferred()
 
     def take(data: bytes) -> None:
         pieces.append(data)
-        if not begun.called:
-            begun.callback(None)
+        if not started.called:
+            started.callback(None)
 
     exchange = await coordinator.begin(f"echo begun; sleep {NAP}", query, take)
-    await Deadline(reactor, PATIENCE).run(begun)
+    await Deadline(reactor, PATIENCE).run(started)
     [worker] = coordinator.workers()
     os.kill(worker, signal.SIGKILL)
     await exchange.end()
@@ -268,7 +268,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
     if query:
         assert body == b"begun\n\nexit: 125 worker-lost\n"
     else:
-        exit_ = Answer(200, {}, body).exit
+        exit_ = RunResponse(200, {}, body).exit
         assert (exit_["code"], exit_["reason"]) == (125, "worker-lost")
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
 
@@ -277,16 +277,16 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
 @with_twisted
 async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: signal.Signals) -> None:
     coordinator = await start_coordinator(POOLSIZE="1")
-    begun: Deferred[None] = Deferred()
+    started: Deferred[None] = Deferred()
     pieces: list[bytes] = []
 
     def take(data: bytes) -> None:
         pieces.append(data)
-        if not begun.called:
-            begun.callback(None)
+        if not started.called:
+            started.callback(None)
 
     exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
-    await begun
+    await started
     waiting = Deferred.fromCoroutine(coordinator.run("true"))
     await sleep(reactor, 0.1)
     coordinator.kill(number)
@@ -312,10 +312,10 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
     await coordinator.program.ended
 
     for _ in range(int(PATIENCE / 0.05)):
-        if not tree.alive(processes):
+        if not process_tree.alive(processes):
             break
         await sleep(reactor, 0.05)
-    assert not tree.alive(processes)
+    assert not process_tree.alive(processes)
     assert not sleepers()
 
 

@@ -15,12 +15,13 @@ import pytest_twisted
 import yaml
 from twisted.internet.utils import getProcessOutputAndValue
 
-from bfaas.ask import Ask, AskError
-from bfaas.wire import Exit, Format, Reason
+from bfaas.protocol.formats import Exit, Format, Reason
+from bfaas.protocol.request import InvalidRequestError, RunRequest
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 from tests.e2e.test_ask import LINES, ask, post
+from tests.support.paths import ROOT
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "openapi.yaml"
+DOCUMENT = ROOT / "docs" / "openapi.yaml"
 TOLD: dict[str, Any] = yaml.safe_load(DOCUMENT.read_text())
 RUN = TOLD["paths"]["/run"]["post"]
 SCHEMAS = TOLD["components"]["schemas"]
@@ -83,7 +84,7 @@ def test_requests_that_are_refused_do_not_fit_the_schema() -> None:
         {"script": "", "timeout": "0.5s"},
     ):
         validate(request, "Request")
-        Ask.from_json(json.dumps(request).encode())
+        RunRequest.from_json(json.dumps(request).encode())
     for wrong in (
         {"script": "a\0b"},
         {"script": "\ufeffecho"},
@@ -97,20 +98,20 @@ def test_requests_that_are_refused_do_not_fit_the_schema() -> None:
     ):
         with pytest.raises(jsonschema.ValidationError):
             validate(wrong, "Request")
-        with pytest.raises(AskError):
-            Ask.from_json(json.dumps(wrong).encode())
+        with pytest.raises(InvalidRequestError):
+            RunRequest.from_json(json.dumps(wrong).encode())
 
 
 def test_every_key_of_a_request_is_described_and_no_other() -> None:
     examples: dict[str, Any] = {"script": ":", "stdin": "x", "env": {"A": "b"}, "timeout": "1s"}
     assert_fits(examples, SCHEMAS["Request"])
     assert examples.keys() == SCHEMAS["Request"]["properties"].keys()
-    Ask.from_json(json.dumps(examples).encode())
+    RunRequest.from_json(json.dumps(examples).encode())
     for name in examples:
         wrong = {"script": ":", name: 1}
         try:
-            Ask.from_json(json.dumps(wrong).encode())
-        except AskError:
+            RunRequest.from_json(json.dumps(wrong).encode())
+        except InvalidRequestError:
             continue
         raise AssertionError(f"{name} takes a number")
 
@@ -128,7 +129,7 @@ def test_every_field_of_an_exit_and_every_reason_is_described() -> None:
 async def test_answers_are_as_described(coordinator: Running) -> None:
     *lines, end = await ask(coordinator, script="echo out; echo err >&2")
     for line in lines:
-        assert_fits(line, SCHEMAS["Line"])
+        assert_fits(line, SCHEMAS["FairQueue"])
     assert end.pop("event") == "exit"
     assert_fits(end, SCHEMAS["Exit"])
 

@@ -15,8 +15,8 @@ from twisted.internet.defer import Deferred, gatherResults
 
 from bfaas.deadline import sleep
 from tests.e2e.coordinator import (
-    Answer,
     Running,
+    RunResponse,
     free_port,
     reactor,
     start_coordinator,
@@ -36,10 +36,10 @@ async def status(coordinator: Running) -> Any:
     return json.loads(answer.body)
 
 
-async def readiness(coordinator: Running, code: int) -> Answer:
+async def readiness(coordinator: Running, code: int) -> RunResponse:
     """Ask whether it is ready until it says so, or that it is not."""
 
-    async def ask() -> Answer | None:
+    async def ask() -> RunResponse | None:
         answer = await coordinator.get("/readyz")
         return answer if answer.status == code else None
 
@@ -193,18 +193,22 @@ async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
         for family in text_string_to_metric_families(answer.body.decode())
         for sample in family.samples
     }
-    assert told["bfaas_run_seconds_count,exit"] == 2
-    assert told["bfaas_run_seconds_count,timeout"] == 1
-    assert 2 <= told["bfaas_run_seconds_sum,timeout"] < 30
-    assert told["bfaas_refusals_total,malformed"] == told["bfaas_refusals_total,no-worker"] == 1
-    assert told["bfaas_refusals_total,queue-full"] == 0
-    assert told["bfaas_queue_seconds_count"] == 4
-    assert told["bfaas_first_byte_seconds_count"] == 3
+    assert told["bfaas_run_duration_seconds_count,exit"] == 2
+    assert told["bfaas_run_duration_seconds_count,timeout"] == 1
+    assert 2 <= told["bfaas_run_duration_seconds_sum,timeout"] < 30
+    assert (
+        told["bfaas_requests_rejected_total,malformed"]
+        == told["bfaas_requests_rejected_total,queue-timeout"]
+        == 1
+    )
+    assert told["bfaas_requests_rejected_total,queue-full"] == 0
+    assert told["bfaas_queue_wait_seconds_count"] == 4
+    assert told["bfaas_time_to_first_byte_seconds_count"] == 3
     assert told["bfaas_machine_phase_seconds_count,creating,ready"] == 1
     assert told["bfaas_machine_phase_seconds_count,starting,ready"] == 3
     assert told["bfaas_machine_phase_seconds_count,stopping,idle"] == 3
     assert (told["bfaas_machines,busy"], told["bfaas_machines,idle"]) == (1, 0)
-    assert told["bfaas_answer_bytes_total"] > 100
+    assert told["bfaas_response_bytes_total"] > 100
     assert told["bfaas_ready"] == 0
     assert told["process_resident_memory_bytes"] > 1 << 20
     assert (await page.get("/")).body == b"not found\n"

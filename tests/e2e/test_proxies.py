@@ -17,7 +17,7 @@ from twisted.internet.protocol import ProcessProtocol
 
 from bfaas.deadline import Deadline, sleep
 from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop
-from tests.liar import parse_answer, post
+from tests.support.hostile_worker import parse_answer, post
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -84,7 +84,7 @@ CASES = [
 LONG = "printf %02000d 0; echo; echo one; sleep 8"
 
 
-class Proxy(ProcessProtocol):
+class WorkerClient(ProcessProtocol):
     """A proxy as a program."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterato
         more = more.replace("{ ", "{\n").replace(" }", "\n}")
     config.write_text(template.format(home=home, port=port, origin=origin, more=more))
     words = command.format(config=config).split()
-    proxy = Proxy()
+    proxy = WorkerClient()
     process = reactor.spawnProcess(proxy, program, words, env={"HOME": str(home)})
     try:
         for _ in range(int(PATIENCE / 0.05)):

@@ -14,11 +14,12 @@ from twisted.internet.protocol import ProcessProtocol
 
 from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, free_port, reactor
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 BLOCKS = [
     block
     for block in re.findall(r"(?ms)^```\n(.*?)^```$", README.read_text())

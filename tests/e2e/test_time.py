@@ -21,15 +21,15 @@ from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
 from twisted.web.http_headers import Headers
 
-from bfaas import tree
-from bfaas.auth import Signer, genkey
 from bfaas.deadline import Deadline, sleep
-from bfaas.exchange import Body
+from bfaas.http.client import BodyReceiver
 from bfaas.machines.api import State
+from bfaas.system import process_tree
+from bfaas.tokens import Signer, genkey
 from tests.e2e.coordinator import (
     PATIENCE,
-    Answer,
     Running,
+    RunResponse,
     command,
     free_port,
     reactor,
@@ -48,7 +48,7 @@ with_twisted = pytest_twisted.ensureDeferred
 HURRIED = ["-m", "tests.e2e.hurried"]
 LIMIT = 2.0
 """`MAXREQTIME`, in seconds."""
-SLACK = 10.0
+CLOCK_SKEW = 10.0
 """Seconds by which something may be late on a machine that has other things to do."""
 
 _numbers = count(random.randrange(10_000_000, 20_000_000))
@@ -94,7 +94,7 @@ async def fly_on_one_host() -> AsyncIterator[Fly]:
     finally:
         processes = fly.machines.processes()
         assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
-        assert not tree.alive(processes)
+        assert not process_tree.alive(processes)
 
 
 @asynccontextmanager
@@ -121,10 +121,10 @@ async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
     [worker] = coordinator.workers()
     assert not is_told(worker, "MAXREQTIME")
 
-    answer: Answer = await running
+    answer: RunResponse = await running
 
     assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
-    assert 1000 * LIMIT <= answer.exit["wall_ms"] < 1000 * (LIMIT + SLACK)
+    assert 1000 * LIMIT <= answer.exit["wall_ms"] < 1000 * (LIMIT + CLOCK_SKEW)
     assert answer.output("stdout") == "begun\n"
     await coordinator.settle()
     assert script.left() == []
@@ -142,18 +142,18 @@ async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> No
         async with given_up(await start_coordinator(**settings)) as coordinator:
             script = Script()
             exchange = await coordinator.begin(script.text)
-            begun = time.monotonic()
+            started = time.monotonic()
             await until(lambda: len(script.left()) >= 3)
             coordinator.kill(number)
 
             if number is signal.SIGSTOP:  # its connections are open; nobody tells the worker that it is gone
-                while time.monotonic() < begun + LIMIT - 1:
+                while time.monotonic() < started + LIMIT - 1:
                     assert script.left()
                     await sleep(reactor, 0.05)
-            await until(lambda: not script.left(), begun + LIMIT + SLACK - time.monotonic())
+            await until(lambda: not script.left(), started + LIMIT + CLOCK_SKEW - time.monotonic())
 
             # And so the machine is stopped, which nobody asked the API for.
-            end = time.monotonic() + LIMIT + SLACK
+            end = time.monotonic() + LIMIT + CLOCK_SKEW
             while list((await fly.of_pool("p")).values()) != [State.STOPPED]:
                 assert time.monotonic() < end
                 await sleep(reactor, 0.05)
@@ -168,27 +168,27 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
     settings = {"PUBLIC": keys.public, "FLY_MACHINE_ID": "m", "MAXREQTIME": f"{LIMIT}s", "HOME": "/tmp"}
     worker = await start_listening("bfaas-basher", free_port(), [], settings)
     pieces: list[bytes] = []
-    body = Body(pieces.append)
+    body = BodyReceiver(pieces.append)
     headers = Headers({"Authorization": [Signer(keys.private).sign("m", time.time())]})
     url, client = f"http://127.0.0.1:{worker.port}/run", HTTPClient(worker.agent)
     response: Any = await client.post(
         url, data=script.text.encode(), headers=headers, unbuffered=True, reactor=reactor
     )
-    begun = time.monotonic()
+    started = time.monotonic()
     response.deliverBody(body)
     if not reads:
         body.transport.pauseProducing()
     await until(lambda: len(script.left()) >= 3)
 
-    await until(lambda: not script.left(), begun + LIMIT + SLACK - time.monotonic())
+    await until(lambda: not script.left(), started + LIMIT + CLOCK_SKEW - time.monotonic())
 
     if reads:
         await Deadline(reactor, PATIENCE).run(body.done)
-        answer = Answer(response.code, {}, b"".join(pieces))
+        answer = RunResponse(response.code, {}, b"".join(pieces))
         assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
         assert answer.output("stdout") == "begun\n"
     # What its client does not take, it holds for it as long again, not longer.
-    assert await Deadline(reactor, LIMIT + SLACK).run(worker.program.ended) == 0
+    assert await Deadline(reactor, LIMIT + CLOCK_SKEW).run(worker.program.ended) == 0
     if not reads:
         assert len(b"".join(pieces)) < 1 << 20
         body.done.addErrback(lambda _: None)
@@ -214,13 +214,13 @@ async def test_the_lease_alone_ends_a_machine() -> None:
 
             seen = 0
             while machine_id in await fly.of_pool("p"):
-                assert time.time() < lease_end + SLACK
+                assert time.time() < lease_end + CLOCK_SKEW
                 seen += time.time() < lease_end
                 await sleep(reactor, 0.1)
 
             assert time.time() >= lease_end
             assert seen >= 10, "the other pool had no time to be wrong"
-            await until(lambda: not script.left(), SLACK)
+            await until(lambda: not script.left(), CLOCK_SKEW)
             told = re.compile(rb"destroyed worker-p-\w+, whose lease had run out")
             await until(lambda: told.search(other.program.said) is not None)  # after its answer
             exchange.leave()

@@ -11,7 +11,7 @@ class _Role(ServiceMaker):
     @property
     def options(self) -> Any:
         """Prepare the process, as the command was chosen, and load the command."""
-        from bfaas.start import begin  # noqa: PLC0415 - see above
+        from bfaas.system.startup import begin  # noqa: PLC0415 - see above
 
         begin(self.tapname)
         return super().options
@@ -22,5 +22,5 @@ coord = _Role(
 )
 basher = _Role("bfaas worker", "bfaas.basher", "Run one authenticated bash script, then end.", "bfaas-basher")
 machines = _Role(
-    "bfaas machines", "bfaas.machines.server", "Stand in for Fly on this host.", "bfaas-machines"
+    "bfaas machines", "bfaas.machines.emulator.service", "Stand in for Fly on this host.", "bfaas-machines"
 )

@@ -1,0 +1,275 @@
+"""
+The `bfaas` command: runs scripts, and helps those who run coordinators.
+
+Modules that take their time to load are imported by the commands that need them, once signals are handled.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from argparse import SUPPRESS, Action, ArgumentParser
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
+
+from bfaas import __version__
+from bfaas.system.stdio import (
+    InputError,
+    OutputError,
+    end_by_signal,
+    prepare,
+    read_file,
+    read_input,
+    read_line,
+    write_error,
+    write_output,
+)
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from twisted.internet.defer import Deferred
+
+    from bfaas.machines.api import MachinesAPI
+
+    Command = Callable[[Namespace, Mapping[str, str]], int]  # does it and returns the exit code
+
+
+T = TypeVar("T")
+
+_URL = "http://127.0.0.1:8000"
+
+
+class CommandError(Exception):
+    """A command cannot be done. The message is one line for standard error."""
+
+    code: ClassVar[int] = 1
+
+
+class UsageError(CommandError):
+    """An argument is not what it has to be."""
+
+    code: ClassVar[int] = 2
+
+
+def program() -> NoReturn:
+    """Be the program `bfaas`: prepare the process, run the command, exit."""
+    prepare()
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ) -> int:
+    """
+    Run the command and return its exit code.
+
+    It is 1 if the command cannot be done, 2 if an argument is invalid, 74 (`EX_IOERR`) if output cannot be
+    written. Ends the process by SIGPIPE if the reader of its output has left. Raises `SystemExit` for
+    `--help` and `--version` (0), and for unknown, missing and surplus arguments (2).
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        command: Command = arguments.command
+        return command(arguments, environ)
+    except CommandError as error:
+        write_error(f"{error}\n")
+        return error.code
+    except OutputError as error:
+        write_error(f"bfaas: the output cannot be written: {error}\n")
+        return os.EX_IOERR
+    except BrokenPipeError:
+        end_by_signal(signal.SIGPIPE)
+
+
+class _Parser(ArgumentParser):
+    """A parser whose messages are written like all other output: argparse ignores errors, or ends in one."""
+
+    def print_help(self, file: object = None) -> None:  # noqa: ARG002 - argparse's signature
+        write_output(self.format_help())
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            (write_error if status else write_output)(message)
+        raise SystemExit(status)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n")
+
+
+class _Version(Action):
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(nargs=0, default=SUPPRESS, **keywords)
+
+    def __call__(self, parser: ArgumentParser, *_: object) -> NoReturn:
+        parser.exit(0, f"bfaas {__version__}\n")
+
+
+def _parser() -> ArgumentParser:
+    """Describe the commands; each names, as `command`, the function that does it."""
+    parser = _Parser(
+        prog="bfaas", description="Runs scripts at a coordinator; keys and machines for its owner."
+    )
+    parser.add_argument("--version", action=_Version, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    command = commands.add_parser("run", help="have a coordinator run a script, and exit as it did")
+    command.add_argument("--url", metavar="URL", help=f"the coordinator; $BFAAS_URL, or else {_URL}")
+    command.add_argument("--timeout", metavar="5s", help="a time of its own, below the coordinator's")
+    command.add_argument("--stdin", action="store_true", help="give the script this standard input")
+    command.add_argument(
+        "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; may be repeated"
+    )
+    command.add_argument("--json", action="store_true", help="print events, one JSON object a line")
+    which = command.add_mutually_exclusive_group(required=True)
+    which.add_argument("-f", "--file", metavar="FILE", help="a file that holds the script")
+    which.add_argument(
+        "script", metavar="SCRIPT", nargs="?", help="the script; - reads it from standard input"
+    )
+    command.set_defaults(command=_run)
+
+    command = commands.add_parser("genkey", help="make a pair of keys, as shell variables")
+    command.set_defaults(command=_genkey)
+
+    command = commands.add_parser("genauth", help="sign a header with the key in $PRIVATE, good for a minute")
+    command.add_argument("machine", metavar="MACHINE", help="the machine that will accept it")
+    command.set_defaults(command=_genauth)
+
+    command = commands.add_parser("doctor", help="try all that a coordinator with these settings needs")
+    command.set_defaults(command=_doctor)
+
+    command = commands.add_parser("machines", help="list the machines of the app $WORKER_APP")
+    command.set_defaults(command=_machines)
+
+    command = commands.add_parser("destroy", help="destroy a pool's machines, after asking")
+    command.add_argument("--pool", metavar="NAME", help="the pool; $FLY_MACHINE_ID where it is not given")
+    command.add_argument("--yes", action="store_true", help="do not ask")
+    command.set_defaults(command=_destroy)
+
+    return parser
+
+
+def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.cli import run  # noqa: PLC0415 - see the module's docstring
+
+    if arguments.stdin and arguments.script == "-":
+        raise UsageError("standard input cannot be both the script and its input")
+    try:
+        # Before anything is read: an input may take its time, or never end.
+        default = environ.get("BFAAS_URL", "").strip() or _URL
+        url = run.base_url(default if arguments.url is None else arguments.url)
+        env = dict(map(_variable, arguments.env))
+        errand = run.RunCommand.of(
+            url,
+            _script(arguments),
+            read_input() if arguments.stdin else None,
+            env,
+            arguments.timeout,
+            as_json=arguments.json,
+        )
+    except UnicodeDecodeError:
+        raise UsageError("with --stdin, --env or --timeout, all of it must be UTF-8") from None
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except InputError as error:
+        raise CommandError(str(error)) from None
+    return run.run(errand)
+
+
+def _script(arguments: Namespace) -> bytes:
+    if arguments.file is not None:
+        return read_file(arguments.file)
+    return read_input() if arguments.script == "-" else os.fsencode(arguments.script)
+
+
+def _variable(word: str) -> tuple[str, str]:
+    """Split NAME=VALUE. Raises `ValueError`."""
+    name, equals, value = os.fsencode(word).decode().partition("=")
+    if not equals:
+        raise ValueError(f"--env: {word!r} is not NAME=VALUE")
+    return name, value
+
+
+def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:
+    from bfaas.tokens import genkey  # noqa: PLC0415 - see the module's docstring
+
+    pair = genkey()
+    write_output(f"PUBLIC={pair.public}\nPRIVATE={pair.private}\n")
+    return 0
+
+
+def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.tokens import KeyFormatError, Signer  # noqa: PLC0415 - see the module's docstring
+
+    private = environ.get("PRIVATE", "").strip()
+    if not private:
+        raise CommandError("PRIVATE: missing; a key that `bfaas genkey` made")
+    try:
+        signer = Signer(private)
+    except KeyFormatError as error:
+        raise CommandError(f"PRIVATE: {error}") from None
+    write_output(f"{signer.sign(arguments.machine, time.time())}\n")
+    return 0
+
+
+def _doctor(_arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.cli import doctor  # noqa: PLC0415 - see the module's docstring
+
+    return doctor.run_checks(environ)
+
+
+def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.cli import machines as commands  # noqa: PLC0415 - see the module's docstring
+
+    write_output(_with_api(environ, commands.table))
+    return 0
+
+
+def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
+    from bfaas.cli import machines as commands  # noqa: PLC0415 - see the module's docstring
+
+    pool = arguments.pool or environ.get("FLY_MACHINE_ID", "").strip()
+    if not pool:
+        raise CommandError("which pool? Give --pool, or FLY_MACHINE_ID")
+
+    async def ask_and_destroy(api: MachinesAPI) -> int | None:
+        machines = await commands.of_pool(api, pool)
+        for machine in machines:
+            write_output(f"{machine.id}  {machine.state}  {machine.name}\n")
+        sure = (
+            arguments.yes or not machines or await _sure(f"Destroy these {len(machines)} machines of {pool}?")
+        )
+        return await commands.destroy(api, machines) if sure else None
+
+    destroyed = _with_api(environ, ask_and_destroy)
+    if destroyed is None:
+        raise CommandError("nothing was destroyed")
+    write_output(f"destroyed {destroyed} machines of {pool}\n")
+    return 0
+
+
+async def _sure(question: str) -> bool:
+    from twisted.internet.threads import deferToThread  # noqa: PLC0415 - see the module's docstring
+
+    write_output(f"{question} [y/N] ")
+    # In a thread, for the reactor takes signals only where it is not held up.
+    answer: bytes = await deferToThread(read_line)
+    return answer.strip().lower() in (b"y", b"yes")
+
+
+def _with_api(
+    environ: Mapping[str, str], work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]
+) -> T:
+    """Do something with the Machines API that the environment names."""
+    from bfaas.cli.machines import with_api  # noqa: PLC0415
+    from bfaas.machines.api import MachinesError  # noqa: PLC0415
+    from bfaas.settings import ApiSettings, SettingsError  # noqa: PLC0415
+
+    try:
+        return with_api(ApiSettings.from_environment(environ), work)
+    except (SettingsError, MachinesError) as error:
+        raise CommandError(str(error)) from None
+
+
+if __name__ == "__main__":
+    program()

@@ -1,0 +1,244 @@
+"""
+What `bfaas run` does: have a coordinator run a script, and end as the script did.
+
+Its own exit codes, beside the script's (124 where its time was over, 125 where its worker was lost): 75 where
+the coordinator said to come back later (429, 503), 69 where it refused otherwise or cannot be reached, 125
+where the answer broke off, 74 where output cannot be written. After SIGINT, SIGTERM and SIGHUP it ends by
+that signal, and by SIGPIPE if the reader of its output has left: a shell shows 130, 143, 129 and 141.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
+from twisted.web.http_headers import Headers
+
+from bfaas.http.client import BodyReceiver, BytesProducer, read_body, single_use_agent, wait_for_response
+from bfaas.http.endpoints import describe
+from bfaas.http.media_type import JSON
+from bfaas.protocol import formats
+from bfaas.protocol.parser import EventReader
+from bfaas.protocol.request import RunRequest
+from bfaas.system.runtime import run_with_reactor
+from bfaas.system.stdio import OutputError, QueuedWriter, end_by_signal, write_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from twisted.web.iweb import IResponse
+
+TRY_LATER, UNAVAILABLE, LOST, UNWRITTEN = os.EX_TEMPFAIL, os.EX_UNAVAILABLE, 125, os.EX_IOERR
+
+_OK, _TRY_LATER_STATUSES = 200, (429, 503)
+_MAX_REFUSAL = 4096
+_NO_LIMIT = 1 << 62  # the coordinator has one
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """A request for a run, to a coordinator's URL, and whether events are wanted instead of its output."""
+
+    url: str
+    headers: dict[str, str]
+    body: bytes
+    as_json: bool
+
+    @classmethod
+    def of(
+        cls,
+        url: str,
+        script: bytes,
+        stdin: bytes | None,
+        env: Mapping[str, str],
+        timeout: str | None,
+        *,
+        as_json: bool,
+    ) -> RunCommand:
+        """
+        Make the request as plain as it can be, for coordinators of the Go original.
+
+        Raises `ValueError` for what a coordinator would not take: of that, `InvalidRequestError` where it
+        is in what is asked for, and `UnicodeDecodeError` where JSON cannot hold it.
+        """
+        url = base_url(url)
+        if stdin is None and timeout is None and not env:
+            return cls(url, {}, script, as_json)
+        told: dict[str, object] = {"script": script.decode()}
+        if stdin is not None:
+            told["stdin"] = stdin.decode()
+        if env:
+            told["env"] = dict(env)
+        if timeout is not None:
+            told["timeout"] = timeout
+        body = json.dumps(told).encode()
+        RunRequest.from_json(body)
+        return cls(url, {"Content-Type": JSON}, body, as_json)
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """An exit code, and lines for standard error."""
+
+    code: int
+    lines: tuple[str, ...] = ()
+
+
+_URL = re.compile(
+    r"(?P<scheme>(?i:https?))://"
+    r"(?P<host>[A-Za-z0-9_.-]+|\[(?P<ipv6>[0-9A-Fa-f:.]+(%[A-Za-z0-9._~-]+)?)\])"
+    r"(:(?P<port>[0-9]{0,5}))?/?"
+)
+_NAME = re.compile(r"(?=.{1,253}\.?\Z)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?(\.|\Z))+")
+
+
+def base_url(text: str) -> str:
+    """
+    Check a coordinator's URL: a scheme, a host, perhaps a port. Returns it without a slash at its end.
+
+    A host is an IPv4 or IPv6 address, or a name of ASCII letters, digits, dashes and underscores. Raises
+    `ValueError`, whose message is one line and does not show a URL that may contain a password.
+    """
+    if "@" in text:
+        raise ValueError("a coordinator's URL cannot contain credentials")
+    match = _URL.fullmatch(text)
+    if match is None or not _is_host(match["host"], match["ipv6"]) or not _is_port(match["port"]):
+        raise ValueError(f"{text!r} is not a URL such as http://127.0.0.1:8000")
+    port = f":{match['port']}" if match["port"] else ""
+    return f"{match['scheme'].lower()}://{match['host']}{port}"
+
+
+def _is_host(host: str, ipv6: str | None) -> bool:
+    try:
+        if ipv6 is not None:
+            ipaddress.IPv6Address(ipv6)
+        elif re.fullmatch(r"[0-9.]+", host):
+            socket.inet_aton(host)
+    except (ValueError, OSError):
+        return False
+    return ipv6 is not None or _NAME.fullmatch(host) is not None
+
+
+def _is_port(text: str | None) -> bool:
+    return not text or 0 < int(text) < 1 << 16
+
+
+def run(errand: RunCommand) -> int:
+    """Do it in a reactor of its own; returns the exit code."""
+    try:
+        outcome = run_with_reactor(lambda reactor: _relay(reactor, errand))
+    except BrokenPipeError:
+        end_by_signal(signal.SIGPIPE)
+    except OutputError as error:
+        outcome = _Outcome(UNWRITTEN, (f"the output cannot be written: {error}",))
+    for line in outcome.lines:
+        write_error(f"bfaas: {line}\n")
+    return outcome.code
+
+
+async def _relay(reactor: Any, errand: RunCommand) -> _Outcome:
+    """Relay a run. Cancelling it closes the connection, which ends the script."""
+    agent = single_use_agent(reactor)
+    named = Headers({name: [value] for name, value in errand.headers.items()})
+    url = f"{errand.url}{formats.RUN_PATH}".encode()
+    try:
+        response = await wait_for_response(agent.request(b"POST", url, named, BytesProducer(errand.body)))
+    except CancelledError:
+        raise
+    except Exception as error:  # noqa: BLE001 - refused, no such host, no HTTP: whichever
+        return _Outcome(UNAVAILABLE, (f"{errand.url} does not answer: {describe(error)}",))
+    if response.code != _OK:
+        code = TRY_LATER if response.code in _TRY_LATER_STATUSES else UNAVAILABLE
+        return _Outcome(code, (f"{response.code}: {await _refusal(response)}",))
+    return await _Output(reactor, as_json=errand.as_json).write(response)
+
+
+async def _refusal(response: IResponse) -> str:
+    """Read what a refusal says, as one line that does nothing to a terminal."""
+    try:
+        text = (await read_body(response, _MAX_REFUSAL)).decode("ascii", "replace").strip()
+    except CancelledError:
+        raise
+    except Exception:  # noqa: BLE001 - too long, cut off: the status says enough
+        text = ""
+    line = "".join(character if character.isprintable() else " " for character in text)
+    retry = response.headers.getRawHeaders("Retry-After", [""])[0]
+    return f"{line} (try again in {retry} s)" if retry.isdigit() else line
+
+
+class _Output:
+    """Receives a run's events and writes its output, at the pace of its readers."""
+
+    def __init__(self, reactor: Any, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._reader = EventReader(_NO_LIMIT, formats.Format.NDJSON)
+        self._body = BodyReceiver(self._take)
+        self._writer = QueuedWriter(reactor, self._pause, self._resume, self._fail)
+        self._written: Deferred[None] = Deferred()
+
+    async def write(self, response: IResponse) -> _Outcome:
+        """Write everything, and return how the run ended. Raises `BrokenPipeError` and `OutputError`."""
+        response.deliverBody(self._body)
+        broken = ""
+        try:
+            await self._body.done
+        except (CancelledError, BrokenPipeError, OutputError):
+            raise
+        except Exception as error:  # noqa: BLE001 - however it broke off
+            broken = str(error)
+        exit_ = self._reader.exit
+        if exit_ is not None and self._as_json:
+            self._write(formats.Stream.STDOUT, formats.write_exit(formats.Format.NDJSON, exit_))
+        self._writer.finish(lambda: self._written.callback(None))
+        await self._written
+        if exit_ is None:
+            return _Outcome(LOST, (f"the answer broke off {broken}".strip(),))
+        return _Outcome(exit_.code, () if self._as_json else tuple(_remarks(exit_)))
+
+    def _take(self, data: bytes) -> None:
+        lines = self._reader.feed(data)
+        if self._as_json:
+            self._write(formats.Stream.STDOUT, lines)
+        else:
+            events = map(json.loads, lines.splitlines())
+            for stream, group in groupby(events, lambda event: formats.Stream(event["event"])):
+                self._write(stream, "".join(event["data"] for event in group).encode())
+        if self._reader.error is not None:
+            raise self._reader.error
+
+    def _write(self, stream: formats.Stream, data: bytes) -> None:
+        standard = sys.stdout if stream == formats.Stream.STDOUT else sys.stderr
+        if standard is not None:
+            self._writer.write(standard.fileno(), data)
+        elif stream == formats.Stream.STDOUT and data:
+            raise OutputError(os.strerror(errno.EBADF))
+        # A closed standard error loses what is written there, as other programs' does.
+
+    def _pause(self) -> None:
+        self._body.transport.pauseProducing()
+
+    def _resume(self) -> None:
+        self._body.transport.resumeProducing()
+
+    def _fail(self, error: Exception) -> None:
+        waiting = self._written if self._body.done.called else self._body.done
+        waiting.errback(Failure(error))
+        self._body.close()
+
+
+def _remarks(exit_: formats.Exit) -> Iterator[str]:
+    if exit_.truncated:
+        yield f"{exit_.dropped_bytes} bytes of output were dropped"
+    if exit_.reason:
+        yield f"ended by the coordinator: {exit_.reason}"

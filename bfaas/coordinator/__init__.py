@@ -1,0 +1,1 @@
+"""The coordinator's HTTP application and what it is made of."""

@@ -1,0 +1,1 @@
+"""HTTP with limits, both ends; it knows nothing of runs or machines."""

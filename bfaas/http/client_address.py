@@ -1,0 +1,17 @@
+"""Which addresses count as one client."""
+
+from __future__ import annotations
+
+from ipaddress import IPv6Address, IPv6Network, ip_address
+
+_HOST_BITS = 64
+
+
+def address_key(address: str) -> str:
+    """Tell the address, or the network, that counts as one client; raise `ValueError` if it is none."""
+    ip = ip_address(address)
+    if not isinstance(ip, IPv6Address):
+        return str(ip)
+    if ip.ipv4_mapped is not None:
+        return str(ip.ipv4_mapped)
+    return str(IPv6Network((int(ip) >> _HOST_BITS << _HOST_BITS, 128 - _HOST_BITS)))

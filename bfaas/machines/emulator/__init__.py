@@ -1,0 +1,1 @@
+"""The Machines API, emulated on one host."""

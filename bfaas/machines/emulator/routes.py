@@ -1,0 +1,369 @@
+"""
+The Machines API on this host: its URLs, status codes and error texts, in front of local machines.
+
+With it, a coordinator on a laptop takes the very path that it takes on Fly. The texts are those that clients
+of the real API have recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from klein import Klein
+from twisted.internet.defer import Deferred, FailureGroup, race
+from twisted.logger import Logger
+from werkzeug.exceptions import HTTPException
+
+from bfaas.http.server import read_body
+from bfaas.machines.api import (
+    CapacityError,
+    EndedError,
+    LeaseHeldError,
+    Machine,
+    MachineConfig,
+    MachinesAPI,
+    MachinesError,
+    NameTakenError,
+    NotFoundError,
+    NotReadyError,
+    RateLimitedError,
+    State,
+    WaitTimeoutError,
+)
+from bfaas.machines.codec import DecodeError, lease_to_json, machine_to_json, read_config
+
+if TYPE_CHECKING:
+    from twisted.python.failure import Failure
+    from twisted.web.server import Request
+
+# The emulator names these itself, so that it notices a mistake of the client.
+_NONCE = "fly-machine-lease-nonce"
+_SCHEMES = ("bearer", "flyv1")  # without regard to case: RFC 9110, 11.1
+
+ROOT = "/v1/apps/<app>/machines"
+_WAITABLE = ("started", "stopped", "suspended", "destroyed", "failed", "settled")
+_SETTLED = (State.STARTED, State.STOPPED, State.SUSPENDED, State.DESTROYED, State.FAILED)
+_MAX_WAIT = 60
+_GONE_QUIET = (State.STOPPED, State.SUSPENDED, State.FAILED, State.CREATED)
+
+
+class HostedMachines(MachinesAPI, Protocol):
+    """Machines that can be put behind the API: their configs and metadata can be told and changed."""
+
+    def config_of(self, machine_id: str) -> MachineConfig:
+        """Tell what a machine was made from. Raises `NotFoundError`."""
+        ...
+
+    def set_metadata(self, machine_id: str, key: str, value: str | None) -> None:
+        """Change one key of its metadata; None removes it. Raises `NotFoundError`."""
+        ...
+
+
+class BadRequestError(Exception):
+    """The request cannot be understood."""
+
+
+class MachinesServer:
+    """The API of one app. Requests need the token, where one is given, and any where none is."""
+
+    app = Klein()
+    _log = Logger()
+
+    def __init__(self, machines: HostedMachines, app_name: str, token: str | None) -> None:
+        self._machines = machines
+        self._app_name = app_name
+        self._tokens = _tokens(token) if token else None
+
+    # Errors.
+
+    @app.handle_errors(MachinesError)
+    def failed(self, request: Any, failure: Failure) -> bytes:
+        """Answer as the API does when it cannot do what is asked."""
+        error = failure.value
+        assert isinstance(error, MachinesError)  # noqa: S101 - what klein dispatched on
+        status, text = next((status, text) for kind, status, text in _ERRORS if isinstance(error, kind))
+        message = text.format(error=error)
+        if request.path.endswith(b"/lease") and isinstance(error, LeaseHeldError):
+            return self._reply(request, {"status": "error", "message": message, "code": "invalid"}, status)
+        return self._reply(request, {"error": message}, status)
+
+    @app.handle_errors(BadRequestError, DecodeError)
+    def misunderstood(self, request: Any, failure: Failure) -> bytes:
+        """Answer 400."""
+        return self._reply(request, {"error": f"invalid_argument: {failure.value}"}, 400)
+
+    @app.handle_errors(PermissionError)
+    def unauthorized(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - klein's
+        """Answer 401."""
+        return self._reply(request, {"error": "Authenticate: token validation error"}, 401)
+
+    @app.handle_errors(HTTPException)
+    def no_route(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - klein's
+        """Answer an unknown path as the API does: in plain text."""
+        request.setResponseCode(404)
+        request.setHeader("Content-Type", "text/plain; charset=utf-8")
+        return b"404 page not found"
+
+    def _check(self, request: Request, app: str) -> None:
+        scheme, _, rest = (request.getHeader("Authorization") or "").strip().partition(" ")
+        given = _tokens(rest) if scheme.lower() in _SCHEMES else frozenset()
+        if not given or (self._tokens is not None and not given <= self._tokens):
+            raise PermissionError
+        if app != self._app_name:
+            raise NotFoundError("app not found")
+
+    def _reply(self, request: Request, told: object, status: int = 200) -> bytes:
+        request.setResponseCode(status)
+        request.setHeader("Content-Type", "application/json; charset=utf-8")
+        request.setHeader("fly-request-id", f"{secrets.token_hex(13).upper()}-local")
+        return b"" if status == 204 else json.dumps(told).encode()  # noqa: PLR2004 - no content
+
+    # Machines.
+
+    @app.route(ROOT, methods=["GET"])
+    async def list(self, request: Request, app: str) -> bytes:
+        """Tell the machines, filtered by region, state and metadata."""
+        self._check(request, app)
+        states = set(_query(request, "state").split(",")) - {""}
+        region = _query(request, "region")
+        wanted = {
+            _text(name).removeprefix("metadata."): _text(values[-1])
+            for name, values in request.args.items()
+            if name.startswith(b"metadata.")
+        }
+        summary = _query(request, "summary") == "true"
+        told = [
+            machine_to_json(machine, None if summary else self._machines.config_of(machine.id))
+            for machine in await self._machines.list()
+            if (not states or machine.state in states)
+            and (not region or machine.region == region)
+            and all(machine.metadata.get(key) == value for key, value in wanted.items())
+        ]
+        return self._reply(request, told)
+
+    @app.route(ROOT, methods=["POST"])
+    async def create(self, request: Request, app: str) -> bytes:
+        """Make a machine."""
+        self._check(request, app)
+        asked = _json(request)
+        config = read_config(asked.get("config"))
+        name = asked.get("name") or f"local-machine-{secrets.randbelow(10_000):04}"
+        ttl = asked.get("lease_ttl") or 0
+        if not isinstance(name, str) or not isinstance(ttl, int) or ttl < 0:
+            raise BadRequestError("json: cannot unmarshal name or lease_ttl")
+        region = asked.get("region") or "local"
+        machine, lease = await self._machines.create(name, str(region), config, ttl)
+        told = self._tell(machine)
+        if ttl:
+            told["nonce"] = lease.nonce
+        return self._reply(request, told)
+
+    @app.route(f"{ROOT}/<machine_id>", methods=["GET"])
+    async def get(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Tell one machine."""
+        self._check(request, app)
+        return self._reply(request, self._tell(await self._machines.get(machine_id)))
+
+    @app.route(f"{ROOT}/<machine_id>", methods=["DELETE"])
+    async def destroy(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Destroy a machine; one that runs only if forced."""
+        self._check(request, app)
+        forced = "true" in (_query(request, "force"), _query(request, "kill"))
+        if not forced and (await self._machines.get(machine_id)).state not in _GONE_QUIET:
+            raise NotReadyError(
+                "unable to destroy machine, not currently stopped, suspended, failed or created"
+            )
+        await self._machines.destroy(machine_id, _nonce(request))
+        return self._reply(request, {"ok": True})
+
+    @app.route(f"{ROOT}/<machine_id>/start", methods=["POST"])
+    async def start(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Start a machine."""
+        self._check(request, app)
+        before = await self._machines.get(machine_id)
+        is_stale = await self._machines.start(machine_id, _nonce(request))
+        migrated = is_stale and before.state is not State.STARTED
+        told = {"previous_state": before.state, "migrated": migrated, "new_host": "local" if migrated else ""}
+        return self._reply(request, told)
+
+    @app.route(f"{ROOT}/<machine_id>/stop", methods=["POST"])
+    async def stop(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Stop a machine; local ones know no grace, whatever signal and timeout say."""
+        self._check(request, app)
+        if read_body(request):
+            request.content.seek(0)  # type: ignore[union-attr]
+            _check_stop(_json(request))
+        await self._machines.stop(machine_id, _nonce(request))
+        return self._reply(request, {"ok": True})
+
+    @app.route(f"{ROOT}/<machine_id>/suspend", methods=["POST"])
+    async def suspend(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Freeze a machine."""
+        self._check(request, app)
+        await self._machines.suspend(machine_id, _nonce(request))
+        return self._reply(request, {"ok": True})
+
+    @app.route(f"{ROOT}/<machine_id>/wait", methods=["GET"])
+    async def wait(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Wait until a machine is in one of some states, for 1 to 60 seconds; until a version of it is."""
+        self._check(request, app)
+        words = ",".join(map(_text, request.args.get(b"state", [b"started"]))).split(",")
+        if not set(words) <= set(_WAITABLE):
+            raise BadRequestError("invalid WaitMachineRequest.State")
+        timeout = _query(request, "timeout") or str(_MAX_WAIT)
+        if not re.fullmatch("[0-9]{1,3}", timeout) or not 1 <= int(timeout) <= _MAX_WAIT:
+            raise BadRequestError("invalid WaitMachineRequest.Timeout: value must be inside range [1s, 1m0s]")
+        machine = await self._machines.get(machine_id)
+        version = _query(request, "version") or _query(request, "instance_id") or machine.instance_id
+        machine = replace(machine, instance_id=version)
+        states = [state for word in words for state in (_SETTLED if word == "settled" else [State(word)])]
+        waits = [self._machines.wait(machine, state, float(timeout)) for state in states]
+        try:
+            await race([Deferred.fromCoroutine(wait) for wait in waits])
+        except FailureGroup as group:
+            if not any(failure.check(WaitTimeoutError, EndedError) for failure in group.failures):
+                group.failures[0].raiseException()
+            now = (await self._machines.get(machine_id)).state
+            raise WaitTimeoutError(f"{','.join(words)}, currently {now}") from None
+        told = {"ok": True, "state": (await self._machines.get(machine_id)).state}
+        return self._reply(request, {**told, "version": machine.instance_id})
+
+    # Leases.
+
+    @app.route(f"{ROOT}/<machine_id>/lease", methods=["GET"])
+    async def get_lease(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Tell the lease, nonce included."""
+        self._check(request, app)
+        return self._reply(request, lease_to_json(await self._machines.get_lease(machine_id)))
+
+    @app.route(f"{ROOT}/<machine_id>/lease", methods=["POST"])
+    async def acquire_lease(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Take a lease, or with its nonce make it last longer."""
+        self._check(request, app)
+        asked = _json(request)
+        ttl = asked.get("ttl") or _query(request, "ttl")
+        if isinstance(ttl, str) and re.fullmatch("[0-9]{1,9}", ttl):
+            ttl = int(ttl)
+        if not isinstance(ttl, int) or ttl <= 0:
+            raise BadRequestError("a lease needs a ttl in seconds")
+        nonce = _nonce(request)
+        if nonce is not None:
+            lease = await self._machines.refresh_lease(machine_id, nonce, ttl)
+            return self._reply(request, lease_to_json(lease))
+        description = str(asked.get("description") or "")
+        lease = await self._machines.acquire_lease(machine_id, ttl, description)
+        return self._reply(request, lease_to_json(lease), 201)
+
+    @app.route(f"{ROOT}/<machine_id>/lease", methods=["DELETE"])
+    async def release_lease(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Give a lease back."""
+        self._check(request, app)
+        nonce = _nonce(request)
+        if nonce is None:
+            raise BadRequestError("missing lease nonce")
+        await self._machines.release_lease(machine_id, nonce)
+        return self._reply(request, {"status": "success", "data": {"ok": True}})
+
+    # Metadata: open to the machine itself, and guarded by no lease.
+
+    @app.route(f"{ROOT}/<machine_id>/metadata", methods=["GET"])
+    async def get_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Tell all keys."""
+        self._check(request, app)
+        return self._reply(request, dict((await self._machines.get(machine_id)).metadata))
+
+    @app.route(f"{ROOT}/<machine_id>/metadata", methods=["PATCH", "PUT"])
+    async def patch_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
+        """Merge keys in; null or nothing removes one."""
+        self._check(request, app)
+        changes = _json(request).get("metadata")
+        if not isinstance(changes, dict):
+            raise BadRequestError("metadata is required")
+        for key, value in changes.items():
+            self._machines.set_metadata(machine_id, key, str(value) if value else None)
+        return self._reply(request, None, 204)
+
+    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["GET"])
+    async def get_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
+        """Tell one key."""
+        self._check(request, app)
+        metadata = (await self._machines.get(machine_id)).metadata
+        if key not in metadata:
+            raise NotFoundError("metadata key not found")
+        return self._reply(request, {"value": metadata[key]})
+
+    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["POST"])
+    async def set_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
+        """Set one key."""
+        self._check(request, app)
+        value = _json(request).get("value")
+        if not isinstance(value, str):
+            raise BadRequestError("value is required")
+        self._machines.set_metadata(machine_id, key, value)
+        return self._reply(request, None, 204)
+
+    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["DELETE"])
+    async def delete_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
+        """Remove one key."""
+        self._check(request, app)
+        self._machines.set_metadata(machine_id, key, None)
+        return self._reply(request, None, 204)
+
+    def _tell(self, machine: Machine) -> dict[str, Any]:
+        return machine_to_json(machine, self._machines.config_of(machine.id))
+
+
+_ERRORS: list[tuple[type[MachinesError], int, str]] = [
+    (NameTakenError, 409, "already_exists: {error}"),
+    (LeaseHeldError, 409, "{error}"),
+    (CapacityError, 409, "aborted: could not reserve resource for machine: {error}"),
+    (NotReadyError, 412, "failed_precondition: {error}"),
+    (NotFoundError, 404, "{error}"),
+    (WaitTimeoutError, 408, "deadline_exceeded: machine failed to reach desired state, {error}"),
+    (EndedError, 408, "deadline_exceeded: machine failed to reach desired state, {error}"),
+    (RateLimitedError, 429, "rate limit exceeded"),
+    (MachinesError, 503, "{error}"),
+]
+
+
+def _query(request: Request, name: str) -> str:
+    values: list[bytes] = request.args.get(name.encode(), [b""])
+    return _text(values[-1])
+
+
+def _text(told: bytes) -> str:
+    return told.decode("utf-8", "replace")
+
+
+def _nonce(request: Request) -> str | None:
+    return request.getHeader(_NONCE)
+
+
+def _tokens(text: str) -> frozenset[str]:
+    """Read tokens separated by commas, whose scheme may precede them."""
+    words = text.split()
+    while words and words[0].lower() in _SCHEMES:
+        words.pop(0)
+    return frozenset("".join(words).split(",")) - {""}
+
+
+def _json(request: Request) -> dict[str, Any]:
+    try:
+        told = json.loads(read_body(request) or b"{}")
+    except ValueError as error:
+        raise BadRequestError(str(error)) from None
+    if not isinstance(told, dict):
+        raise BadRequestError("json: cannot unmarshal into an object")
+    return told
+
+
+def _check_stop(told: dict[str, Any]) -> None:
+    signals = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM")
+    if told.get("signal", "SIGTERM") not in signals:
+        raise BadRequestError("invalid signal")
+    if not isinstance(told.get("timeout", ""), str):
+        raise BadRequestError("json: cannot unmarshal number into Go struct field timeout of type string")

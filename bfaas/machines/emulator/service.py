@@ -1,0 +1,83 @@
+"""
+Local machines behind the Machines API's URLs, and the proxy that leads to them: Fly on one host.
+
+`twistd bfaas-machines`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from twisted.application.service import MultiService
+from twisted.internet.defer import Deferred
+
+from bfaas.http.client import single_use_agent
+from bfaas.http.server import MAX_CONNECTIONS, BoundedSite
+from bfaas.machines.emulator.fly_proxy import Flycast
+from bfaas.machines.emulator.routes import MachinesServer
+from bfaas.machines.local.processes import LocalMachines, examine_host
+from bfaas.system.listener import Listener
+from bfaas.system.logs import logged
+from bfaas.system.runtime import RoleOptions, check, configure_reactor, max_connections
+
+if TYPE_CHECKING:
+    from twisted.application.service import IService
+
+_MAX_BODY = 16 << 20
+_FLUSH_LIMIT = 5.0
+
+
+class Options(RoleOptions):
+    """Command-line options of the stand-in. A token is asked of clients if FLY_TOKEN is set."""
+
+    role = "bfaas-machines"
+
+    optParameters: ClassVar = [
+        ["listen", "l", "tcp:4280:interface=127.0.0.1", "Endpoint of the Machines API."],
+        ["proxy", "p", "tcp:4281:interface=127.0.0.1", "Endpoint of the proxy that leads to the machines."],
+        ["app", "a", "workers", "Name of the app whose machines these are."],
+    ]
+    optFlags: ClassVar = [["rate-limits", "r", "Refuse what comes too fast, as Fly does."]]
+
+
+class MachinesService(MultiService):
+    """The API and the proxy; all machines end with it."""
+
+    def __init__(self, machines: LocalMachines, sites: list[BoundedSite]) -> None:
+        super().__init__()
+        self._machines = machines
+        self._sites = sites
+
+    def stopService(self) -> Deferred[None]:
+        """Stop listening, end the machines."""
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        await MultiService.stopService(self)
+        await self._machines.shutdown()
+        for site in self._sites:
+            await site.drain(_FLUSH_LIMIT)
+
+
+def makeService(options: Options, reactor: Any = None) -> IService:
+    """Compose the stand-in. Raise with one line where it cannot be."""
+    if reactor is None:
+        check(options)
+        from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
+    configure_reactor(reactor)
+    limited = bool(options["rate-limits"])
+    host = examine_host()
+    machines = LocalMachines(
+        reactor, time.time, sandboxed=host.sandboxed, directory=host.directory, rate_limited=limited
+    )
+    server = MachinesServer(machines, options["app"], os.environ.get("FLY_TOKEN"))
+    most = min(MAX_CONNECTIONS, max_connections())
+    agent = single_use_agent(reactor)
+    api = BoundedSite(reactor, server.app.resource(), _MAX_BODY, max_connections=most)
+    proxy = BoundedSite(reactor, Flycast(machines, agent), _MAX_BODY, max_connections=most)
+    service = MachinesService(machines, [api, proxy])
+    for option, site in (("listen", api), ("proxy", proxy)):
+        Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)
+    return logged(service, options, reactor)

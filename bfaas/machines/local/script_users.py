@@ -1,0 +1,130 @@
+"""
+User ids for the scripts of local machines, where this process may run programs as other users.
+
+Linux counts the processes of a user (RLIMIT_NPROC) on the whole host, and lets processes of one user signal
+and read each other. So every boot of a machine gets an id that nothing else on the host uses.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import os
+import pwd
+import re
+import struct
+from contextlib import suppress
+from pathlib import Path
+from random import SystemRandom
+from typing import TYPE_CHECKING
+
+from bfaas.system.confinement import User, missing_capabilities
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+# Neither users, nor containers, nor services get ids here: https://systemd.io/UIDS-GIDS/. The second range
+# is for containers, which often have ids below 65536 alone.
+RANGES = (range(1_900_000_000, 1_900_065_536), range(60_578, 61_184))
+
+# Bits of CapEff (linux/capability.h): to give a home to its user, and to remove it.
+_CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3}
+
+_SUBORDINATE = re.compile(r"[^:]*:([0-9]{1,10}):([0-9]{1,10})")
+
+_LOCKS = Path("/run/bfaas-uids.lock")
+
+
+class NoUserError(OSError):
+    """No user id is free."""
+
+
+def unavailable() -> str | None:
+    """Return why scripts cannot have users of their own here, or None if they can."""
+    if os.geteuid() != 0:
+        return "only root can run scripts as other users"
+    lacking = missing_capabilities(_CAPABILITIES)
+    if lacking:
+        return f"cannot give homes to other users without {', '.join(lacking)}"
+    reasons = [User(ids[0], ids[0]).unavailable() for ids in RANGES]
+    return None if None in reasons else reasons[0]
+
+
+class ScriptUsers:
+    """Users of this host for scripts. Ids are locked for as long as they are used, and this process lives."""
+
+    def __init__(self, random: SystemRandom | None = None) -> None:
+        ids = next((ids for ids in RANGES if User(ids[0], ids[0]).unavailable() is None), RANGES[0])
+        self._ids = ids
+        self._assigned = _assigned_ids()
+        # Where locks cannot be had, processes that start at random places seldom meet.
+        self._next = (random or SystemRandom()).randrange(len(ids))
+        self._used: set[int] = set()
+        self._locks: int | None = None
+
+    def acquire(self) -> User:
+        """Choose a user that has no processes. Raises `NoUserError`."""
+        busy = _owners_of_processes() | self._used
+        for _ in self._ids:
+            number = self._ids[self._next]
+            # An id is used again as late as possible: what a script has left outside its home is still its.
+            self._next = (self._next + 1) % len(self._ids)
+            if number in busy or any(number in assigned for assigned in self._assigned):
+                continue
+            if self._lock(number, fcntl.F_WRLCK):
+                self._used.add(number)
+                return User(number, number)
+        raise NoUserError("no user id is free for a script")
+
+    def release(self, user: User) -> None:
+        """Return a user whose processes have been killed."""
+        if user.uid in self._used:
+            self._used.remove(user.uid)
+            self._lock(user.uid, fcntl.F_UNLCK)
+
+    def close(self) -> None:
+        """Release everything."""
+        self._used.clear()
+        if self._locks is not None:
+            os.close(self._locks)
+            self._locks = None
+
+    def _lock(self, number: int, kind: int) -> bool:
+        """Lock or unlock the byte of an id; the lock belongs to the open file (F_OFD_SETLK, fcntl(2))."""
+        try:
+            if self._locks is None:
+                flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+                self._locks = os.open(_LOCKS, flags, 0o600)
+        except OSError:
+            return True
+        # struct flock: l_type, l_whence, l_start, l_len, l_pid
+        request = struct.pack("hhqqi0q", kind, os.SEEK_SET, number, 1, 0)
+        try:
+            fcntl.fcntl(self._locks, fcntl.F_OFD_SETLK, request)
+        except OSError:
+            return False
+        return True
+
+
+def _assigned_ids() -> list[Container[int]]:
+    """Return the ids of users and groups, and the ranges that users may give to containers (subuid(5))."""
+    found: list[Container[int]] = [
+        {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
+    ]
+    for path in ("/etc/subuid", "/etc/subgid"):
+        with suppress(OSError):
+            for line in Path(path).read_text("utf-8", "replace").splitlines():
+                match = _SUBORDINATE.fullmatch(line)
+                if match:
+                    found.append(range(int(match[1]), int(match[1]) + int(match[2])))
+    return found
+
+
+def _owners_of_processes() -> set[int]:
+    owners = set()
+    with suppress(FileNotFoundError), os.scandir("/proc") as entries:
+        for entry in entries:
+            if entry.name.isdigit():
+                with suppress(OSError):
+                    owners.add(entry.stat().st_uid)
+    return owners

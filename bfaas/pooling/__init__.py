@@ -1,0 +1,1 @@
+"""The parts of the pool: slots, the queue, machine lifecycles, reconciliation."""

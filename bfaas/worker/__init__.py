@@ -1,0 +1,1 @@
+"""The worker's HTTP application, and the bash process that it runs."""

@@ -1,0 +1,450 @@
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+from typing import TYPE_CHECKING
+from unittest import skipIf, skipUnless
+
+from twisted.trial.unittest import TestCase
+
+from bfaas.protocol.formats import Exit, Reason, Stream
+from bfaas.protocol.request import RunRequest
+from bfaas.system.confinement import SEARCH_PATH, User, name_of
+from bfaas.worker.bash_process import BashRun, script_environment
+from bfaas.worker.pipes import PIECE
+from tests.support.workers import LIMIT, reactor, until, watch_for_leftovers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from bfaas.system import process_tree
+
+BWRAP = ("bwrap", "--unshare-pid", "--die-with-parent", "--dev-bind", "/", "/", "--proc", "/proc")
+
+needs_bwrap = skipIf(
+    subprocess.run([*BWRAP, "true"], check=False, capture_output=True).returncode != 0
+    if shutil.which("bwrap")
+    else True,
+    "bubblewrap is not installed, or not allowed here",
+)
+
+PLENTY = 1 << 30
+
+NOBODY = User(65534, 65534)
+
+# By whom, and in what, scripts run: as ourselves, as another user, as one without a name, in bubblewrap.
+WAYS: list[tuple[User | None, tuple[str, ...]]] = [(None, ())]
+if os.geteuid() == 0:
+    WAYS += [(NOBODY, ()), (User(1_947_000, 1_947_000), ())]
+if (
+    shutil.which("bwrap")
+    and subprocess.run([*BWRAP, "true"], check=False, capture_output=True).returncode == 0
+):
+    WAYS += [(user, BWRAP) for user, _ in WAYS]
+
+
+def on_a_plain_host(script: str) -> subprocess.CompletedProcess[bytes]:
+    """Run a script as `ssh` would: in a shell that leads a session, with nothing inherited."""
+    return subprocess.run(
+        ["setsid", "--wait", "/bin/bash", "-c", script],
+        env={"PATH": SEARCH_PATH, "HOME": "/"}, umask=0o022,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=False,
+    )  # fmt: skip
+
+
+class Output:
+    """Keeps what a run gives."""
+
+    def __init__(self) -> None:
+        self.of: dict[Stream, list[bytes]] = {stream: [] for stream in Stream}
+
+    def __call__(self, stream: Stream, data: bytes) -> None:
+        self.of[stream].append(data)
+
+    @property
+    def both(self) -> tuple[bytes, bytes]:
+        return b"".join(self.of[Stream.STDOUT]), b"".join(self.of[Stream.STDERR])
+
+
+class BashRunTests(TestCase):
+    timeout = 2 * LIMIT
+    left: Callable[[], list[process_tree.Process]]
+
+    def setUp(self) -> None:
+        self.left = watch_for_leftovers(self)
+
+    def start(
+        self,
+        script: str,
+        *,
+        max_output: int = PLENTY,
+        sandbox: tuple[str, ...] = (),
+        user: User | None = None,
+    ) -> tuple[BashRun, Output]:
+        output = Output()
+        run = BashRun(reactor, output, max_output)
+        environment = script_environment("/", "machine", "ams", user)
+        run.start(reactor, RunRequest.plain(script.encode()), environment, sandbox, user)
+        return run, output
+
+    async def run_script(
+        self,
+        script: str,
+        *,
+        max_output: int = PLENTY,
+        sandbox: tuple[str, ...] = (),
+        user: User | None = None,
+    ) -> tuple[Exit, bytes, bytes]:
+        run, output = self.start(script, max_output=max_output, sandbox=sandbox, user=user)
+        exit_ = await run.when_ended()
+        return exit_, *output.both
+
+    async def assert_ends_with_nothing_left(
+        self, script: str, stdout: bytes, sandbox: tuple[str, ...] = ()
+    ) -> None:
+        exit_, out, _ = await self.run_script(script, sandbox=sandbox)
+        self.assertEqual((0, stdout, []), (exit_.code, out, self.left()))
+        assert exit_.wall_ms is not None
+        self.assertLess(exit_.wall_ms, 20_000)
+
+    async def assert_killed(self, script: str, sandbox: tuple[str, ...] = ()) -> None:
+        run, output = self.start(script, sandbox=sandbox)
+        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        run.kill(Reason.TIMEOUT)
+        exit_ = await run.when_ended()
+        self.assertEqual((124, "timeout", None), (exit_.code, exit_.reason, exit_.signal))
+        self.assertEqual((b"up\n", []), (output.both[0], self.left()))
+
+    async def test_loses_nothing_of_either_stream(self) -> None:
+        for _ in range(30):
+            exit_, out, err = await self.run_script("echo out; echo err >&2; exit 3")
+            self.assertEqual((3, None, b"out\n", b"err\n"), (exit_.code, exit_.signal, out, err))
+
+    async def run_with(
+        self, script: str, sandbox: tuple[str, ...] = (), user: User | None = None, **more: object
+    ) -> tuple[Exit, bytes, bytes]:
+        """Run what a request in JSON asks for."""
+        ask, output = RunRequest.from_json(json.dumps({"script": script, **more}).encode()), Output()
+        run = BashRun(reactor, output, PLENTY)
+        run.start(reactor, ask, script_environment("/", "machine", "ams", user), sandbox, user)
+        return await run.when_ended(), *output.both
+
+    async def test_standard_input_is_given_whole_and_ends(self) -> None:
+        much = "0123456789abcdef" * (1 << 16)
+        exit_, out, err = await self.run_with("cat; echo >&2 end", stdin=much)
+        self.assertEqual((0, much.encode(), b"end\n"), (exit_.code, out, err))
+
+    async def test_standard_input_that_is_not_read_is_no_obstacle(self) -> None:
+        much = "x" * (1 << 20)
+        for script, stdout in [
+            ("echo out", b"out\n"),
+            ("exec <&-; echo out", b"out\n"),
+            ("head -c 3", b"xxx"),
+            ("sleep 1000 <&0 & exec <&-; echo out", b"out\n"),
+            ("head -c 100000 /dev/zero | tr '\\0' y; head -c 1", b"y" * 100_000 + b"x"),
+        ]:
+            exit_, out, _ = await self.run_with(script, stdin=much)
+            self.assertEqual((0, stdout, []), (exit_.code, out, self.left()))
+
+    async def test_variables_are_the_scripts_alone(self) -> None:
+        env = {
+            "PATH": "/nowhere",
+            "LD_PRELOAD": "/proc/self/fd/3",
+            "A": "b c\n=\u20ac",
+            "FLY_MACHINE_ID": "x",
+        }
+        for script in ("", ": " + "x" * 200_000 + "\n"):
+            exit_, out, _ = await self.run_with(
+                script + 'printf "%s|" "$PATH" "$A" "$FLY_MACHINE_ID" "$HOME"', env=env
+            )
+            self.assertEqual((0, "/nowhere|b c\n=\u20ac|x|/|"), (exit_.code, out.decode()))
+
+    @skipIf(os.geteuid() != 0, "only root can become another user")
+    async def test_variables_do_not_reach_what_confines_the_script(self) -> None:
+        # The loader complains once for each program that has the variable: bash, and not root's.
+        exit_, out, err = await self.run_with(
+            "echo $EUID", (), User(65534, 65534), env={"LD_PRELOAD": "/no/library.so", "PATH": ""}
+        )
+        self.assertEqual((0, b"65534\n"), (exit_.code, out))
+        self.assertEqual(1, err.count(b"/no/library.so"), err)
+
+    async def test_tells_how_bash_ended(self) -> None:
+        for script, code, name in [
+            ("", 0, None),
+            ("exit 255", 255, None),
+            ("exit 137", 137, None),
+            ("kill -KILL $$", 137, "SIGKILL"),
+            ("ulimit -c 0; kill -SEGV $$", 139, "SIGSEGV"),
+            ("if", 2, None),
+            ("no-such-command", 127, None),
+            ("-x", 127, None),  # a command that is missing, not an option of bash
+        ]:
+            exit_, _, _ = await self.run_script(script)
+            self.assertEqual((script, code, name, None), (script, exit_.code, exit_.signal, exit_.reason))
+
+    async def test_counts_the_time_of_all_its_processes(self) -> None:
+        exit_, _, _ = await self.run_script("(for i in {1..300000}; do :; done); sleep 0.2")
+        assert exit_.wall_ms is not None
+        assert exit_.cpu_ms is not None
+        self.assertGreater(exit_.cpu_ms, 50)
+        self.assertGreaterEqual(exit_.wall_ms, 200)
+
+    async def test_carriage_returns_reach_bash_as_they_are(self) -> None:
+        _, out, _ = await self.run_script("echo a\r\necho b\r\n")
+        self.assertEqual(b"a\r\nb\r\n", out)
+
+    async def test_a_script_longer_than_one_argument_is_run_whole(self) -> None:
+        padding = "# é padding\n" * 20_000
+        script = (
+            'echo first "$0"; ls /proc/$$/fd; read line || echo no input\n' + padding + "echo last; exit 7"
+        )
+        short = 'echo first "$0"; ls /proc/$$/fd; read line || echo no input\necho last; exit 7'
+        self.assertGreater(len(script), 200_000)
+        short_exit, short_out, short_err = await self.run_script(short)
+        exit_, out, err = await self.run_script(script)
+        self.assertEqual(b"first /bin/bash\n0\n1\n2\nno input\nlast\n", out)
+        self.assertEqual((7, out, err), (short_exit.code, short_out, short_err))
+        self.assertEqual(7, exit_.code)
+
+    async def test_a_script_is_as_good_at_each_side_of_the_limit_of_an_argument(self) -> None:
+        for size in (128 * 1024 - 2, 128 * 1024 - 1, 128 * 1024):
+            exit_, out, _ = await self.run_script("-x\necho $LINENO; exit 5\n".ljust(size, "#"))
+            self.assertEqual((size, 5, b"2\n"), (size, exit_.code, out))
+
+    async def test_drops_and_counts_output_past_its_limit_and_goes_on(self) -> None:
+        exit_, out, err = await self.run_script(
+            "head -c 300000 /dev/zero; echo err >&2; exit 4", max_output=100_000
+        )
+        self.assertEqual(100_000, len(out) + len(err))
+        self.assertEqual((4, True, 200_004), (exit_.code, exit_.truncated, exit_.dropped_bytes))
+
+    async def test_output_up_to_its_limit_is_whole(self) -> None:
+        exit_, out, _ = await self.run_script("echo 1234", max_output=5)
+        self.assertEqual((b"1234\n", False, 0), (out, exit_.truncated, exit_.dropped_bytes))
+
+    async def test_when_bash_exits_its_background_processes_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left("sleep 1000 & echo out", b"out\n")
+
+    async def test_when_bash_exits_other_sessions_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left("setsid sleep 1000 & sleep 0.1; echo out", b"out\n")
+
+    async def test_when_bash_exits_daemons_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left(
+            "( ( setsid sleep 1000 & ) & ); sleep 0.1; echo out", b"out\n"
+        )
+
+    async def test_when_bash_exits_the_disowned_are_killed(self) -> None:
+        script = "nohup sleep 1000 & disown; sleep 1000 & disown -h; echo out"
+        await self.assert_ends_with_nothing_left(script, b"out\n")
+
+    async def test_when_bash_exits_hundreds_are_killed(self) -> None:
+        await self.assert_ends_with_nothing_left(
+            "for i in {1..200}; do sleep 1000 & done; echo out", b"out\n"
+        )
+
+    async def test_what_the_background_wrote_before_the_end_is_given(self) -> None:
+        script = "(head -c 60000 /dev/zero; kill -USR1 $$; sleep 1000) & trap 'exit 0' USR1; wait"
+        exit_, out, _ = await self.run_script(script)
+        self.assertEqual((0, bytes(60_000)), (exit_.code, out))
+
+    async def test_kills_what_ignores_signals(self) -> None:
+        await self.assert_killed("trap '' TERM INT HUP; echo up; while :; do :; done")
+
+    async def test_kills_a_pipeline(self) -> None:
+        await self.assert_killed("echo up; sleep 1000 | cat")
+
+    async def test_kills_the_stopped(self) -> None:
+        await self.assert_killed("echo up; kill -STOP $$")
+
+    async def test_kills_other_sessions(self) -> None:
+        await self.assert_killed("setsid sleep 1000 & sleep 0.1; echo up; wait")
+
+    async def test_a_run_killed_at_once_ends_too(self) -> None:
+        run, _ = self.start("sleep 1000; true")
+        run.kill()
+        exit_ = await run.when_ended()
+        self.assertEqual((137, "SIGKILL", None), (exit_.code, exit_.signal, exit_.reason))
+
+    async def test_only_the_first_reason_for_a_kill_counts_and_none_after_the_end(self) -> None:
+        run, _ = self.start("sleep 1000")
+        run.kill(Reason.TIMEOUT)
+        run.kill(Reason.OUTPUT_LIMIT)
+        exit_ = await run.when_ended()
+        run.kill(Reason.OUTPUT_LIMIT)
+        self.assertEqual("timeout", exit_.reason)
+        self.assertEqual(exit_, await run.when_ended())
+
+    async def test_a_paused_run_waits_and_then_loses_nothing(self) -> None:
+        run, output = self.start("seq 400000; echo end >&2")
+        run.pauseProducing()
+        await until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
+        before = output.both
+        run.resumeProducing()
+        await run.when_ended()
+        self.assertEqual((b"", b""), before)
+        self.assertEqual("".join(f"{n}\n" for n in range(1, 400_001)).encode(), output.both[0])
+        self.assertEqual(b"end\n", output.both[1])
+
+    async def test_a_run_that_is_paused_when_bash_exits_gives_everything(self) -> None:
+        # As much as no pipe holds that was not widened; so bash would not exit.
+        run, output = self.start("head -c 1000000 /dev/zero; echo err >&2")
+        run.pauseProducing()
+        await run.when_ended()
+        self.assertEqual((bytes(1_000_000), b"err\n"), output.both)
+        self.assertEqual(PIECE, max(map(len, output.of[Stream.STDOUT])))
+
+    async def test_bash_runs_behind_the_sandbox(self) -> None:
+        _, out, _ = await self.run_script("echo $MARK", sandbox=("env", "MARK=1"))
+        self.assertEqual(b"1\n", out)
+
+    @needs_bwrap
+    async def test_bubblewrap_tells_a_signal_as_the_signal(self) -> None:
+        exit_, out, _ = await self.run_script("echo out; kill -KILL $$", sandbox=BWRAP)
+        self.assertEqual((137, "SIGKILL", b"out\n"), (exit_.code, exit_.signal, out))
+        exit_, _, _ = await self.run_script("exit 3", sandbox=BWRAP)
+        self.assertEqual((3, None), (exit_.code, exit_.signal))
+
+    @needs_bwrap
+    async def test_bubblewrap_leaves_nothing_of_a_run_that_is_killed(self) -> None:
+        await self.assert_killed("setsid sleep 1000 & sleep 0.1; echo up; wait", BWRAP)
+
+    @needs_bwrap
+    async def test_bubblewrap_leaves_nothing_when_bash_exits(self) -> None:
+        script = "setsid sleep 1000 & ( ( sleep 1000 & ) & ); echo out"
+        await self.assert_ends_with_nothing_left(script, b"out\n", BWRAP)
+
+    async def test_a_script_has_limits_but_shares_the_count_of_processes_with_us(self) -> None:
+        _, out, _ = await self.run_script(
+            "for limit in c n f u; do ulimit -$limit; done; cat /proc/self/oom_score_adj"
+        )
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        processes = "unlimited" if hard == resource.RLIM_INFINITY else str(hard)
+        self.assertEqual(["0", "1024", "1048576", processes, "1000"], out.decode().split())
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_a_script_of_another_user_has_no_groups_no_way_back_and_few_processes(self) -> None:
+        script = "id -u; id -G; ulimit -u; grep -E 'Cap(Prm|Eff|Amb)|NoNewPrivs' /proc/self/status"
+        script += "\n" + "#" * 200_000  # too long for an argument
+        exit_, out, err = await self.run_script(script, user=User(1_947_000, 1_947_001))
+        none = ["CapPrm:", "0" * 16, "CapEff:", "0" * 16, "CapAmb:", "0" * 16, "NoNewPrivs:", "1"]
+        self.assertEqual((0, b""), (exit_.code, err))
+        self.assertEqual(["1947000", "1947001", "512", *none], out.decode().split())
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_kills_what_runs_as_another_user(self) -> None:
+        run, output = self.start("setsid sleep 1000 & echo up; sleep 1000", user=User(1_947_000, 1_947_000))
+        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        run.kill(Reason.TIMEOUT)
+        self.assertEqual(124, (await run.when_ended()).code)
+        self.assertEqual([], self.left())
+
+    @needs_bwrap
+    async def test_the_processes_in_a_sandbox_are_counted_alone(self) -> None:
+        _, out, _ = await self.run_script("ulimit -u\n" + "#" * 200_000, sandbox=BWRAP)
+        self.assertEqual(b"512\n", out)
+
+    async def test_a_script_opens_its_streams_by_name(self) -> None:
+        script = """
+            echo 1 >/dev/stdout; echo 2 >/dev/fd/1; echo 3 >>/proc/self/fd/1; echo 4 | tee /dev/fd/1 | cat
+            exec 5>/dev/stdout 6>/dev/stderr; echo 5 >&5; echo 6 >&6
+            echo 7 >/dev/stderr; echo 8 >/proc/$$/fd/2
+            python3 -c 'print(9, file=open("/dev/stderr", "a"))'
+            read line </dev/stdin; cat /dev/stdin /dev/fd/0 /proc/self/fd/0
+        """
+        for user, sandbox in WAYS:
+            for stdin, rest in (("a\nb\n", b"b\n"), ("", b"")):
+                for padding in ("", "#" * 200_000):
+                    exit_, out, err = await self.run_with(script + padding, sandbox, user, stdin=stdin)
+                    self.assertEqual((0, b"1\n2\n3\n4\n4\n5\n" + rest), (exit_.code, out), err)
+                    self.assertEqual(b"6\n7\n8\n9\n", err)
+
+    async def test_a_script_knows_who_it_is(self) -> None:
+        script = 'set -u; echo $USER $LOGNAME $SHELL; [ "$USER" = "$(id -un 2>/dev/null)" ] && echo same'
+        for user, sandbox in WAYS:
+            exit_, out, err = await self.run_script(script, sandbox=sandbox, user=user)
+            name = "nobody" if user == NOBODY else str(user.uid) if user else name_of(None)
+            expected = f"{name} {name} /bin/bash\nsame\n"
+            self.assertEqual((0, expected, b""), (exit_.code, out.decode(), err))
+
+    async def test_a_script_begins_as_on_a_plain_host(self) -> None:
+        script = """
+            umask; trap -p; echo $-; cd; pwd
+            for stream in 0 1 2; do [ -t $stream ] && echo terminal; done; (: </dev/tty) 2>&1 | sed 's/.*: //'
+            grep -E '^Sig(Blk|Cgt)' /proc/$$/status
+            ignored=0x$(awk '/^SigIgn/ {print $2}' /proc/$$/status)
+            for number in {1..31}; do (( ignored >> (number - 1) & 1 )) && echo ignores $number; done
+            ls /proc/$$/fd
+            yes | head -n 1; echo ${PIPESTATUS[@]}
+            read -r pid _ _ _ group session _ </proc/$$/stat
+            [ $pid = $group ] && [ $pid = $session ] && echo leads
+            set -m; sleep 0 & wait $!; echo $?; set +m
+            timeout 0.1 sleep 5; echo $?
+            bash -c 'kill -INT $$'; echo $?
+            trap 'echo terminated; exit 5' TERM; kill 0; echo not reached
+        """
+        plain = on_a_plain_host(script)
+        self.assertEqual((5, True), (plain.returncode, plain.stdout.endswith(b"terminated\n")))
+        before = os.umask(0o077)
+        self.addCleanup(os.umask, before)
+        self.addCleanup(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        for user, sandbox in WAYS:
+            exit_, out, _ = await self.run_script(script, sandbox=sandbox, user=user)
+            self.assertEqual((5, None, plain.stdout.decode()), (exit_.code, exit_.signal, out.decode()))
+
+    async def test_a_script_signals_its_own_group(self) -> None:
+        for user, sandbox in WAYS:
+            script = "trap 'echo got; exit 5' TERM; sleep 1000 & kill -TERM -- -$$; echo not reached"
+            exit_, out, _ = await self.run_script(script, sandbox=sandbox, user=user)
+            self.assertEqual((5, b"got\n", []), (exit_.code, out, self.left()))
+            exit_, out, _ = await self.run_script("echo out; kill 0; sleep 9", sandbox=sandbox, user=user)
+            self.assertEqual((143, "SIGTERM", b"out\n"), (exit_.code, exit_.signal, out))
+
+    async def test_merged_streams_are_one(self) -> None:
+        for user, sandbox in WAYS:
+            output = Output()
+            run = BashRun(reactor, output, PLENTY)
+            script = "for i in {1..100}; do echo o$i; echo e$i >&2; done; echo end >/dev/stderr"
+            environment = script_environment("/", "machine", "ams", user)
+            run.start(reactor, RunRequest.plain(script.encode()), environment, sandbox, user, merged=True)
+            self.assertEqual(0, (await run.when_ended()).code)
+            expected = "".join(f"o{i}\ne{i}\n" for i in range(1, 101)) + "end\n"
+            self.assertEqual((expected.encode(), b""), output.both)
+
+    async def test_a_script_that_does_not_begin_is_told_apart(self) -> None:
+        broken = ("sh", "-c", "echo one >&2; echo two; exit 3", "sh")
+        for sandbox, complaint in (
+            (broken, {"one; two", "two; one"}),
+            (("false",), {""}),
+            (("/no/such/program",), None),
+            (("bwrap", "--bind", "/no/such/place", "/", "--"), None),
+            # Everything but bash, which is not there.
+            (("bwrap", "--bind", "/usr/lib", "/usr/lib", "--"), None),
+        ):
+            run, output = self.start("echo never", sandbox=sandbox)
+            self.assertFalse(await run.when_begun())
+            exit_ = await run.when_ended()
+            self.assertEqual((125, "not-started", None), (exit_.code, exit_.reason, exit_.signal))
+            self.assertEqual((b"", b""), output.both)
+            self.assertTrue(run.complaint if complaint is None else run.complaint in complaint)
+
+    async def test_a_script_that_begins_has_its_own_fate(self) -> None:
+        for script, code in (
+            ("exit 126", 126), ("exec /no/such/program", 127), ("exec 4>&-; exit 125", 125),
+            ("kill -9 $$", 137),
+        ):  # fmt: skip
+            run, _ = self.start(script)
+            self.assertTrue(await run.when_begun())
+            exit_ = await run.when_ended()
+            self.assertEqual((code, None), (exit_.code, exit_.reason))
+
+    async def test_memory_that_cannot_be_told_from_ours_is_left_out(self) -> None:
+        run, _ = self.start("true")
+        self.assertIsNone((await run.when_ended()).max_rss_kb)
+
+    async def test_a_script_with_a_nul_is_refused(self) -> None:
+        with self.assertRaises(ValueError):
+            self.start("echo \0")

@@ -1,0 +1,506 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+from unittest import skipUnless
+
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.error import ConnectionDone, ProcessDone
+from twisted.internet.task import Clock, deferLater
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.python.filepath import FilePath
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+from twisted.web.server import Site
+
+from bfaas.settings import BasherSettings
+from bfaas.system import process_tree
+from bfaas.system.confinement import BEGUN
+from bfaas.tokens import Signer, genkey
+from bfaas.worker.app import WorkerApp
+from tests.support.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
+
+if TYPE_CHECKING:
+    from twisted.internet.protocol import ProcessProtocol
+
+ENDLESS = "echo up; setsid sleep 1000 & sleep 1000 | cat; :"
+
+
+class PlayedProcess:
+    """A process's transport, without a process."""
+
+    pid = 1 << 30  # no process has this number
+
+    def __init__(self) -> None:
+        self.pipes: dict[int, Any] = {}
+
+    def pauseProducing(self) -> None:
+        pass
+
+    def resumeProducing(self) -> None:
+        pass
+
+    def signalProcess(self, _: str) -> None:
+        pass
+
+
+class PlayedReactor(Clock):
+    """Moved by hand; its one process is played by the test."""
+
+    error: OSError | None = None
+    begins = True
+    process: ProcessProtocol
+
+    def spawnProcess(self, protocol: ProcessProtocol, *_: object, **__: object) -> None:
+        if self.error is not None:
+            raise self.error
+        self.process = protocol
+        transport = PlayedProcess()
+        protocol.makeConnection(transport)
+        for pipe in transport.pipes.values():
+            os.close(pipe.fileno())
+        transport.pipes.clear()
+        if self.begins:
+            protocol.childDataReceived(BEGUN, b"\n")
+
+    def addReader(self, reader: object) -> None:
+        pass
+
+
+class PlayedRunTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.finished = 0
+        self.reactor = PlayedReactor()
+        self.clock_error = 0.0
+        settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
+        played: Any = self.reactor
+        runner = WorkerApp(played, settings, lambda: time.time() + self.clock_error, self.finish)
+        self.site = Site(runner.app.resource(), reactor=self.reactor)
+
+    def finish(self) -> None:
+        self.finished += 1
+
+    def post(self, query: str = "", body: str = ":", kind: str = "text/plain") -> str:
+        """Send a request; the head of the answer."""
+        self.transport = StringTransport()
+        self.channel = self.site.buildProtocol(None)
+        self.channel.makeConnection(self.transport)
+        length = len(body.encode())
+        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {length}\r\n"
+        self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
+        head, _, self.rest = self.written().decode().partition("\r\n\r\n")
+        return head
+
+    def written(self) -> bytes:
+        """What was written since the last look."""
+        data: bytes = self.transport.value()
+        self.transport.clear()
+        return data
+
+    def say(self, data: bytes, stream: int = 1) -> bytes:
+        self.reactor.process.childDataReceived(stream, data)
+        return self.written()
+
+    def end(self) -> bytes:
+        """End the process, then the connection; nothing may be left to do."""
+        self.reactor.process.processExited(Failure(ProcessDone(0)))
+        self.reactor.process.processEnded(Failure(ProcessDone(0)))
+        self.channel.connectionLost(Failure(ConnectionDone()))
+        self.assertEqual([], self.reactor.getDelayedCalls())
+        return self.written()
+
+    def test_a_body_that_is_not_a_script_is_refused_and_the_worker_stays_unused(self) -> None:
+        for kind, body, status in (
+            ("multipart/form-data; boundary=x", "--x", 415),
+            ("application/x-www-form-urlencoded", "script=echo&x=1", 415),
+            ("text/plain; charset=utf-16", ":", 415),
+            ("text/plain\r\nContent-Encoding: gzip", ":", 415),
+            ("text/plain\r\nContent-Type: application/json", ":", 400),
+            ("text/plain", "\ufeff:", 400),
+        ):
+            self.assertIn(f" {status} ", self.post(body=body, kind=kind).splitlines()[0], kind)
+        self.assertEqual(0, self.finished)
+        self.assertIn(" 200 ", self.post(kind="application/x-www-form-urlencoded"))
+        self.end()
+
+    def test_the_head_is_sent_before_there_is_output(self) -> None:
+        head = self.post()
+        self.assertIn(" 200 ", head)
+        self.assertIn(f"Worker: {MACHINE}", head)
+        self.assertIn("Content-Type: text/event-stream; charset=utf-8", head)
+        self.assertEqual("", self.rest)
+        self.end()
+
+    def test_silence_is_broken_by_comments(self) -> None:
+        self.post()
+        self.reactor.advance(14)
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.reactor.advance(14)
+        self.assertEqual(b"", self.written())
+        self.reactor.advance(1)
+        self.assertEqual(b": \n\n", self.written())
+        self.reactor.advance(15)
+        self.assertEqual(b": \n\n", self.written())
+        self.assertIn(b'event: exit\ndata: {"code": 0', self.end())
+        self.assertEqual(1, self.finished)
+
+    def test_raw_answers_have_no_comments(self) -> None:
+        self.assertIn("Content-Type: application/octet-stream", self.post("?raw=1"))
+        self.reactor.advance(60)
+        self.assertEqual(b"", self.written())
+        self.assertEqual(b"x\xff", self.say(b"x\xff"))
+        self.assertEqual(b"\nexit: 0\n", self.end())
+
+    def test_a_character_may_come_in_pieces(self) -> None:
+        self.post()
+        self.assertEqual([b"", b""], [self.say(b"\xe2"), self.say(b"\x82")])
+        self.assertEqual('event: stderr\ndata: "ü"\n\n'.encode(), self.say("ü".encode(), 2))
+        self.assertEqual('event: stdout\ndata: "€"\n\n'.encode(), self.say(b"\xac"))
+        self.end()
+
+    def test_what_is_no_text_is_replaced(self) -> None:
+        self.post()
+        self.assertEqual('event: stdout\ndata: "a\ufffdb"\n\n'.encode(), self.say(b"a\xffb\xe2"))
+        self.assertTrue(self.end().startswith('event: stdout\ndata: "\ufffd"\n\nevent: exit\n'.encode()))
+
+    def test_a_clock_that_is_set_back_or_forth_refuses_until_it_is_right(self) -> None:
+        for self.clock_error in (-3600.0, -10.0, 65.0, 3600.0):
+            self.assertIn(" 401 ", self.post())
+            self.assertEqual("unauthorized\n", self.rest)
+        self.clock_error = 0.0
+        self.assertIn(" 200 ", self.post())
+        self.end()
+
+    def test_a_bash_that_cannot_be_started_is_an_error_and_the_end(self) -> None:
+        self.reactor.error = OSError("no more processes")
+        self.assertIn(" 500 ", self.post())
+        self.assertEqual("bash cannot be started\n", self.rest)
+        self.assertEqual(1, self.finished)
+
+    def test_nothing_is_answered_until_bash_has_begun(self) -> None:
+        self.reactor.begins = False
+        self.assertEqual("", self.post())
+        self.assertEqual(b"", self.say(b"setpriv: a warning\n", 2))
+        self.reactor.process.childDataReceived(BEGUN, b"\n")
+        self.assertIn(b" 200 ", self.written())
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.end()
+
+    def test_a_deadline_before_bash_has_begun_is_told_as_a_timeout(self) -> None:
+        self.reactor.begins = False
+        self.post(body='{"script": ":", "timeout": "1s"}', kind="application/json")
+        self.reactor.advance(1)
+        self.assertIn(b'data: {"code": 124, "reason": "timeout"', self.end())
+
+
+class WorkerTests(TestCase):
+    timeout = 2 * LIMIT
+
+    async def assert_ends(self, worker: Worker) -> None:
+        self.assertEqual(0, await worker.ended(), worker.output + worker.errors)
+        self.assertNotIn(b"Traceback", worker.output + worker.errors)
+
+    async def begin(self, worker: Worker) -> Reader:
+        """Run a script without end, wait until all of it is there."""
+        reader = await worker.stream(ENDLESS)
+        await until(lambda: b"up" in reader.data and worker.below("sleep") == 2, "the script is up")
+        return reader
+
+    async def test_runs_one_script_and_ends(self) -> None:
+        for program in (BASHER, TWISTD):
+            worker = await Worker.start(self, program=program)
+            answer = await worker.run("echo out; echo err >&2; exit 3")
+            self.assertEqual((200, MACHINE), (answer.code, answer.headers["Worker"]))
+            self.assertEqual(("out\n", "err\n"), (answer.text("stdout"), answer.text("stderr")))
+            self.assertEqual(3, answer.exit["code"])
+            # What so small a script had in memory cannot be told from its worker's.
+            self.assertEqual({"code", "wall_ms", "cpu_ms"}, set(answer.exit))
+            await self.assert_ends(worker)
+
+    async def test_tells_the_signal_that_killed_bash(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("kill -KILL $$")
+        self.assertEqual((137, "SIGKILL"), (answer.exit["code"], answer.exit["signal"]))
+        await self.assert_ends(worker)
+
+    async def test_a_script_inherits_nothing(self) -> None:
+        worker = await Worker.start(self, SECRET="1")
+        script = (
+            "env | sort | sed s/=.*//; pwd; cat; ls /proc/self/fd; echo $FLY_MACHINE_ID $FLY_REGION $HOME"
+        )
+        answer = await worker.run(script)
+        names = "FLY_MACHINE_ID FLY_REGION HOME LANG LOGNAME PATH PWD SHELL SHLVL USER _ /tmp"
+        # The last descriptor is the directory that ls reads.
+        words = f"{names} 0 1 2 3 {MACHINE} ams /tmp".split()
+        self.assertEqual((words, ""), (answer.text("stdout").split(), answer.text("stderr")))
+        await self.assert_ends(worker)
+
+    async def test_twenty_megabytes_are_bit_exact_in_raw(self) -> None:
+        data = os.urandom(20_000_000)
+        path = FilePath(self.mktemp())
+        path.setContent(data)
+        worker = await Worker.start(self)
+        answer = await worker.run(f"cat '{path.path}'; exit 9", "?raw=1")
+        end = b"\nexit: 9\n"
+        self.assertEqual(len(data + end), len(answer.body))
+        self.assertEqual(hashlib.md5(data + end).digest(), hashlib.md5(answer.body).digest())
+        await self.assert_ends(worker)
+
+    async def test_refuses_what_is_no_run_and_stays_unused(self) -> None:
+        worker = await Worker.start(self)
+        health = await worker.fetch("GET", "/healthz")
+        self.assertEqual((200, b"ok\n"), (health.code, health.body))
+        unsigned = [None, "", "00", ticket("another-machine"), ticket(private=genkey().private)]
+        for authorization in unsigned:
+            refused = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+        for method, path, body, code in [
+            ("GET", "/", b"", 404),
+            ("POST", "/run/", b":", 404),
+            ("GET", "/run", b"", 405),
+            ("POST", "/run", b"echo \0", 400),
+            ("POST", "/run", bytes((1 << 20) + 1), 413),
+        ]:
+            refused = await worker.fetch(method, path, body, ticket())
+            self.assertEqual((method, path, code), (method, path, refused.code))
+            self.assertEqual("text/plain; charset=utf-8", refused.headers["Content-Type"])
+            self.assertEqual(1, refused.body.count(b"\n"))
+        largest = await worker.run("exit 6\n".ljust(1 << 20, "#"))
+        self.assertEqual(6, largest.exit["code"])
+        await self.assert_ends(worker)
+
+    async def test_runs_only_one_script(self) -> None:
+        worker = await Worker.start(self)
+        reader = await self.begin(worker)
+        second = await worker.run("echo second")
+        self.assertEqual(409, second.code)
+        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).code)
+        self.assertEqual(2, worker.below("sleep"))
+        self.assertNotIn(b"exit", reader.data)
+        reader.leave()
+        await self.assert_ends(worker)
+
+    async def test_a_ticket_is_taken_once_and_never_logged(self) -> None:
+        worker = await Worker.start(self)
+        good = ticket()
+        bad = [ticket("another-machine"), ticket(private=genkey().private), f"Bearer {good}", good[:-2]]
+        bad += [Signer(KEYS.private).sign(MACHINE, time.time() + late) for late in (-90, 90)]
+        for authorization in bad:
+            refused = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+        response = await worker.send("POST", "/run", b"sleep 1000", good)
+        replayed = await worker.fetch("POST", "/run", b"echo replayed", good)
+        self.assertEqual((200, 409), (response.code, replayed.code))
+        worker.send_signal("TERM")
+        await response.content()
+        await self.assert_ends(worker)
+        log = (worker.output + worker.errors).decode()
+        self.assertEqual(3, log.count("refused a request"))
+        for header in (good, *bad):
+            self.assertNotIn(header[8:72], log)
+
+    async def test_keys_are_changed_without_a_gap(self) -> None:
+        old, new = genkey(), genkey()
+        for public, taken, refused in (
+            (old.public, [old], [new]),
+            (f"{old.public},{new.public}", [old, new], []),
+            (new.public, [new], [old]),
+        ):
+            for pair in taken:
+                worker = await Worker.start(self, PUBLIC=public)
+                for other in refused:
+                    answer = await worker.fetch("POST", "/run", b":", ticket(private=other.private))
+                    self.assertEqual(401, answer.code)
+                answer = await worker.fetch("POST", "/run", b"exit 3", ticket(private=pair.private))
+                self.assertEqual(3, answer.exit["code"])
+                await self.assert_ends(worker)
+
+    async def test_a_client_that_leaves_ends_the_run(self) -> None:
+        worker = await Worker.start(self)
+        reader = await self.begin(worker)
+        reader.leave()
+        await self.assert_ends(worker)
+
+    async def test_what_a_script_leaves_running_does_not_delay_its_end(self) -> None:
+        worker = await Worker.start(self)
+        started = time.monotonic()
+        script = "sleep 1000 & setsid sleep 1000 & nohup sleep 1000 & ( ( setsid sleep 1000 & ) & ); disown"
+        answer = await worker.run(script + "; echo out")
+        self.assertLess(time.monotonic() - started, 20)
+        self.assertEqual(("out\n", 0), (answer.text("stdout"), answer.exit["code"]))
+        await self.assert_ends(worker)
+
+    async def test_a_run_ends_at_its_deadline(self) -> None:
+        async def expire(script: str) -> None:
+            worker = await Worker.start(self, MAXREQTIME="1s")
+            answer = await worker.run("echo before; " + script)
+            self.assertEqual((124, "timeout"), (answer.exit["code"], answer.exit["reason"]))
+            self.assertNotIn("signal", answer.exit)
+            self.assertGreaterEqual(answer.exit["wall_ms"], 999)
+            self.assertEqual("before\n", answer.text("stdout"))
+            await self.assert_ends(worker)
+
+        scripts = ("trap '' TERM; while :; do :; done", "sleep 1000 | cat", "kill -STOP $$")
+        await gatherResults([Deferred.fromCoroutine(expire(script)) for script in scripts])
+
+    async def test_signals_end_the_run_and_the_worker(self) -> None:
+        for program, name in ((BASHER, "TERM"), (BASHER, "HUP"), (TWISTD, "HUP"), (TWISTD, "INT")):
+            worker = await Worker.start(self, program=program)
+            reader = await self.begin(worker)
+            worker.send_signal(name)
+            await reader.finished
+            self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
+            await self.assert_ends(worker)
+
+    async def test_a_signal_to_all_of_a_service_is_a_shutdown_and_not_the_scripts_fate(self) -> None:
+        for query, end in (("?raw=1", b"\nexit: 125 worker-lost\n"), ("", b'"reason": "worker-lost"')):
+            worker = await Worker.start(self)
+            reader = await worker.stream("echo up; sleep 1000; :", query)
+            await until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[misc]
+            for process in reversed(process_tree.with_root(worker.pid)):  # as systemd does
+                os.kill(process.pid, signal.SIGTERM)
+            await reader.finished
+            self.assertIn(end, reader.data)
+            await self.assert_ends(worker)
+
+    async def test_a_script_that_cannot_be_started_is_told_apart_and_why_is_logged(self) -> None:
+        for sandbox, why in (
+            ("sh -c 'echo it is broken >&2; exit 126' sh", "it is broken"),
+            ("/no/such/program", "/no/such/program"),
+            ("false", "no message"),
+        ):
+            worker = await Worker.start(self, SANDBOX=sandbox)
+            answer = await worker.run("echo never")
+            self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+            await self.assert_ends(worker)
+            log = (worker.output + worker.errors).decode()
+            self.assertEqual(1, log.count("bash cannot be started: "), log)
+            self.assertIn(why, log)
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_a_user_with_no_process_left_is_told_apart_and_why_is_logged(self) -> None:
+        user = ("setpriv", "--reuid=1948000", "--clear-groups", "--")
+        others = [subprocess.Popen([*user, "sleep", "1000"]) for _ in range(2)]  # noqa: ASYNC220 - at once
+        try:
+            worker = await Worker.start(self, leaders=("prlimit", "--nproc=1:1", "--"), RUN_AS="1948000")
+            answer = await worker.run("echo never")
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+        self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+        await self.assert_ends(worker)
+        self.assertIn(b"Resource temporarily unavailable", worker.output + worker.errors)
+
+    async def test_what_a_script_does_to_itself_is_its_own_fate(self) -> None:
+        for script, code in (("exit 126", 126), ("exec /no/such/program", 127), ("exec /etc", 126)):
+            worker = await Worker.start(self)
+            answer = await worker.run(script)
+            self.assertEqual((200, code, None), (answer.code, answer.exit["code"], answer.exit.get("reason")))
+            await self.assert_ends(worker)
+
+    async def test_the_memory_of_a_script_is_its_own(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("x=$(head -c 100M /dev/zero | tr '\\0' x); grep VmHWM /proc/$$/status; :")
+        told = int(answer.text("stdout").split()[1])
+        self.assertGreater(told, 100_000)
+        self.assertLess(abs(answer.exit["max_rss_kb"] - told), told / 10)
+        await self.assert_ends(worker)
+
+    async def test_raw_output_keeps_the_order_of_both_streams(self) -> None:
+        worker = await Worker.start(self)
+        answer = await worker.run("for i in {1..300}; do echo o$i; echo e$i >&2; done", "?raw=1")
+        lines = "".join(f"o{i}\ne{i}\n" for i in range(1, 301))
+        self.assertEqual(lines + "\nexit: 0\n", answer.body.decode())
+        await self.assert_ends(worker)
+
+    async def test_raw_output_of_both_streams_counts_towards_one_limit(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="1kB")
+        answer = await worker.run("for i in {1..500}; do echo o; echo e >&2; done", "?raw=1")
+        self.assertEqual(b"o\ne\n" * 250 + b"\nexit: 0\n", answer.body)
+        await self.assert_ends(worker)
+
+    async def test_an_attached_worker_ends_with_its_input(self) -> None:
+        worker = await Worker.start(self, "--exit-on-stdin-eof")
+        reader = await self.begin(worker)
+        worker.end_input()
+        await reader.finished
+        self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
+        await self.assert_ends(worker)
+
+    async def test_output_past_its_limit_is_dropped(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="100kB")
+        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4")
+        self.assertEqual("x" * 100_000, answer.text("stdout"))
+        exit_ = answer.exit
+        self.assertEqual((4, True, 200_000), (exit_["code"], exit_["truncated"], exit_["dropped_bytes"]))
+        await self.assert_ends(worker)
+
+    async def test_raw_output_past_its_limit_is_dropped_without_a_word(self) -> None:
+        worker = await Worker.start(self, MAXOUTPUT="100kB")
+        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4", "?raw=1")
+        self.assertEqual(b"x" * 100_000 + b"\nexit: 4\n", answer.body)
+        await self.assert_ends(worker)
+
+    async def test_a_client_that_does_not_read_holds_the_script_back(self) -> None:
+        worker = await Worker.start(self, MAXREQTIME="3s", MAXOUTPUT="1000GB")
+        reader = await worker.stream("yes", "?raw=1", paused=True)
+        largest = 0
+
+        def killed() -> bool:
+            nonlocal largest
+            largest = max(largest, worker.resident_kb)
+            return not process_tree.descendants(worker.pid)
+
+        await until(killed, "the deadline")
+        reader.resume()
+        await reader.finished
+        self.assertLess(largest, 120_000)
+        self.assertTrue(reader.data.endswith(b"y\n\nexit: 124 timeout\n"), reader.data[-40:])
+        await self.assert_ends(worker)
+
+    async def test_a_client_that_reads_slowly_gets_everything(self) -> None:
+        worker = await Worker.start(self)
+        reader = await worker.stream("seq 100000 100000 600000; seq 1 600000", "?raw=1", paused=True)
+        await deferLater(reactor, 1)
+        expected = [*range(100_000, 600_001, 100_000), *range(1, 600_001)]
+        while not reader.finished.called:
+            reader.resume()
+            await deferLater(reactor, 0.01)
+            reader.pause()
+            await deferLater(reactor, 0.05)
+        self.assertEqual("".join(f"{n}\n" for n in expected).encode() + b"\nexit: 0\n", bytes(reader.data))
+        await self.assert_ends(worker)
+
+    async def test_bad_settings_are_told_line_by_line_before_anything_else(self) -> None:
+        for program in (BASHER, TWISTD):
+            worker = await Worker.start(
+                self, program=program, up=False, PUBLIC="", FLY_MACHINE_ID="a b", MAXREQTIME="soon"
+            )
+            self.assertEqual(1, await worker.ended())
+            lines = worker.errors.decode().splitlines()
+            self.assertEqual(
+                ["bfaas-basher: PUBLIC", "bfaas-basher: FLY_MACHINE_ID", "bfaas-basher: MAXREQTIME"],
+                [": ".join(line.split(": ")[:2]) for line in lines],
+            )
+            self.assertNotIn(b"starting on", worker.output)
+            self.assertNotIn(b"Traceback", worker.errors)
+
+    async def test_a_port_that_is_taken_is_told_with_exit_code_1(self) -> None:
+        first = await Worker.start(self)
+        for program in (BASHER, TWISTD):
+            second = await Worker.start(
+                self, "--listen", f"tcp:{first.port}:interface=127.0.0.1", program=program, up=False
+            )
+            self.assertEqual(1, await second.ended())
+            self.assertIn(b"Address already in use", second.errors + second.output)
+
+    async def test_scripts_run_behind_the_sandbox(self) -> None:
+        worker = await Worker.start(self, SANDBOX="env 'MARK=one two'")
+        answer = await worker.run("echo $MARK")
+        self.assertEqual("one two\n", answer.text("stdout"))
+        await self.assert_ends(worker)

@@ -1,0 +1,123 @@
+"""Directories that belong to living processes, and user ids that belong to running scripts."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from bfaas.machines.local.script_users import RANGES, ScriptUsers, unavailable
+from bfaas.machines.local.state_directory import StateDirectory, abandoned
+from bfaas.system import process_tree
+
+_OWNER = """
+import sys, time
+from bfaas.machines.local.state_directory import StateDirectory
+state = StateDirectory.create(sys.argv[1])
+(state.path / "file").touch()
+print(state.path, flush=True)
+time.sleep(1000)
+"""
+
+
+class StateDirectoryTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.parent = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, self.parent)
+
+    def names(self) -> list[str]:
+        return [path.name for path in Path(self.parent).iterdir()]
+
+    def test_one_whose_owner_was_killed_is_removed_and_one_whose_owner_lives_is_not(self) -> None:
+        command = [sys.executable, "-c", _OWNER, self.parent]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
+            assert owner.stdout is not None
+            path = Path(owner.stdout.readline().strip())
+            self.assertEqual([], abandoned([self.parent]))
+            owner.send_signal(signal.SIGKILL)
+        [state] = abandoned([self.parent, self.parent, "/no/such/place"])
+        self.assertEqual(path, state.path)
+        self.assertEqual([], abandoned([self.parent]))  # it is ours now
+        state.remove()
+        self.assertEqual([], self.names())
+
+    def test_one_of_this_process_is_not_taken_for_abandoned(self) -> None:
+        state = StateDirectory.create(self.parent)
+        self.assertEqual([], abandoned([self.parent]))
+        state.remove()
+        self.assertEqual([], self.names())
+
+    def test_others_are_left_alone(self) -> None:
+        Path(self.parent, "bfaas-machines-notes").mkdir(mode=0o711)
+        Path(self.parent, "bfaas-machines-aaaaaaaa").touch()
+        Path(self.parent, "bfaas-machines-bbbbbbbb").mkdir(mode=0o755)
+        Path(self.parent, "bfaas-machines-cccccccc").symlink_to("bfaas-machines-notes")
+        if os.geteuid() == 0:
+            other = Path(self.parent, "bfaas-machines-dddddddd")
+            other.mkdir()
+            other.chmod(0o711)
+            os.chown(other, 12345, 12345)
+        self.assertEqual([], abandoned([self.parent]))
+
+    def test_it_is_known_whether_it_is_still_there(self) -> None:
+        state = StateDirectory.create(self.parent)
+        self.assertTrue(state.intact)
+        state.path.rmdir()
+        self.assertFalse(state.intact)
+        state.path.mkdir()
+        self.assertFalse(state.intact)
+        (state.path / "of another").touch()
+        state.remove()
+        self.assertTrue((state.path / "of another").exists())
+
+
+class ScriptUsersTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        reason = unavailable()
+        if reason:
+            self.skipTest(reason)
+
+    def users(self) -> ScriptUsers:
+        users = ScriptUsers()
+        self.addCleanup(users.close)
+        return users
+
+    def test_nobody_shares_an_id_until_it_is_released(self) -> None:
+        first, second = self.users(), self.users()
+        second._next = first._next
+        taken = [users.acquire() for users in (first, second, second, first)]
+        self.assertEqual(4, len(set(taken)))
+        self.assertTrue(all(user.uid in RANGES[0] and user.gid == user.uid for user in taken))
+
+        first._next = second._next = RANGES[0].index(taken[0].uid)
+        self.assertNotIn(second.acquire(), taken)
+        first.release(taken[0])
+        second._next = RANGES[0].index(taken[0].uid)
+        self.assertEqual(taken[0], second.acquire())
+
+    def test_ids_come_round(self) -> None:
+        users = self.users()
+        users._next = len(RANGES[0]) - 1
+        self.assertEqual([RANGES[0][-1], RANGES[0][0]], [users.acquire().uid for _ in range(2)])
+
+    def test_an_id_with_processes_is_not_chosen(self) -> None:
+        users = self.users()
+        user = users.acquire()
+        command = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "--"]
+        with subprocess.Popen(
+            [*command, "sh", "-c", "echo up; exec sleep 1000"], stdout=subprocess.PIPE
+        ) as left:
+            assert left.stdout is not None
+            self.assertEqual(b"up\n", left.stdout.readline())
+            users.release(user)
+            users._next = RANGES[0].index(user.uid)
+            self.assertNotEqual(user, users.acquire())
+            self.assertTrue(process_tree.kill_user(user.uid))
+        self.assertEqual(-signal.SIGKILL, left.returncode)
+        self.assertTrue(process_tree.kill_user(user.uid))

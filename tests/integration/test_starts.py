@@ -1,0 +1,312 @@
+"""How our programs are started, what they say in a line where they cannot start, and what ends them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
+
+import bfaas
+from bfaas.system import process_tree
+from bfaas.tokens import genkey
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+PATIENCE = 120.0
+
+DAEMON = (sys.executable, "-P", "-c", "from twisted.scripts.twistd import run; run()")
+FORE = (*DAEMON, "-n", "--pidfile=")
+COORD = (*FORE, "bfaas-coord")
+BASHER = (*FORE, "bfaas-basher")
+ALONE = (sys.executable, "-m", "bfaas.basher")
+MACHINES = (*FORE, "bfaas-machines")
+
+ROOT = str(Path(bfaas.__file__).resolve().parents[1])
+USUAL = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "HOME": "/"}
+MOCK = {**USUAL, "WORKER_APP": "mock", "MAXREQTIME": "20s"}
+WORKER = {**USUAL, "PUBLIC": genkey().public, "FLY_MACHINE_ID": "m1"}
+
+ODD = """
+import os, resource, signal, sys
+{}
+os.execv(sys.executable, sys.argv[1:])
+"""
+"""Makes the process odd in some way, and then what it is asked to be."""
+
+FULL_PIPE = """
+inner, outer = os.pipe()
+os.set_blocking(outer, False)
+try:
+    while True:
+        os.write(outer, bytes(4096))
+except BlockingIOError:
+    os.set_blocking(outer, True)
+os.dup2(outer, 1)
+os.set_inheritable(inner, True)
+"""
+
+
+def odd(preparation: str, command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", ODD.format(preparation), *command]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def run(port: int, script: str) -> str:
+    """Have a coordinator run a script, once it listens; its raw answer."""
+    limit = time.monotonic() + PATIENCE
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        try:
+            connection.request("POST", "/run?raw=1", script.encode())
+            return connection.getresponse().read().decode()
+        except ConnectionRefusedError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.05)
+        finally:
+            connection.close()
+
+
+def wait_idle(pid: int) -> None:
+    limit = time.monotonic() + PATIENCE
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < limit, f"{pid} does not end"
+        time.sleep(0.05)
+
+
+class StartTestCase(SynchronousTestCase):
+    timeout = 10 * PATIENCE
+
+    def setUp(self) -> None:
+        self.directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    def taken_port(self) -> int:
+        taken = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(taken.close)
+        port: int = taken.getsockname()[1]
+        return port
+
+
+class ErrorTests(StartTestCase):
+    """What cannot start says why in one line, and ends with 1."""
+
+    def cases(self) -> Iterator[tuple[Sequence[str], Mapping[str, str], str]]:
+        taken = f"tcp:{self.taken_port()}:interface=127.0.0.1"
+        listens = {
+            "tcp:foo": "--listen tcp:foo: invalid literal",
+            "nosuch:1": "--listen nosuch:1: Unknown endpoint type: 'nosuch'",
+            "tcp:99999": "--listen tcp:99999: .*0-65535",
+            "tcp:0:interface=203.0.113.7": "Couldn't listen on 203.0.113.7:0: .*Cannot assign",
+            "tcp:0:colour=red": "--listen tcp:0:colour=red: TypeError: .*colour",
+            taken: "Couldn't listen on 127.0.0.1:[0-9]+: .*Address already in use",
+            "unix:/nonexistent/socket": "--listen unix:/nonexistent/socket: .*No such file",
+            "ssl:0:privateKey=/nonexistent": "--listen ssl:.*No such file|--listen ssl:.*OpenSSL",
+            "systemd:domain=INET:index=0": "--listen systemd:",
+            "haproxy:tcp:foo": "--listen haproxy:tcp:foo: invalid literal",
+            "stdio:": "--listen stdio:: not an endpoint that takes connections",
+        }
+        for endpoint, line in listens.items():
+            yield (*COORD, "--listen", endpoint), MOCK, line
+            yield (*ALONE, "--listen", endpoint), WORKER, line
+        for endpoint in ("tcp:foo", taken):
+            line = listens[endpoint]
+            yield (*BASHER, "--listen", endpoint), WORKER, line
+            yield (*MACHINES, "--listen", endpoint), USUAL, line
+            of_proxy = line.replace("--listen", "--proxy")
+            yield (*MACHINES, "--listen", "tcp:0", "--proxy", endpoint), USUAL, of_proxy
+            of_metrics = line.replace("--listen", "--metrics")
+            yield (*COORD, "--listen", "tcp:0", "--metrics", endpoint), MOCK, of_metrics
+        for command, settings in ((COORD, MOCK), (BASHER, WORKER), (ALONE, WORKER), (MACHINES, USUAL)):
+            yield (*command, "--nonsense"), settings, "option --nonsense not recognized"
+            yield (*command, "nonsense"), settings, "Wrong number of arguments"
+            yield odd("resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))", command), settings, "open files"
+        for command in (COORD, BASHER, ALONE):
+            settings = MOCK if command is COORD else WORKER
+            yield (*command, "--log-format", "xml"), settings, "'xml' is neither text nor json"
+        for home in ("/etc/passwd", "/nonexistent"):
+            yield (*ALONE, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
+            yield (*BASHER, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
+        yield COORD, {**MOCK, "MAXREQTIME": "\udcff"}, "MAXREQTIME: "
+        yield (
+            (*DAEMON, "-n", "--pidfile=/nonexistent/pid", "bfaas-coord"),
+            MOCK,
+            "--pidfile /nonexistent/pid: ",
+        )
+        yield (*FORE, "--logfile=/nonexistent/log", "bfaas-coord"), MOCK, "'/nonexistent/log'|'/nonexistent'"
+        yield (*FORE, "--rundir=/nonexistent", "bfaas-coord"), MOCK, "'/nonexistent'"
+        without = odd("resource.setrlimit(resource.RLIMIT_AS, (50 << 20, 50 << 20))", COORD)
+        yield without, MOCK, "ImportError|MemoryError"
+
+    def test_each_is_one_line(self) -> None:
+        def start(case: tuple[Sequence[str], Mapping[str, str], str]) -> None:
+            command, settings, line = case
+            done = subprocess.run(
+                command, check=False, capture_output=True, env=settings, cwd=self.directory, timeout=PATIENCE
+            )
+            out, err = done.stdout.decode(), done.stderr.decode()
+            self.assertEqual(1, done.returncode, (command, out, err))
+            self.assertNotIn("Traceback", out + err)
+            self.assertNotIn("Usage", out + err)
+            self.assertEqual(1, len(err.splitlines()), (command, out, err))
+            self.assertRegex(err, f"^bfaas-[a-z]+: .*({line})", command)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(start, self.cases()))
+
+    def test_without_a_temporary_directory(self) -> None:
+        bwrap = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--"]
+        if subprocess.run([*bwrap, "true"], check=False, capture_output=True).returncode:
+            raise SkipTest("bubblewrap does not work here")
+        for command in (COORD, MACHINES):
+            done = subprocess.run([*bwrap, *command], check=False, capture_output=True, env=MOCK, cwd="/")
+            self.assertEqual((1, 1), (done.returncode, len(done.stderr.splitlines())), done.stderr)
+            self.assertRegex(done.stderr.decode(), "^bfaas-[a-z]+: .*(temporary directory|directory)")
+
+    def test_a_daemon_ends_leaves_no_pid_file_and_logs_the_line(self) -> None:
+        taken = f"tcp:{self.taken_port()}:interface=127.0.0.1"
+        for role, settings in (("coord", MOCK), ("basher", WORKER), ("machines", USUAL)):
+            log = self.directory / f"{role}.log"
+            options = [f"--pidfile={self.directory}/pid", f"--logfile={log}", f"bfaas-{role}"]
+            done = subprocess.run(
+                [*DAEMON, *options, "--listen", taken],
+                check=False, env=settings, cwd=self.directory, stderr=subprocess.PIPE, timeout=PATIENCE,
+            )  # fmt: skip
+            self.assertEqual(1, done.returncode)
+            self.assertIn(b"Couldn't listen on 127.0.0.1:", done.stderr)
+            # The process that waited for the daemon's start may go before it.
+            limit = time.monotonic() + PATIENCE
+            while f"bfaas-{role}: Couldn't listen on 127.0.0.1:" not in (text := log.read_text()):
+                self.assertLess(time.monotonic(), limit, text)
+                time.sleep(0.05)
+            self.assertNotIn("Traceback", text)
+            self.assertFalse((self.directory / "pid").exists())
+
+
+class StartTests(StartTestCase):
+    """What can start serves, however odd its process is."""
+
+    def start(
+        self, preparation: str = "", settings: Mapping[str, str] = MOCK
+    ) -> tuple[subprocess.Popen[bytes], int]:
+        port = free_port()
+        command = odd(preparation, (*COORD, "--listen", f"tcp:{port}:interface=127.0.0.1"))
+        program = subprocess.Popen(
+            command, env=settings, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+
+        def clean_up() -> None:
+            if program.poll() is None:
+                program.kill()
+            program.communicate()
+
+        self.addCleanup(clean_up)
+        self.assertEqual("hi\n\nexit: 3\n", run(port, "echo hi; exit 3"))
+        return program, port
+
+    def test_signals_ignored_or_blocked_closed_files_no_directory_a_mask(self) -> None:
+        program, port = self.start("""
+os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone"); os.umask(0o077)
+for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGPIPE): signal.signal(number, signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+for number in range(3): os.close(number)
+""")
+        for number in range(3):
+            self.assertEqual("/dev/null", str(Path(f"/proc/{program.pid}/fd/{number}").readlink()))
+        script = "umask; sed -n 's/SigBlk:.//p' /proc/self/status; trap 'echo hup' HUP; kill -HUP $$"
+        self.assertEqual("0022\n0000000000000000\nhup\n\nexit: 0\n", run(port, script))
+        program.send_signal(signal.SIGHUP)
+        self.assertIn("hi\n", run(port, "echo hi"))
+        program.send_signal(signal.SIGTERM)
+        self.assertEqual(0, program.wait(PATIENCE))
+
+    def test_a_full_pipe_and_few_files(self) -> None:
+        limit = "\nresource.setrlimit(resource.RLIMIT_NOFILE, (133, 133))"
+        program, port = self.start(FULL_PIPE + limit)
+        for _ in range(3):
+            self.assertIn("hi\n", run(port, "echo hi"))
+        program.send_signal(signal.SIGHUP)
+        self.assertEqual(0, program.wait(PATIENCE))
+
+    def test_a_full_disk_and_an_empty_environment(self) -> None:
+        few = {
+            "WORKER_APP": "mock",
+            "MAXREQTIME": "20s",
+            "PYTHONPATH": ROOT,
+            "LC_ALL": "C",
+            "PYTHONUTF8": "0",
+        }
+        program, _ = self.start("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", few)
+        program.send_signal(signal.SIGINT)
+        self.assertEqual(0, program.wait(PATIENCE))
+
+    def test_a_daemon_serves_reaps_orphans_and_rotates_its_log_of_json(self) -> None:
+        tools = self.directory / "bin"
+        tools.mkdir()
+        for place in reversed(os.environ["PATH"].split(":")):
+            for tool in Path(place).glob("*"):
+                link = tools / tool.name
+                if tool.name != "bwrap" and not link.exists():
+                    link.symlink_to(tool)
+        port, pid_file, log = free_port(), self.directory / "pid", self.directory / "log"
+        options = [f"--pidfile={pid_file}", f"--logfile={log}", "bfaas-coord", "--log-format", "json"]
+        listen = f"tcp:{port}:interface=127.0.0.1"
+        subprocess.run(
+            [*DAEMON, *options, "--listen", listen],
+            check=True, env={**MOCK, "PATH": str(tools)}, cwd=self.directory, timeout=PATIENCE,
+        )  # fmt: skip
+        pid = int(pid_file.read_text())
+        try:
+            self.assertIn("hi\n", run(port, "echo hi"))
+            os.kill(pid, signal.SIGUSR1)
+            # The script kills its worker where it can, whose orphans then are the coordinator's.
+            with ThreadPoolExecutor(1) as pool:
+                started = pool.submit(run, port, "setsid sleep 1000 & sleep 1000 & wait")
+                while not (naps := [p for p in process_tree.descendants(pid) if _name(p.pid) == "sleep"]):
+                    time.sleep(0.05)
+                [worker] = [p for p in process_tree.descendants(pid) if b"bfaas.basher" in _command(p.pid)]
+                os.kill(worker.pid, signal.SIGKILL)
+                self.assertIn("worker-lost", started.result(PATIENCE))
+            for nap in naps:
+                wait_idle(nap.pid)
+        finally:
+            os.kill(pid, signal.SIGTERM)
+            wait_idle(pid)
+        self.assertFalse(pid_file.exists())
+        logs = [self.directory / "log.1", log]
+        lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
+        self.assertTrue(all(re.match(r"\d{4}-", line["time"]) for line in lines))
+        self.assertEqual(2, len([line for line in lines if "ending" in line]))
+
+
+def _name(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""

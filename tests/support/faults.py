@@ -1,0 +1,149 @@
+"""A Machines API that goes wrong on demand, and a ledger of what was asked of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from twisted.internet.defer import Deferred
+
+from bfaas.deadline import sleep
+from bfaas.machines.api import Lease, Machine, MachineConfig, MachinesAPI, State, UnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Coroutine
+
+    from twisted.internet.interfaces import IReactorTime
+
+
+class Fault:
+    """What happens to one call. By itself it is none: the call is made and answered."""
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]], /) -> Any:
+        return await call()
+
+
+class Refuse(Fault):
+    """It fails, and is not done."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        raise self.error
+
+
+class LoseAnswer(Fault):
+    """It is done, but nobody hears of it."""
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await call()
+        raise UnavailableError("the answer is lost")
+
+
+class Hang(Fault):
+    """Nothing ever comes back."""
+
+    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await Deferred()
+
+
+class Slow(Fault):
+    """It takes a while to get there."""
+
+    def __init__(self, clock: IReactorTime, seconds: float) -> None:
+        self.clock = clock
+        self.seconds = seconds
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await sleep(self.clock, self.seconds)
+        return await call()
+
+
+class Twice(Fault):
+    """It is sent twice on its way; the second answer is the one that comes."""
+
+    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+        await call()
+        return await call()
+
+
+class CallingMachines:
+    """A Machines API of which each call is made by `_call`, by its name and arguments."""
+
+    def _call(self, method: str, *arguments: Any) -> Awaitable[Any]:
+        raise NotImplementedError
+
+    async def create(
+        self, name: str, region: str, config: MachineConfig, lease_ttl: int
+    ) -> tuple[Machine, Lease]:
+        created: tuple[Machine, Lease] = await self._call("create", name, region, config, lease_ttl)
+        return created
+
+    async def list(self) -> list[Machine]:
+        machines: list[Machine] = await self._call("list")
+        return machines
+
+    async def get(self, machine_id: str) -> Machine:
+        machine: Machine = await self._call("get", machine_id)
+        return machine
+
+    async def start(self, machine_id: str, nonce: str | None) -> bool:
+        is_stale: bool = await self._call("start", machine_id, nonce)
+        return is_stale
+
+    async def stop(self, machine_id: str, nonce: str | None) -> None:
+        await self._call("stop", machine_id, nonce)
+
+    async def suspend(self, machine_id: str, nonce: str | None) -> None:
+        await self._call("suspend", machine_id, nonce)
+
+    async def wait(self, machine: Machine, state: State, timeout: float) -> None:
+        await self._call("wait", machine, state, timeout)
+
+    async def destroy(self, machine_id: str, nonce: str | None) -> None:
+        await self._call("destroy", machine_id, nonce)
+
+    async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
+        lease: Lease = await self._call("acquire_lease", machine_id, ttl, description)
+        return lease
+
+    async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
+        lease: Lease = await self._call("refresh_lease", machine_id, nonce, ttl)
+        return lease
+
+    async def get_lease(self, machine_id: str) -> Lease:
+        lease: Lease = await self._call("get_lease", machine_id)
+        return lease
+
+    async def release_lease(self, machine_id: str, nonce: str) -> None:
+        await self._call("release_lease", machine_id, nonce)
+
+
+class FaultyMachines(CallingMachines):
+    """
+    Passes calls on to an API, except where a fault is due, and writes them down.
+
+    `faults` holds, for a method, what happens to its next calls; `always` what happens to all others.
+    """
+
+    def __init__(self, api: MachinesAPI) -> None:
+        self.api = api
+        self.calls: list[tuple[str, Any]] = []
+        self.faults: dict[str, deque[Fault]] = {}
+        self.always: dict[str, Fault] = {}
+
+    def next(self, method: str, *faults: Fault) -> None:
+        self.faults.setdefault(method, deque()).extend(faults)
+
+    def count(self, method: str) -> int:
+        return sum(name == method for name, _ in self.calls)
+
+    async def _call(self, method: str, *arguments: Any) -> Any:
+        self.calls.append((method, arguments[0] if arguments else None))
+        due = self.faults.get(method)
+        fault = due.popleft() if due else self.always.get(method, self.always.get("*", Fault()))
+        return await fault.strike(lambda: getattr(self.api, method)(*arguments))
+
+
+_check: type[MachinesAPI] = FaultyMachines

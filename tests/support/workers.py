@@ -1,0 +1,278 @@
+"""A real worker process: started, talked to over HTTP, and cleaned up after."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from treq.client import HTTPClient
+from twisted.internet import reactor as _reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.protocol import ProcessProtocol, Protocol, connectionDone
+from twisted.internet.task import deferLater
+from twisted.web.client import Agent, HTTPConnectionPool
+from twisted.web.http_headers import Headers
+
+import bfaas
+from bfaas.system import process_tree
+from bfaas.tokens import Signer, genkey
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from treq.response import _Response
+    from twisted.python.failure import Failure
+    from twisted.trial.unittest import TestCase
+
+reactor: Any = _reactor
+
+MACHINE = "machine-under-test"
+KEYS = genkey()
+LIMIT = 60.0
+"""Seconds after which something that a test waits for is taken not to happen: far more than it takes."""
+
+BASHER = ("-m", "bfaas.basher")
+TWISTD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "bfaas-basher")
+
+_ROOT = Path(bfaas.__file__).resolve().parents[1]
+
+
+async def until(true: Callable[[], bool], what: str) -> None:
+    """Wait for something to come true."""
+    limit = time.monotonic() + LIMIT
+    while not true():
+        if time.monotonic() > limit:
+            raise AssertionError(f"{what}: not within {LIMIT:g} s")
+        await deferLater(reactor, 0.02)
+
+
+def ticket(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
+    """Sign a ticket, good from now on."""
+    return Signer(private).sign(machine_id, time.time())
+
+
+def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Process]]:
+    """
+    Let what outlives its parents fall to this process, and tell what there is of it, the dead left out.
+
+    When the test ends it must be nothing; then it is killed.
+    """
+    process_tree.become_subreaper()
+    known = frozenset(process_tree.children(os.getpid()))
+
+    def left() -> list[process_tree.Process]:
+        return [process for process in process_tree.descendants(os.getpid(), known) if not process.dead]
+
+    def clean_up() -> None:
+        found = left()
+        while process_tree.kill_descendants_once(os.getpid(), known):
+            process_tree.reap_orphans(known)
+            time.sleep(0.005)
+        test.assertEqual([], found)
+
+    test.addCleanup(clean_up)
+    return left
+
+
+@dataclass(frozen=True)
+class Whole:
+    """An answer, read to its end."""
+
+    code: int
+    body: bytes
+    headers: dict[str, str]
+
+    @property
+    def events(self) -> list[tuple[str, Any]]:
+        """The events, with their data; comments are left out."""
+        *blocks, rest = self.body.decode().split("\n\n")
+        assert rest == "", f"an event that does not end: {rest!r}"
+        lines = [block.split("\n") for block in blocks if not block.startswith(":")]
+        return [
+            (name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in lines
+        ]
+
+    def text(self, stream: str) -> str:
+        """All of one output."""
+        return "".join(data for name, data in self.events if name == stream)
+
+    @property
+    def exit(self) -> dict[str, Any]:
+        """What the exit event tells, which is the last and the only one of its kind."""
+        *others, (name, data) = self.events
+        assert (name, "exit" in dict(others)) == ("exit", False), self.body[-200:]
+        told: dict[str, Any] = data
+        return told
+
+
+class Reader(Protocol):
+    """Reads an answer at the test's pace."""
+
+    transport: Any
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+        self.finished: Deferred[None] = Deferred()
+
+    def dataReceived(self, data: bytes) -> None:
+        self.data += data
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.finished.callback(None)
+
+    def pause(self) -> None:
+        self.transport.pauseProducing()
+
+    def resume(self) -> None:
+        self.transport.resumeProducing()
+
+    def leave(self) -> None:
+        self.transport.loseConnection()
+
+
+class Worker(ProcessProtocol):
+    """The process, from outside. One that still runs when its test ends is killed."""
+
+    transport: Any
+
+    def __init__(self, port: int) -> None:
+        self.output = bytearray()
+        self.errors = bytearray()
+        self.status: int | None = None
+        self.pid: int = 0
+        self.port = port
+        pool = HTTPConnectionPool(reactor, persistent=False)
+        self._client = HTTPClient(Agent(reactor, pool=pool))
+
+    @classmethod
+    async def start(
+        cls,
+        test: TestCase,
+        *arguments: str,
+        program: tuple[str, ...] = BASHER,
+        leaders: tuple[str, ...] = (),
+        up: bool = True,
+        **environment: str,
+    ) -> Self:
+        """
+        Start one, on a free port, through its `leaders`, each of which becomes the next.
+
+        Waits until it listens, unless it is not going to be `up`.
+        """
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        worker = cls(port)
+        watch_for_leftovers(test)
+        listen = f"tcp:{port}:interface=127.0.0.1"
+        command = [*leaders, sys.executable, *program, "--listen", listen, *arguments]
+        usual = {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(_ROOT),
+            "HOME": "/tmp",
+            "PUBLIC": KEYS.public,
+            "FLY_MACHINE_ID": MACHINE,
+            "FLY_REGION": "ams",
+        }
+        worker.pid = reactor.spawnProcess(worker, command[0], command, env=usual | environment).pid
+        test.addCleanup(worker._clean_up)
+        if up:
+            await until(lambda: worker.listens or worker.status is not None, "a worker listens")
+            assert worker.status is None, worker.errors.decode()
+        return worker
+
+    @property
+    def listens(self) -> bool:
+        """Whether its port takes connections."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
+    @property
+    def resident_kb(self) -> int:
+        """How much memory it has."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return int(status.partition("VmRSS:")[2].split()[0])
+
+    @property
+    def peak_kb(self) -> int:
+        """How much memory it ever had; 0 once it has ended."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0
+        return int((status.partition("VmHWM:")[2].split() or ["0"])[0])
+
+    def below(self, name: str) -> int:
+        """Tell how many processes of a name there are below it."""
+        names = []
+        for process in process_tree.descendants(self.pid):
+            try:
+                names.append(Path(f"/proc/{process.pid}/comm").read_text().strip())
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+        return names.count(name)
+
+    def send_signal(self, name: str) -> None:
+        self.transport.signalProcess(name)
+
+    def end_input(self) -> None:
+        self.transport.closeStdin()
+
+    async def ended(self) -> int:
+        """Wait for the end of the process; its exit code, negative for a signal."""
+        await until(lambda: self.status is not None, "a worker ends")
+        assert self.status is not None
+        return os.waitstatus_to_exitcode(self.status)
+
+    async def send(
+        self, method: str, path: str, body: bytes = b"", authorization: str | None = None
+    ) -> _Response:
+        """Send a request, wait for the answer's head."""
+        headers = Headers({} if authorization is None else {"Authorization": [authorization]})
+        url = f"http://127.0.0.1:{self.port}{path}"
+        return await self._client.request(method, url, data=body, headers=headers, unbuffered=True)
+
+    async def fetch(
+        self, method: str, path: str, body: bytes = b"", authorization: str | None = None
+    ) -> Whole:
+        """Send a request, read all of the answer."""
+        response = await self.send(method, path, body, authorization)
+        content = await response.content()
+        headers = {
+            name.decode().title(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
+        }
+        return Whole(response.code, content, headers)
+
+    async def run(self, script: str | bytes, query: str = "") -> Whole:
+        """Run a script, read all of the answer."""
+        body = script.encode() if isinstance(script, str) else script
+        return await self.fetch("POST", f"/run{query}", body, ticket())
+
+    async def stream(self, script: str, query: str = "", *, paused: bool = False) -> Reader:
+        """Run a script, with its answer still to read."""
+        response = await self.send("POST", f"/run{query}", script.encode(), ticket())
+        assert response.code == 200, response.code
+        reader = Reader()
+        response.deliverBody(reader)
+        if paused:  # only now: deliverBody begins with a resume
+            reader.pause()
+        return reader
+
+    def outReceived(self, data: bytes) -> None:
+        self.output += data
+
+    def errReceived(self, data: bytes) -> None:
+        self.errors += data
+
+    def processEnded(self, reason: Failure) -> None:
+        self.status = getattr(reason.value, "status", 0)
+
+    async def _clean_up(self) -> None:
+        if self.status is None:
+            self.send_signal("KILL")
+            await self.ended()

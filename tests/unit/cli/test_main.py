@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+from twisted.trial.unittest import SynchronousTestCase
+
+from bfaas.cli.main import main
+from bfaas.tokens import AuthError, Signer, Verifier, genkey
+from tests.support.paths import ROOT
+
+
+def run(*argv: str, **environ: str) -> tuple[int, str, str]:
+    """Run the command in this process; return its exit code, output and errors."""
+    output, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            code = main(argv, environ)
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, output.getvalue(), errors.getvalue()
+
+
+class GenkeyTests(SynchronousTestCase):
+    def test_it_prints_two_variables_that_belong_together(self) -> None:
+        code, output, errors = run("genkey")
+        public, private = output.splitlines()
+
+        self.assertEqual((0, ""), (code, errors))
+        self.assertTrue(public.startswith("PUBLIC="))
+        self.assertTrue(private.startswith("PRIVATE="))
+        self.assertEqual(public.removeprefix("PUBLIC="), Signer(private.removeprefix("PRIVATE=")).public)
+
+
+class GenauthTests(SynchronousTestCase):
+    def test_it_prints_a_header_for_the_machine(self) -> None:
+        pair = genkey()
+        code, output, errors = run("genauth", "worker-1", PRIVATE=pair.private)
+        verifier = Verifier(pair.public)
+
+        self.assertEqual((0, ""), (code, errors))
+        verifier.verify(output.removesuffix("\n"), "worker-1", time.time())
+        self.assertRaises(AuthError, verifier.verify, output.removesuffix("\n"), "worker-2", time.time())
+
+    def test_without_a_key_it_says_which_variable_is_missing(self) -> None:
+        expected = (1, "", "PRIVATE: missing; a key that `bfaas genkey` made\n")
+        self.assertEqual(expected, run("genauth", "worker-1"))
+        self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=" "))
+
+    def test_a_malformed_key_is_told_and_not_shown(self) -> None:
+        expected = (1, "", "PRIVATE: not a key of 64 bytes in hex\n")
+        self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=genkey().public))
+
+
+class CommandTests(SynchronousTestCase):
+    def test_wrong_arguments_end_with_two(self) -> None:
+        for argv in ((), ("nothing",), ("genauth",), ("genkey", "more")):
+            code, output, errors = run(*argv)
+            self.assertEqual((2, ""), (code, output))
+            self.assertIn("usage: bfaas", errors)
+
+    def test_help_lists_the_commands(self) -> None:
+        code, output, errors = run("--help")
+
+        self.assertEqual((0, ""), (code, errors))
+        self.assertIn("genkey", output)
+        self.assertIn("genauth", output)
+
+    def test_a_shell_can_use_the_keys_at_once(self) -> None:
+        script = (
+            'set -ae; eval "$("$0" -m bfaas.cli.main genkey)"; echo "$PUBLIC"; '
+            '"$0" -m bfaas.cli.main genauth worker-1'
+        )
+        done = subprocess.run(
+            ["bash", "-c", script, sys.executable], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        public, header = done.stdout.splitlines()
+
+        Verifier(public).verify(header, "worker-1", time.time())
+        self.assertEqual("", done.stderr)
+
+    def test_the_command_does_not_import_twisted(self) -> None:
+        program = "import sys, bfaas.cli.main; sys.exit('twisted' in sys.modules)"
+        self.assertEqual(0, subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode)

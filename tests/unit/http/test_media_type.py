@@ -1,0 +1,191 @@
+"""What a request's head says about its body, and which bodies are taken for scripts."""
+
+from __future__ import annotations
+
+from twisted.trial.unittest import SynchronousTestCase
+from twisted.web.http_headers import Headers
+
+from bfaas.http.media_type import FORM, JSON, body_is_json
+from bfaas.http.server import HTTPError
+
+SCRIPTS = [
+    b"",
+    b"uptime",
+    b"uptime\n",
+    b"A=1; echo $A",
+    b"X=5 env",
+    b"X=5&uptime",
+    b"X=5&&uptime",
+    b"A=1&B=2&wait",
+    b"A=1\nuptime",
+    b"A=1\n",
+    b"A=$(uptime)",
+    b"A=`uptime`&B=1",
+    b"A=1|uptime",
+    b"A=1>file",
+    b'A="1"&B=2&echo',
+    b"g++",
+    b"echo+hi",
+    b"kill%1",
+    b"date +%F",
+    b"printf '%41'",
+    b"ls&",
+    b"script=ls -la&x=1",
+    b"/bin/a=1",
+    b"A=\xc3\xa9",
+    b"sleep%5",
+    "\u2028A=1".encode(),
+    b"echo hello; a=b&c=d",
+    b"for i in 1 2 3; do echo $i; done",
+    b'{"script": "uptime"}',
+]
+"""What `curl -d` sends in the type of forms, and has to go on working."""
+
+FORMS = [
+    b"script=echo+hi&x=1",
+    b"script=uptime",
+    b"script=",
+    b"script=&timeout=",
+    b"script=echo%20hi%0Aecho%20again%0A",
+    b"echo%20hi%3B%20date",
+    b"%23%21%2Fbin%2Fbash%0Aecho+hi%0A",
+    b"x&script=echo%20hi",
+    b"a%5B%5D=1&a%5B%5D=2",
+    b"a[]=1&a[0]=2",
+    b"script=echo+'hi'+(x)+!&b=~",
+    b"url=http://a.example:80/b,c@d?e&f=g==",
+    b"first-name=J%C3%BCrgen&last.name=X*_",
+]
+"""What browsers, `curl --data-urlencode`, Python's urlencode and jQuery make of fields."""
+
+
+def read(body: bytes, *headers: tuple[str, str]) -> bool:
+    named = Headers()
+    for name, value in headers:
+        named.addRawHeader(name, value)
+    return body_is_json(named, body)
+
+
+class MediaTests(SynchronousTestCase):
+    def assert_refused(self, code: int, *headers: tuple[str, str], body: bytes = b"") -> HTTPError:
+        with self.assertRaises(HTTPError, msg=headers) as raised:
+            read(body, *headers)
+        error: HTTPError = raised.exception
+        self.assertEqual(code, error.code, headers)
+        self.assertRegex(str(error), r"\A[ -~]{1,100}\Z")
+        return error
+
+    def test_json_is_told_from_scripts(self) -> None:
+        for kind in (
+            JSON,
+            "Application/JSON",
+            "application/json; charset=utf-8",
+            "application/json;charset=UTF-8",
+            'application/json ; a="b;\\"c, d" ; charset="utf-8";',
+        ):
+            self.assertTrue(read(b"", ("Content-Type", kind)), kind)
+        for kind in (
+            "",
+            " ",
+            FORM,
+            "text/plain",
+            "text/plain; charset=UTF-8",
+            "text/plain; charset=us-ascii",
+            "text/x-shellscript",
+            "application/octet-stream",
+            "application/x-sh",
+            "text/markdown; variant=a; charset=utf8",
+        ):
+            self.assertFalse(read(b"uptime", ("Content-Type", kind)), kind)
+        self.assertFalse(read(b"uptime"))
+
+    def test_a_coded_body_is_refused_and_the_answer_names_what_is_not(self) -> None:
+        for values in (
+            ["gzip"],
+            ["br"],
+            ["deflate"],
+            ["zstd"],
+            ["x-gzip"],
+            ["GZIP"],
+            ["identity, gzip"],
+            ["gzip,identity"],
+            ["identity", "gzip"],
+            ["aws-chunked"],
+            [", br"],
+            ["utf-8"],
+        ):
+            error = self.assert_refused(415, *[("Content-Encoding", value) for value in values])
+            self.assertEqual({"Accept-Encoding": "identity"}, error.headers)
+        for harmless in ("identity", "Identity", "", "identity, identity", " , "):
+            self.assertFalse(read(b"uptime", ("Content-Encoding", harmless)))
+
+    def test_an_unclear_type_is_refused(self) -> None:
+        self.assert_refused(400, ("Content-Type", JSON), ("Content-Type", "text/plain"))
+        self.assert_refused(400, ("Content-Type", "text/plain"), ("Content-Type", "text/plain"))
+        for kind in (
+            "text/plain, application/json",
+            "application/json, application/json",
+            "json",
+            "application/",
+            "/json",
+            "application/json charset=utf-8",
+            "application/json; charset",
+            'application/json; charset="utf-8',
+            "application /json",
+            "text/plain" + "; " * 4000 + "!",
+            "text/plain" + ";  a=b" * 2000 + "\x7f",
+        ):
+            self.assert_refused(400, ("Content-Type", kind))
+        self.assert_refused(400, ("Content-Range", "bytes 0-5/10"))
+
+    def test_other_charsets_are_refused(self) -> None:
+        for kind in (
+            "text/plain; charset=utf-16",
+            "text/plain; charset=UTF-16LE",
+            "text/plain; charset=utf-7",
+            "text/plain; charset=cp037",
+            "text/plain;charset=ISO-8859-1",
+            'application/json; charset="latin-1"',
+            "application/json; charset=utf-8; charset=utf-16",
+            f"{FORM}; Charset=windows-1252",
+            "text/plain; charset=",
+            'text/plain; charset=""',
+        ):
+            code = 400 if kind.endswith("charset=") else 415
+            self.assert_refused(code, ("Content-Type", kind), body=b"uptime")
+
+    def test_types_that_are_not_a_script_are_refused(self) -> None:
+        for kind in (
+            "multipart/form-data; boundary=x",
+            "multipart/mixed",
+            "multipart/form-data",
+            "text/json",
+            "application/problem+json",
+            "application/ld+json; profile=x",
+            "application/vnd.api+JSON",
+            "application/json-seq",
+            "application/x-ndjson",
+            "application/gzip",
+            "application/zip",
+            "application/x-tar",
+            "application/zstd",
+            "application/vnd.x+gzip",
+            "image/png",
+            "video/mp4",
+        ):
+            error = self.assert_refused(415, ("Content-Type", kind), body=b"uptime")
+            self.assertEqual({"Accept": "text/plain, application/json"}, error.headers)
+
+    def test_scripts_in_the_type_of_forms_are_scripts(self) -> None:
+        for body in SCRIPTS:
+            self.assertFalse(read(body, ("Content-Type", FORM)), body)
+
+    def test_forms_are_refused(self) -> None:
+        for body in FORMS:
+            self.assert_refused(415, ("Content-Type", f"{FORM}; charset=utf-8"), body=body)
+            self.assertFalse(read(body, ("Content-Type", "text/plain")), body)
+            self.assertFalse(read(body), body)
+
+    def test_a_large_body_is_judged_at_once(self) -> None:
+        for body in (b"a" * (1 << 20) + b"% ", b"a=b&" * (1 << 18) + b" ", b"a=" * (1 << 19) + b";"):
+            self.assertFalse(read(body, ("Content-Type", FORM)))

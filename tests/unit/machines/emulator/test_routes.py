@@ -1,0 +1,346 @@
+"""The stand-in for the Machines API: its status codes, its texts, and the schema that Fly publishes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+from twisted.internet.defer import Deferred
+from twisted.internet.task import Clock
+
+from bfaas.http.server import BoundedSite
+from bfaas.machines.emulator.routes import MachinesServer
+from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.fly import authorization
+from tests.support.hostile_worker import LoopbackTestCase, parse_answer, until
+from tests.support.machines_contract import CONFIG
+
+EPOCH = 1_700_000_000.0
+BASE = "/v1/apps/workers/machines"
+JSON = "application/json; charset=utf-8"
+
+
+class Reply(NamedTuple):
+    status: int
+    kind: str
+    text: str
+
+    @property
+    def told(self) -> Any:
+        return json.loads(self.text)
+
+
+class RoutesTestCase(LoopbackTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.machines = MemoryMachines(
+            self.clock, lambda: EPOCH + self.clock.seconds(), timing=Timing(boot=1, stop=1)
+        )
+        site = BoundedSite(
+            self.clock, MachinesServer(self.machines, "workers", "fo1_t").app.resource(), 1 << 20
+        )
+        self.port = self.listen(site)
+        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+
+    async def ask(
+        self,
+        line: str,
+        told: object = None,
+        *,
+        nonce: str | None = None,
+        token: str | None = "Bearer fo1_t",
+        root: str = BASE,
+    ) -> Reply:
+        """Make a request, such as `GET /ID?query`."""
+        method, _, path = line.partition(" ")
+        content = b"" if told is None else told if isinstance(told, bytes) else json.dumps(told).encode()
+        lines = [f"{method} {root}{path} HTTP/1.1", "Host: there", "Connection: close"]
+        lines += [f"Content-Length: {len(content)}"]
+        lines += [f"Authorization: {token}"] if token else []
+        lines += [f"fly-machine-lease-nonce: {nonce}"] if nonce else []
+        peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode() + content)
+        answer, text = parse_answer(await peer.hear_out())
+        return Reply(answer.status, answer.getheader("Content-Type") or "", text.decode())
+
+    async def create(self, name: str, *, ttl: int = 0, **more: Any) -> str:
+        asked = {"name": name, "config": {"image": "i", **more}, "region": "ams", "lease_ttl": ttl}
+        machine_id: str = (await self.ask("POST ", asked)).told["id"]
+        return machine_id
+
+    def boot(self) -> None:
+        self.clock.pump([0.5, 0.5])
+
+    async def assert_refused(
+        self, status: int, error: str, line: str, told: object = None, nonce: str | None = None
+    ) -> None:
+        reply = await self.ask(line, told, nonce=nonce)
+        self.assertEqual((status, JSON, {"error": error}), (reply.status, reply.kind, reply.told), line)
+
+
+class ErrorTests(RoutesTestCase):
+    async def test_a_token_is_asked_for(self) -> None:
+        for token in (None, "", "Bearer", "Bearer other", "fo1_t", "Bearer fo1_t,other", "Basic fo1_t"):
+            reply = await self.ask("GET ", token=token)
+            self.assertEqual(
+                (401, "Authenticate: token validation error"), (reply.status, reply.told["error"])
+            )
+
+    async def test_the_scheme_of_a_token_is_compared_without_regard_to_case(self) -> None:
+        for token in ("bearer fo1_t", "BEARER  fo1_t", "flyv1 fo1_t", "FlyV1 fo1_t", "Bearer fo1_t,"):
+            self.assertEqual(200, (await self.ask("GET ", token=token)).status, token)
+
+    async def test_a_token_may_be_several(self) -> None:
+        for held in ("FlyV1 fm2_a,fm2_b,fo1_c", " flyv1 fm2_a, fm2_b,\tfo1_c\n", "fo1_c,fm2_b,fm2_a"):
+            server = MachinesServer(self.machines, "workers", held)
+            site = BoundedSite(self.clock, server.app.resource(), 1 << 20)
+            self.port = self.listen(site)
+            self.addCleanup(self.close, site)
+            for token, status in {
+                "FlyV1 fm2_a,fm2_b,fo1_c": 200,
+                authorization(held): 200,
+                "Bearer fm2_a": 200,
+                "FlyV1 fm2_a,fm2_x": 401,
+            }.items():
+                self.assertEqual(status, (await self.ask("GET ", token=token)).status, (held, token))
+
+    def close(self, site: BoundedSite) -> Deferred[None]:
+        return Deferred.fromCoroutine(until(lambda: not site.protocols))
+
+    async def test_an_unknown_route_is_answered_in_plain_text(self) -> None:
+        for line, root in (("GET /1/2/3", BASE), ("PUT ", BASE), ("GET /v2", "")):
+            reply = await self.ask(line, root=root)
+            self.assertEqual(
+                (404, "text/plain; charset=utf-8", "404 page not found"),
+                (reply.status, reply.kind, reply.text),
+            )
+
+    async def test_what_is_not_there_is_not_found(self) -> None:
+        machine_id = await self.create("m")
+        for line in (
+            "GET /1",
+            "POST /1/start",
+            "DELETE /1",
+            "GET /1/wait",
+            "GET /1/metadata",
+            "GET /1/lease",
+        ):
+            await self.assert_refused(404, "machine not found", line)
+        await self.assert_refused(404, "lease not found", f"GET /{machine_id}/lease")
+        other = await self.ask("GET /v1/apps/other/machines", root="")
+        self.assertEqual((404, {"error": "app not found"}), (other.status, other.told))
+
+    async def test_what_cannot_be_understood_is_refused(self) -> None:
+        machine_id = await self.create("m")
+        lease = f"POST /{machine_id}/lease"
+        for line, told in (
+            ("POST ", b"{"),
+            ("POST ", []),
+            ("POST ", {"name": "n"}),
+            ("POST ", {"config": {"image": "i", "env": {"A": 1}}}),
+            ("POST ", {"config": {"image": "i"}, "lease_ttl": "60"}),
+            ("POST ", {"config": {"image": "i"}, "lease_ttl": -1}),
+            (f"POST /{machine_id}/stop", {"timeout": 1}),
+            (f"POST /{machine_id}/stop", {"signal": "SIGSEGV"}),
+            (lease, {"ttl": 0}),
+            (lease, None),
+            (f"{lease}?ttl=soon", None),
+            (f"DELETE /{machine_id}/lease", None),
+            (f"GET /{machine_id}/wait?state=happy", None),
+            (f"GET /{machine_id}/wait?state=%ff", None),
+            (f"PATCH /{machine_id}/metadata", {"a": "b"}),
+        ):
+            reply = await self.ask(line, told)
+            self.assertEqual(400, reply.status, (line, told, reply))
+            self.assertTrue(reply.told["error"].startswith("invalid_argument: "), reply.text)
+        self.assertEqual([machine_id], [machine["id"] for machine in (await self.ask("GET ")).told])
+
+    async def test_a_wait_is_of_one_to_sixty_seconds(self) -> None:
+        machine_id = await self.create("m")
+        error = "invalid WaitMachineRequest.Timeout: value must be inside range [1s, 1m0s]"
+        for timeout in ("0", "61", "-1", "60s", "1.5"):
+            await self.assert_refused(
+                400, f"invalid_argument: {error}", f"GET /{machine_id}/wait?timeout={timeout}"
+            )
+
+    async def test_a_name_that_is_taken_is_a_conflict_that_names_the_machine(self) -> None:
+        machine_id = await self.create("m")
+        error = f"already_exists: unique machine name violation, machine ID {machine_id} already exists"
+        error += ' with name "m"'
+
+        await self.assert_refused(409, error, "POST ", {"name": "m", "config": {"image": "i"}})
+
+    async def test_a_lease_that_another_holds_is_a_conflict(self) -> None:
+        machine_id = await self.create("m", ttl=60)
+        sentence = f"machine ID {machine_id} lease currently held by local@tokens.fly.io, "
+        sentence += "expires at 2023-11-14T22:14:20Z"
+
+        for line in ("POST /{}/start", "POST /{}/stop", "POST /{}/suspend", "DELETE /{}?force=true"):
+            await self.assert_refused(409, sentence, line.format(machine_id))
+            await self.assert_refused(409, sentence, line.format(machine_id), nonce="0" * 12)
+        reply = await self.ask(f"POST /{machine_id}/lease", {"ttl": 60})
+        told = {"status": "error", "message": sentence, "code": "invalid"}
+        self.assertEqual((409, told), (reply.status, reply.told))
+
+    async def test_what_the_state_does_not_allow_is_a_failed_precondition(self) -> None:
+        machine_id = await self.create("m")
+        start = "failed_precondition: unable to start machine from current state: '{}'"
+        destroy = "failed_precondition: unable to destroy machine, not currently stopped, "
+        destroy += "suspended, failed or created"
+        await self.assert_refused(412, start.format("created"), f"POST /{machine_id}/start")
+        self.boot()
+        await self.assert_refused(412, destroy, f"DELETE /{machine_id}")
+        self.assertEqual({"ok": True}, (await self.ask(f"POST /{machine_id}/stop")).told)
+        await self.assert_refused(412, start.format("stopping"), f"POST /{machine_id}/start")
+        self.clock.advance(1)
+        self.assertEqual({"ok": True}, (await self.ask(f"DELETE /{machine_id}")).told)
+
+    async def test_what_comes_too_fast_is_refused(self) -> None:
+        limited = MemoryMachines(self.clock, lambda: EPOCH, rate_limited=True)
+        site = BoundedSite(self.clock, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
+        self.port = self.listen(site)
+        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+
+        self.assertEqual([200] * 3, [(await self.ask("GET ")).status for _ in range(3)])
+        await self.assert_refused(429, "rate limit exceeded", "GET ")
+        self.assertEqual(401, (await self.ask("GET ", token=None)).status)
+
+
+class AnswerTests(RoutesTestCase):
+    async def test_a_list_is_filtered(self) -> None:
+        a = await self.create("a", metadata={"k": "ü", "l": "1"})
+        self.boot()
+        b = await self.create("b", metadata={"k": "ü"})
+        await self.machines.create("c", "lhr", CONFIG, 0)
+
+        for query, expected in {
+            "": ["a", "b", "c"],
+            "?region=ams": ["a", "b"],
+            "?state=started": ["a"],
+            "?state=started,created&region=ams": ["a", "b"],
+            "?metadata.k=%C3%BC": ["a", "b"],
+            "?metadata.k=%C3%BC&metadata.l=1": ["a"],
+            "?metadata.k=%ff": [],
+            "?metadata.none=1": [],
+        }.items():
+            told = (await self.ask(f"GET {query}")).told
+            self.assertEqual(expected, [machine["name"] for machine in told], query)
+
+        whole, short = (
+            (await self.ask("GET ?state=started")).told[0],
+            (await self.ask("GET ?summary=true")).told,
+        )
+        self.assertEqual({"config", "events", "checks", "host_status"}, set(whole) - set(short[0]))
+        self.assertEqual([a, b], [machine["id"] for machine in short[:2]])
+
+    async def test_a_wait_ends_with_one_of_its_states_or_says_which_it_is_in(self) -> None:
+        machine_id = await self.create("m")
+        path = f"GET /{machine_id}/wait"
+        for query, expected in {
+            "?timeout=60": "started",
+            "?state=stopped,started": "started",
+            "?state=stopped&state=suspended": "stopped",
+            "?state=settled": "stopped",
+        }.items():
+            if expected == "stopped":
+                await self.ask(f"POST /{machine_id}/stop")
+            asking = Deferred.fromCoroutine(self.ask(path + query))
+            await until(lambda: asking.called or self.machines._entries[machine_id].watchers)  # noqa: B023
+            self.boot()
+            reply = await asking
+            version = (await self.machines.get(machine_id)).instance_id
+            self.assertEqual(
+                (200, {"ok": True, "state": expected, "version": version}), (reply.status, reply.told)
+            )
+        self.assertEqual([], self.machines._entries[machine_id].watchers)
+
+        late = Deferred.fromCoroutine(self.ask(f"{path}?state=failed,suspended&timeout=1"))
+        await until(lambda: len(self.machines._entries[machine_id].watchers) == 2)
+        self.clock.advance(1)
+        reply = await late
+        error = (
+            "deadline_exceeded: machine failed to reach desired state, failed,suspended, currently stopped"
+        )
+        self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+
+    async def test_a_wait_for_the_start_of_a_machine_that_has_ended_is_over_at_once(self) -> None:
+        machine_id = await self.create("m")
+        starting = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?timeout=60"))
+        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        await self.ask(f"POST /{machine_id}/stop")
+        self.clock.advance(1)
+        error = "deadline_exceeded: machine failed to reach desired state, started, currently stopped"
+        reply = await starting
+        self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+
+        await self.assert_refused(408, error, f"GET /{machine_id}/wait?state=started")
+
+    async def test_a_start_that_migrates_makes_another_version_and_waits_for_the_old_one_stale(self) -> None:
+        machine_id = await self.create("m")
+        before = (await self.machines.get(machine_id)).instance_id
+        await self.ask(f"POST /{machine_id}/stop")
+        self.clock.pump([1, 1])
+        self.machines.migrate_at_start(machine_id)
+
+        started = await self.ask(f"POST /{machine_id}/start")
+
+        told = {"previous_state": "stopped", "migrated": True, "new_host": "local"}
+        self.assertEqual((200, told), (started.status, started.told))
+        self.boot()
+        after = (await self.ask(f"GET /{machine_id}")).told["instance_id"]
+        self.assertNotEqual(before, after)
+        for name, version in (("instance_id", after), ("version", after), ("version", "")):
+            reply = await self.ask(f"GET /{machine_id}/wait?{name}={version}")
+            self.assertEqual((200, after), (reply.status, reply.told["version"]))
+        stale = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?instance_id={before}&timeout=1"))
+        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        self.clock.advance(1)
+        self.assertEqual(408, (await stale).status)
+
+    async def test_a_wait_of_one_who_leaves_is_over(self) -> None:
+        machine_id = await self.create("m")
+        watchers = self.machines._entries[machine_id].watchers
+        head = f"GET {BASE}/{machine_id}/wait?state=settled HTTP/1.1\r\nHost: there\r\n"
+        peer = await self.call(self.port, f"{head}Authorization: Bearer fo1_t\r\n\r\n".encode())
+        await until(lambda: len(watchers) == 5)
+
+        peer.transport.abortConnection()
+
+        await until(lambda: not watchers)
+
+    async def test_metadata_is_merged_and_guarded_by_no_lease(self) -> None:
+        machine_id = await self.create("m", ttl=60, metadata={"a": "1", "b": "2", "c": "3"})
+        path = f"/{machine_id}/metadata"
+
+        for line, told in (
+            (f"PATCH {path}", {"metadata": {"a": None, "b": "", "d": "4"}}),
+            (f"PUT {path}", {"metadata": {"e": "5"}}),
+            (f"POST {path}/f", {"value": "6"}),
+            (f"DELETE {path}/c", None),
+        ):
+            reply = await self.ask(line, told)
+            self.assertEqual((204, ""), (reply.status, reply.text), line)
+
+        self.assertEqual({"d": "4", "e": "5", "f": "6"}, (await self.ask(f"GET {path}")).told)
+        self.assertEqual({"value": "4"}, (await self.ask(f"GET {path}/d")).told)
+        await self.assert_refused(404, "metadata key not found", f"GET {path}/a")
+        told = (await self.ask(f"GET /{machine_id}")).told
+        self.assertEqual({"d": "4", "e": "5", "f": "6"}, told["config"]["metadata"])
+
+    async def test_a_lease_comes_in_an_envelope(self) -> None:
+        machine_id = await self.create("m")
+        path = f"/{machine_id}/lease"
+
+        taken = await self.ask(f"POST {path}?ttl=60", {"description": "d"})
+        nonce = taken.told["data"]["nonce"]
+        longer = await self.ask(f"POST {path}", {"ttl": 90}, nonce=nonce)
+        seen = await self.ask(f"GET {path}")
+        given_back = await self.ask(f"DELETE {path}", nonce=nonce)
+
+        data = {"nonce": nonce, "owner": "local@tokens.fly.io", "description": "d"}
+        for reply, status, seconds in ((taken, 201, 60), (longer, 200, 90), (seen, 200, 90)):
+            told = {"status": "success", "data": {**data, "expires_at": int(EPOCH) + seconds}}
+            self.assertEqual((status, told), (reply.status, reply.told))
+        self.assertRegex(nonce, "^[0-9a-f]{12}$")
+        self.assertEqual(
+            (200, {"status": "success", "data": {"ok": True}}), (given_back.status, given_back.told)
+        )
