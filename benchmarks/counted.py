@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from twisted.internet.defer import CancelledError
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from bfaas.machines.api import (
     Machine,
     MachinesError,
@@ -111,7 +111,7 @@ class CountedMachines(FlyMachines):
         call = _Call(machine_id, nonce, body or {}, parse_qs(split.query))
         if action == "lease":
             action = "refresh lease" if nonce else "acquire lease"
-        await sleep(self._clock, self._one_way)
+        await deferLater(self._clock, self._one_way)
         failed: MachinesError | None = None
         result: Any = None
         try:
@@ -124,7 +124,7 @@ class CountedMachines(FlyMachines):
             failed = UnavailableError(str(error))  # as which the client reads a 408
         except MachinesError as error:
             failed = error
-        await sleep(self._clock, self._one_way)
+        await deferLater(self._clock, self._one_way)
         try:
             if failed is not None:
                 raise failed

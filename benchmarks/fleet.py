@@ -29,12 +29,12 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, globalLogBeginner
 from zope.interface import provider
 
 from benchmarks.counted import Book, CountedMachines
 from benchmarks.report import Report
-from bfaas.deadline import sleep
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.emulator.state import MemoryMachines, Timing
 from bfaas.pool import Pool
@@ -83,11 +83,11 @@ class Coordinator:
     async def _run_on_and_on(self) -> None:
         while True:
             allocation = await self.pool.allocate("client")
-            await sleep(self.clock, self._random.uniform(0.5, 1.0) * _MAX_REQ_TIME)
+            await deferLater(self.clock, self._random.uniform(0.5, 1.0) * _MAX_REQ_TIME)
             allocation.release()
 
     async def _probe(self, _: Machine) -> None:
-        await sleep(self.clock, 0.02)
+        await deferLater(self.clock, 0.02)
 
 
 class Fleet:

@@ -68,10 +68,3 @@ class Deadline:
         finally:
             if timer.active():
                 timer.cancel()
-
-
-def sleep(clock: IReactorTime, seconds: float) -> Deferred[None]:
-    """Wait; cancelling it leaves no timer behind."""
-    done: Deferred[None] = Deferred(lambda _: timer.cancel())
-    timer = clock.callLater(seconds, done.callback, None)
-    return done

@@ -18,12 +18,13 @@ from OpenSSL.SSL import Error as TLSError
 from twisted.internet.defer import CancelledError
 from twisted.internet.error import ConnectError, DNSLookupError
 from twisted.internet.error import ConnectionRefusedError as RefusedConnectionError
+from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublisher
 from twisted.web.http_headers import Headers
 from zope.interface import provider
 
 from bfaas.coordinator.worker_client import WorkerClient
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import (
     BytesProducer,
     abort_body,
@@ -216,7 +217,7 @@ async def _until_started(reactor: Any, api: MachinesAPI, machine: Machine) -> No
     while (state := (await api.get(machine.id)).state) is not State.STARTED:
         if state in (State.FAILED, State.STOPPED, State.DESTROYED):
             raise _dead(machine, state)
-        await sleep(reactor, _LOOK_PAUSE)
+        await deferLater(reactor, _LOOK_PAUSE)
 
 
 async def _until_ready(

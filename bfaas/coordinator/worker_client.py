@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.http.client import (
     BodyReceiver,
     BytesProducer,
@@ -104,7 +105,7 @@ class WorkerClient:
                 if is_up and self._clock_ok(response) and _is_expected_machine(machine, response):
                     return
             waited = self._reactor.seconds() - began
-            await sleep(self._reactor, min(longest, max(shortest, self._PROBE_SHARE * waited)))
+            await deferLater(self._reactor, min(longest, max(shortest, self._PROBE_SHARE * waited)))
 
     def _clock_ok(self, response: IResponse) -> bool:
         """Tell whether a worker's clock, as far as it tells it, is near enough to ours."""

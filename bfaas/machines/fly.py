@@ -15,10 +15,11 @@ from urllib.parse import urlencode
 
 from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import BytesProducer, Towards, read_body, wait_for_response
 from bfaas.http.endpoints import CertificateError, describe, root_cause
 from bfaas.machines.api import (
@@ -205,7 +206,7 @@ class FlyMachines:
                 is_doubtful = True
             if is_doubtful and deadline.remaining:
                 version = await self._inspect(machine.id, state, deadline) or version
-            await sleep(self._clock, self._random.uniform(*_RETRY_DELAYS) / 2)
+            await deferLater(self._clock, self._random.uniform(*_RETRY_DELAYS) / 2)
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
     async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:
@@ -279,7 +280,7 @@ class FlyMachines:
                 if isinstance(root_cause(error), CertificateError):
                     raise  # it is the same a moment later
                 self._log.debug("again: {error}", error=error)
-            await sleep(self._clock, self._random.uniform(0.5, 1.0) * pause)
+            await deferLater(self._clock, self._random.uniform(0.5, 1.0) * pause)
             pause = min(2 * pause, longest)
 
     async def _call_once(

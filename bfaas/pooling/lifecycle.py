@@ -10,9 +10,10 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import (
     EndedError,
     Lease,
@@ -233,7 +234,7 @@ class MachineLifecycle:
 
     async def _watch_start(self, slot: Slot) -> str | None:
         """Return how a machine ended whose worker has not answered yet; None where it goes on."""
-        await sleep(self._clock, self._PROMPT_ANSWER)
+        await deferLater(self._clock, self._PROMPT_ANSWER)
         try:
             has_stopped = await self._stops_within(slot, self._limits.ready)
         except MachinesError as error:

@@ -15,9 +15,10 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State, UnavailableError
 from bfaas.pooling.config import pool_of
 
@@ -108,12 +109,12 @@ class Reconciler:
             except (MachinesError, DeadlineExceededError) as error:
                 _log.warn("cleaning is not done: {error}", error=error)
                 self.api_reachable = False  # whatever it was
-                await sleep(clock, self._pause(failures))
+                await deferLater(clock, self._pause(failures))
                 failures += 1
             else:
                 failures = 0
                 if await self._is_doubted(due - clock.seconds()):
-                    await sleep(clock, self._pause(doubts))
+                    await deferLater(clock, self._pause(doubts))
                     doubts += 1
 
     async def _is_doubted(self, seconds: float) -> bool:
@@ -145,7 +146,7 @@ class Reconciler:
                 break
             unleased += await self._unleased(theirs)
         if unleased:
-            await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
+            await deferLater(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
         await self._gather_limited(
             self._try(self._destroy_unleased(machine), machine) for machine in unleased
         )
@@ -196,7 +197,7 @@ class Reconciler:
                     await self._try(destroy_own(self._api, machine), machine)
             except (MachinesError, DeadlineExceededError) as error:
                 _log.warn("is a machine left? {error}", error=error)
-            await sleep(self._clock, self._PAUSE)
+            await deferLater(self._clock, self._PAUSE)
 
     async def _try(self, work: Coroutine[Deferred[Any], Any, T], machine: Machine) -> T | None:
         """Do something about a machine; one that makes trouble is left for the next time."""

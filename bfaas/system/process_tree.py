@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from bfaas.deadline import sleep
+from twisted.internet.task import deferLater
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
@@ -87,7 +87,7 @@ async def kill_descendants(clock: IReactorTime, exclude: Callable[[], Container[
     while left := kill_descendants_once(os.getpid(), exclude()):
         if clock.seconds() > end:
             break
-        await sleep(clock, pause)
+        await deferLater(clock, pause)
         pause = min(2 * pause, 0.05)
         reap_orphans(exclude())
     return left

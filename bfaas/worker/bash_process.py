@@ -20,10 +20,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.process import ProcessWriter
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from bfaas.deadline import sleep
 from bfaas.protocol.formats import Exit, Reason, Stream
 from bfaas.system import process_tree
 from bfaas.system.confinement import BASH, BEGUN, SEARCH_PATH, command_prefix, in_bubblewrap, name_of
@@ -292,7 +292,7 @@ class BashRun(ProcessProtocol):
         if left:
             self._log.error("{count} processes of a script survive SIGKILL", count=left)
         if not self._killed and self._signal_number() in _SHUTDOWN_SIGNALS:
-            await sleep(self._clock, self._SHUTDOWN_PAUSE)
+            await deferLater(self._clock, self._SHUTDOWN_PAUSE)
 
     def _note_swept(self) -> None:
         self._swept = True

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred, DeferredLock
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from bfaas.machines.api import MachinesError, NotFoundError, State
 from bfaas.pooling.config import pool_of
 from bfaas.system import process_tree
@@ -127,7 +127,7 @@ class Chaos:
 
     async def strike(self, fault: Fault) -> None:
         """Let a fault strike; returns when the cause, not yet the damage, is repaired."""
-        await sleep(reactor, self._chance.uniform(0.1, 1.5))
+        await deferLater(reactor, self._chance.uniform(0.1, 1.5))
         pool = self._chance.choice(sorted(SIZES))
         coordinator = fault in COORDINATOR_FAULTS
         if fault in WORKER_FAULTS:
@@ -143,7 +143,7 @@ class Chaos:
         self._note(f"{fault.value}: {pool}")
         if fault is Fault.KILL_COORDINATOR:
             await self.kill(self.coordinators[pool])
-            await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             await self.start_coordinator(pool, SIZES[pool])
         else:
             least, most = (LEASE, LEASE + CLEANING_PERIOD) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
@@ -154,7 +154,7 @@ class Chaos:
         if fault is Fault.KILL_API:
             await self.kill(self.fly.machines)
             self._thaw_orphans()
-            await sleep(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             # It comes back without any machines.
             port, proxy_port = self.fly.machines.port, self.fly.proxy_port
             self.fly.machines = await start_stand_in(
@@ -183,7 +183,7 @@ class Chaos:
         for _ in range(int(PATIENCE / 0.1)):
             if busy := [worker for worker in self.fly.machines.workers() if process_tree.children(worker)]:
                 return self._chance.choice(busy)
-            await sleep(reactor, 0.1)
+            await deferLater(reactor, 0.1)
         raise AssertionError("no script runs")
 
     def _note(self, what: str) -> None:
@@ -213,7 +213,7 @@ class Chaos:
         while self._loaded:
             ended = await self.ask(pool, self._chance.choice(WORK), self._chance.randrange(5))
             if ended in (Ending.CUT, Ending.REFUSED):
-                await sleep(reactor, self._chance.uniform(0.1, 0.4))
+                await deferLater(reactor, self._chance.uniform(0.1, 0.4))
 
     async def ask(self, pool: str, work: str, code: int = 0) -> Ending:
         """Send a script; tell how that ended, which must be in one of the ways that are allowed."""
@@ -239,7 +239,7 @@ class Chaos:
     async def _watch(self) -> None:
         while self._loaded:
             await self._look()
-            await sleep(reactor, 0.1)
+            await deferLater(reactor, 0.1)
 
     async def _look(self) -> set[State]:
         """Look at the API's list: no pool is ever larger than its size."""
@@ -258,14 +258,14 @@ class Chaos:
         deadline = reactor.seconds() + RECOVERY
         while (ended := await self.ask(pool, "true")) is not Ending.WHOLE:
             assert reactor.seconds() < deadline, f"{pool} does not recover: {ended.value}"
-            await sleep(reactor, 0.1)
+            await deferLater(reactor, 0.1)
 
     async def _settle(self) -> None:
         """Wait until every machine is stopped, and no process is left but those that we started."""
         deadline = reactor.seconds() + RECOVERY
         while (left := self._strangers()) or await self._look() - {State.STOPPED}:
             assert reactor.seconds() < deadline, f"still there: {left or 'machines'}"
-            await sleep(reactor, 0.1)
+            await deferLater(reactor, 0.1)
 
     def _strangers(self) -> dict[int, str]:
         """
@@ -341,7 +341,7 @@ class Chaos:
             assert now < last + 1.2 * CLEANING_PERIOD + CLOCK_SKEW, (
                 f"{here} are there, {now - last:.1f} s late"
             )
-            await sleep(reactor, 0.1)
+            await deferLater(reactor, 0.1)
 
     async def _lease_end(self, machine_id: str) -> float:
         try:

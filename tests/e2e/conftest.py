@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import pytest_twisted
 from twisted.internet import process as twisted_process
+from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
 from zope.interface import provider
 
-from bfaas.deadline import sleep
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def nothing_left_behind() -> Iterator[None]:
         for _ in range(100):
             if _pending() <= before:
                 break
-            pytest_twisted.blockon(sleep(reactor, 0.02))
+            pytest_twisted.blockon(deferLater(reactor, 0.02))
     finally:
         globalLogPublisher.removeObserver(observe)
     assert _pending() - before == set()

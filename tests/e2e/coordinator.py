@@ -16,9 +16,10 @@ from treq.client import HTTPClient
 from twisted.internet import reactor as installed_reactor
 from twisted.internet.defer import Deferred, FirstError, gatherResults
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver, BytesProducer, single_use_agent
 from bfaas.system import process_tree
 
@@ -170,7 +171,7 @@ class Running:
         for _ in range(int(PATIENCE / 0.05)):
             if not self.processes():
                 return
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
         raise AssertionError(f"still there: {self.processes()}")
 
     def memory_mb(self, pid: int | None = None) -> float:
@@ -206,7 +207,7 @@ async def pause(pid: int, seconds: float) -> None:
     """Stop a process for a while."""
     paused = process_tree.with_root(pid)[:1]
     send(pid, signal.SIGSTOP)
-    await sleep(reactor, seconds)
+    await deferLater(reactor, seconds)
     if process_tree.alive(paused):
         send(pid, signal.SIGCONT)
 
@@ -229,7 +230,7 @@ async def until(look: Callable[[], Awaitable[T]]) -> T:
 
     async def keep_looking() -> T:
         while not (seen := await look()):
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
         return seen
 
     return await Deadline(reactor, PATIENCE).run(keep_looking())
@@ -284,7 +285,7 @@ async def start_program(
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return Running(program, port, pid)
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
     raise AssertionError(program.said.decode())
 
 

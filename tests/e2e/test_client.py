@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessOutputAndValue
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop, until
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Command(ProcessProtocol):
         for _ in range(int(PATIENCE / 0.05)):
             if what in self.said[1]:
                 return
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
         raise AssertionError(self.said)
 
 

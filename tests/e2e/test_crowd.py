@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest_twisted
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from bfaas.http.channel import Channel
 from tests.e2e.coordinator import reactor, together
 from tests.e2e.hostile import MAX_LINES, Spent, stage
@@ -65,7 +65,7 @@ async def read_a_little(peers: list[Peer]) -> None:
     """Let each read one piece."""
     for peer in peers:
         peer.transport.resumeProducing()
-        await sleep(reactor, 0)
+        await deferLater(reactor, 0)
         peer.transport.pauseProducing()
 
 

@@ -10,10 +10,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
+from twisted.internet.task import deferLater
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.http.client import single_use_agent
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import (
@@ -131,7 +132,7 @@ class IllFly:
 
     async def until_asked(self, method: str) -> None:
         while not self.faulty.count(method):
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
 
     async def finds(self, failure: str, remedy: str, **settings: str) -> None:
         """Have it examined: this is what is wrong, one machine at the most was made, and none is left."""

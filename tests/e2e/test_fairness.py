@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import pytest_twisted
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
+from twisted.internet.task import deferLater
 from twisted.web.client import Agent, HTTPConnectionPool
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
 from tests.e2e.hostile import EXIT, HEAD, stage
 from tests.e2e.test_main_job import path_setting
@@ -60,12 +61,12 @@ async def test_one_request_gets_through_a_flood_from_another_address() -> None:
             answers[answer.status] += 1
             if answer.status != 200:
                 assert_refused_for_its_share(answer)
-                await sleep(reactor, 0.3)
+                await deferLater(reactor, 0.3)
 
     floods = gatherResults([Deferred.fromCoroutine(flood()) for _ in range(FLOOD)], consumeErrors=True)
     try:
         while answers[200] < 2 or not answers[429]:
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
         for _ in range(3):
             before = answers[200]
             answer = await single.run("echo through")
@@ -103,7 +104,7 @@ async def test_scripts_that_call_their_own_coordinator_share_one_share(tmp_path:
         f"for i in $(seq 20); do curl -s -o /dev/null -w '%{{http_code}} ' {url} -d 'sleep 0.5' & done; wait"
     )
     asked = Deferred.fromCoroutine(coordinator.run(many, "?raw=1"))
-    await sleep(reactor, 0.5)
+    await deferLater(reactor, 0.5)
     other = await at("127.0.0.2", coordinator).run("echo fine")
     assert other.output("stdout") == "fine\n"
     codes = Counter(re.findall(rb"(\d+) ", (await asked).body))

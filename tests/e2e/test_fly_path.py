@@ -13,10 +13,10 @@ import pytest
 import pytest_twisted
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import LoopingCall, deferLater
 from twisted.web.http_headers import Headers
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.machines.api import State
 from bfaas.system import process_tree
 from tests.e2e.coordinator import (
@@ -124,7 +124,7 @@ async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None
     first = await start_coordinator(**settings)
     broken = [Deferred.fromCoroutine(first.run("sleep 1000")) for _ in range(2)]
     while list((await fly.of_pool("p")).values()) != [State.STARTED, State.STARTED]:
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
     left = await fly.of_pool("p")
     first.kill(signal.SIGKILL)
     await first.program.ended

@@ -15,8 +15,9 @@ from itertools import repeat, takewhile
 from typing import TYPE_CHECKING
 
 import pytest_twisted
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.http.channel import Channel
 from bfaas.http.media_type import FORM
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop, together
@@ -103,7 +104,7 @@ def slowly(start: bytes, more: bytes) -> Says:
     def script() -> Steps:
         yield start
         for at in range(1000):
-            yield sleep(reactor, 0.5)
+            yield deferLater(reactor, 0.5)
             yield more[at % len(more) :][:1]
 
     return script
@@ -206,7 +207,7 @@ CASES = [
     Case("another request behind", once(LASTING + SMUGGLED), FINE, 1),
     Case("a hundred requests behind", once(LASTING + SMUGGLED * 100), FINE, 1),
     Case("requests without end while it is answered",
-         lambda: (ENDLESS, sleep(reactor, 0.2), *[SMUGGLED * 500] * 200), CUT, 1),
+         lambda: (ENDLESS, deferLater(reactor, 0.2), *[SMUGGLED * 500] * 200), CUT, 1),
     Case("secrets, and words to Fly's proxy", with_secrets, FINE, 1),
     Case("HTTP/1.0", once(RUN.replace(b"1.1", b"1.0") + SMUGGLED), FINE, 1),
     Case("a query of 3000 fields", once(post("/run?" + "&a=b" * 2000 + "&%%%=" * 1000, b"harmless")),
@@ -217,12 +218,12 @@ CASES = [
          once(MANY + b"0\r\nfly-replay: app=evil\r\n\r\n"), FINE, 1),
     Case("half a request", once(RUN[:-1], End.CLOSE), CUT),
     Case("half a head", once(RUN[:30], End.RESET), CUT),
-    Case("a reset", lambda: (ENDLESS, sleep(reactor, 0.2), End.RESET), CUT, 1),
-    Case("a departure", lambda: (ENDLESS, sleep(reactor, 0.2), End.CLOSE), CUT, 1),
-    Case("a departure by half", lambda: (ENDLESS, sleep(reactor, 0.2), Act.HALF_CLOSE), CUT, 1),
+    Case("a reset", lambda: (ENDLESS, deferLater(reactor, 0.2), End.RESET), CUT, 1),
+    Case("a departure", lambda: (ENDLESS, deferLater(reactor, 0.2), End.CLOSE), CUT, 1),
+    Case("a departure by half", lambda: (ENDLESS, deferLater(reactor, 0.2), Act.HALF_CLOSE), CUT, 1),
     Case("half a request by half", once(RUN[:-1], Act.HALF_CLOSE), CUT),
     Case("reads nothing until its time is over",
-         lambda: (Act.PAUSE, ENDLESS, sleep(reactor, MAX_REQ_TIME + 1), Act.RESUME), TIMEOUT, 1),
+         lambda: (Act.PAUSE, ENDLESS, deferLater(reactor, MAX_REQ_TIME + 1), Act.RESUME), TIMEOUT, 1),
 ]  # fmt: skip
 
 SLOW = [

@@ -14,9 +14,9 @@ from itertools import chain, count, repeat
 from typing import TYPE_CHECKING, Any
 
 import pytest_twisted
+from twisted.internet.task import deferLater
 
 from bfaas.coordinator.app import MIN_GRACE
-from bfaas.deadline import sleep
 from tests.e2e.coordinator import reactor
 from tests.e2e.hostile import HEAD, MAX_LINES, MAX_MEMORY, Spent, stage
 from tests.support.hostile_worker import LAST_CHUNK, End, chunk, parse_answer, post
@@ -72,7 +72,7 @@ def slowly(start: bytes, more: bytes) -> Says:
         yield start
         for at in count():
             yield more[at % len(more) :][:1]
-            yield sleep(reactor, 0.02)
+            yield deferLater(reactor, 0.02)
 
     return script
 
@@ -187,7 +187,7 @@ CASES = [
     Case("more than it announced", with_length(b"%d" % len(DONE), DONE + OUT), FINE, ""),
     Case("an end by hanging up", once(ENDLESS + OUT + DONE, End.CLOSE), FINE, "out"),
     Case("a reset after the exit",
-         lambda: (HEAD + chunk(OUT + DONE), sleep(reactor, 0.2), End.RESET), FINE, "out"),
+         lambda: (HEAD + chunk(OUT + DONE), deferLater(reactor, 0.2), End.RESET), FINE, "out"),
     Case("lies in the exit", events(told(json.dumps({"code": 3, **LIES}).encode())), FINE, ""),
     Case("line ends of every kind", events(STRING + b'\xe2\x80\xa8\\r\\n\\u0000\xc2\x85"\n\n', DONE),
          FINE, "\u2028\r\n\0\x85"),
@@ -313,7 +313,7 @@ async def test_whatever_a_worker_says_has_one_ending_and_a_price(subtests: pytes
 
 def once_late() -> Script:
     """Say an honest worker's head 0.3 s after the request."""
-    return [sleep(reactor, 0.3), HEAD, chunk(OUT)]
+    return [deferLater(reactor, 0.3), HEAD, chunk(OUT)]
 
 
 @pytest_twisted.ensureDeferred

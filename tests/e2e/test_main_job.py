@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
-from twisted.internet.task import LoopingCall
+from twisted.internet.task import LoopingCall, deferLater
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.system import process_tree
 from tests.e2e.coordinator import PATIENCE, TWISTD, RunResponse, reactor, start, start_coordinator, stop
 
@@ -132,7 +132,7 @@ async def test_a_slow_reader_pauses_the_script_and_costs_no_memory() -> None:
     exchange = await coordinator.begin("yes", "?raw=1", take)
     reading = LoopingCall(read_on)
     reading.start(0.01)
-    await sleep(reactor, 4)
+    await deferLater(reactor, 4)
     peak = max(coordinator.memory_mb(pid) for pid in coordinator.workers())
     reading.stop()
     exchange.leave()
@@ -150,7 +150,7 @@ async def test_the_deadline_ends_a_run_whose_client_does_not_read() -> None:
     exchange = await coordinator.begin("yes", "?raw=1")
     exchange.reader.transport.pauseProducing()
     while b"timeout" not in coordinator.program.said:
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
     await coordinator.settle()
     exchange.leave()
 
@@ -203,7 +203,7 @@ async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinat
     async def leave() -> None:
         run = Deferred.fromCoroutine(coordinator.run(f"echo begun; sleep {NAP}"))
         run.addErrback(lambda _: None)
-        await sleep(reactor, chance.uniform(0, 2))
+        await deferLater(reactor, chance.uniform(0, 2))
         run.cancel()
 
     await gatherResults([Deferred.fromCoroutine(leave()) for _ in range(40)])
@@ -212,7 +212,7 @@ async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinat
     answers = await gatherResults([Deferred.fromCoroutine(coordinator.run("echo fine")) for _ in range(2)])
     assert [answer.output("stdout") for answer in answers] == ["fine\n", "fine\n"]
     await coordinator.settle()
-    await sleep(reactor, 0.3)
+    await deferLater(reactor, 0.3)
     assert coordinator.descriptors() <= before + 2
     assert b"Traceback" not in coordinator.program.said
     assert not sleepers()
@@ -235,7 +235,7 @@ async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s", MAXQUEUE="1")
     busy = await coordinator.begin(f"echo begun; sleep {NAP}")
     waiting = Deferred.fromCoroutine(coordinator.run("echo late"))
-    await sleep(reactor, 0.1)
+    await deferLater(reactor, 0.1)
     refused = await coordinator.run("echo refused")
     late = await waiting
 
@@ -288,7 +288,7 @@ async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: sign
     exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
     await started
     waiting = Deferred.fromCoroutine(coordinator.run("true"))
-    await sleep(reactor, 0.1)
+    await deferLater(reactor, 0.1)
     coordinator.kill(number)
     refused = await waiting
     await exchange.end()
@@ -306,7 +306,7 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
     exchange = await coordinator.begin(f"sleep {NAP} & sleep {NAP}")
     exchange.reader.done.addErrback(lambda _: None)
     while not sleepers():
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
     processes = coordinator.processes()
     coordinator.kill(signal.SIGKILL)
     await coordinator.program.ended
@@ -314,7 +314,7 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
     for _ in range(int(PATIENCE / 0.05)):
         if not process_tree.alive(processes):
             break
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
     assert not process_tree.alive(processes)
     assert not sleepers()
 

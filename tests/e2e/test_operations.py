@@ -12,8 +12,8 @@ import pytest
 import pytest_twisted
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from tests.e2e.coordinator import (
     Running,
     RunResponse,
@@ -60,7 +60,7 @@ async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> No
 
     busy = await coordinator.begin("echo begun; sleep 1000")
     waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
-    await sleep(reactor, 0.3)
+    await deferLater(reactor, 0.3)
     told = await status(coordinator)
     assert told["pool"]["machines"] == {"busy": 1}
     assert (told["queue"]["waiting"], told["runs"]["running"]) == (1, 1)

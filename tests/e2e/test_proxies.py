@@ -14,8 +14,9 @@ import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop
 from tests.support.hostile_worker import parse_answer, post
 
@@ -119,7 +120,7 @@ async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterato
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
         yield port
     finally:
         if not proxy.ended.called:
@@ -136,7 +137,7 @@ async def heard(port: int, said: bytes) -> AsyncGenerator[bytes]:
             try:
                 piece = client.recv(1 << 16)
             except BlockingIOError:
-                await sleep(reactor, 0.05)
+                await deferLater(reactor, 0.05)
                 continue
             if not piece:
                 return

@@ -19,9 +19,10 @@ import pytest
 import pytest_twisted
 from treq.client import HTTPClient
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 
-from bfaas.deadline import Deadline, sleep
+from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver
 from bfaas.machines.api import State
 from bfaas.system import process_tree
@@ -73,7 +74,7 @@ async def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:
     end = time.monotonic() + patience
     while not true():
         assert time.monotonic() < end, "it does not come true"
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
 
 
 def is_told(pid: int, name: str) -> bool:
@@ -149,14 +150,14 @@ async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> No
             if number is signal.SIGSTOP:  # its connections are open; nobody tells the worker that it is gone
                 while time.monotonic() < started + LIMIT - 1:
                     assert script.left()
-                    await sleep(reactor, 0.05)
+                    await deferLater(reactor, 0.05)
             await until(lambda: not script.left(), started + LIMIT + CLOCK_SKEW - time.monotonic())
 
             # And so the machine is stopped, which nobody asked the API for.
             end = time.monotonic() + LIMIT + CLOCK_SKEW
             while list((await fly.of_pool("p")).values()) != [State.STOPPED]:
                 assert time.monotonic() < end
-                await sleep(reactor, 0.05)
+                await deferLater(reactor, 0.05)
             assert fly.machines.processes() == []
             exchange.leave()
 
@@ -216,7 +217,7 @@ async def test_the_lease_alone_ends_a_machine() -> None:
             while machine_id in await fly.of_pool("p"):
                 assert time.time() < lease_end + CLOCK_SKEW
                 seen += time.time() < lease_end
-                await sleep(reactor, 0.1)
+                await deferLater(reactor, 0.1)
 
             assert time.time() >= lease_end
             assert seen >= 10, "the other pool had no time to be wrong"

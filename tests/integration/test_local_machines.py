@@ -14,8 +14,8 @@ from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectError
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from bfaas.machines.api import MachineConfig, State
 from bfaas.machines.local.processes import LocalMachines, LocalProcesses, find_sandbox
 from bfaas.machines.local.script_users import RANGES
@@ -95,7 +95,7 @@ class WorkerTests(LoopbackTestCase):
                     port, b"GET /healthz HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n"
                 )
             except ConnectError:
-                await sleep(reactor, 0.02)
+                await deferLater(reactor, 0.02)
                 continue
             return await peer.hear_out()
 

@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant(
         "pool",
         "run(self._reconciler.destroy_all_own())",
-        "run(sleep(self._clock, 0))",
+        "run(DeferredList([]))",
         "destroy leaves machines",
     ),
     Mutant(
@@ -356,7 +356,7 @@ MUTANTS = [
     ),
     Mutant(
         "pooling.reconciler",
-        "            await sleep(self._clock, self._SECOND_LOOK * self._settings.limits.lease)\n",
+        "            await deferLater(self._clock, self._SECOND_LOOK * self._settings.limits.lease)\n",
         "            pass\n",
         "a machine is destroyed while its lease changes hands",
     ),
@@ -467,12 +467,6 @@ MUTANTS = [
         "a cancelled answer is read on",
     ),
     Mutant("deadline", "            task.cancel()\n", "            pass\n", "a deadline does nothing"),
-    Mutant(
-        "deadline",
-        "Deferred(lambda _: timer.cancel())",
-        "Deferred(lambda _: None)",
-        "a cancelled sleep leaves its timer",
-    ),
 ]
 
 

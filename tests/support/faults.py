@@ -6,8 +6,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 
-from bfaas.deadline import sleep
 from bfaas.machines.api import Lease, Machine, MachineConfig, MachinesAPI, State, UnavailableError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Slow(Fault):
         self.seconds = seconds
 
     async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
-        await sleep(self.clock, self.seconds)
+        await deferLater(self.clock, self.seconds)
         return await call()
 
 

@@ -12,9 +12,8 @@ from twisted.internet.defer import Deferred, DeferredQueue
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, ServerFactory
+from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
-
-from bfaas.deadline import sleep
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,7 +65,7 @@ def parse_answer(heard: bytes, method: str = "POST") -> tuple[HTTPResponse, byte
 async def until(condition: Callable[[], object]) -> None:
     """Let the reactor run until it is so; what never comes true ends with the test's time."""
     while not condition():
-        await sleep(reactor, 0.001)
+        await deferLater(reactor, 0.001)
 
 
 class Peer(Protocol):

@@ -6,7 +6,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -102,20 +102,3 @@ class DeadlineTests(SynchronousTestCase):
             self.clock.advance(1)
             self.assertEqual(1, self.failureResultOf(waiting, DeadlineExceededError).value.seconds)
             self.assert_no_timer()
-
-
-class SleepTests(SynchronousTestCase):
-    def test_it_lasts_its_time(self) -> None:
-        clock = Clock()
-        asleep = sleep(clock, 2)
-        clock.advance(1.9)
-        self.assertNoResult(asleep)
-        clock.advance(0.1)
-        self.assertIsNone(self.successResultOf(asleep))
-
-    def test_cancelling_it_leaves_no_timer(self) -> None:
-        clock = Clock()
-        asleep = sleep(clock, 2)
-        asleep.cancel()
-        self.failureResultOf(asleep, CancelledError)
-        self.assertEqual([], clock.getDelayedCalls())

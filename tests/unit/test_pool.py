@@ -6,10 +6,9 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.task import Clock
+from twisted.internet.task import Clock, deferLater
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.deadline import sleep
 from bfaas.machines.api import (
     CapacityError,
     LeaseHeldError,
@@ -45,7 +44,7 @@ class LostStart(Fault):
 
     async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
-        await sleep(self.clock, self.seconds)
+        await deferLater(self.clock, self.seconds)
         raise self.refusal
 
 

@@ -13,9 +13,10 @@ from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError, sleep
+from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import (
     EndedError,
     Lease,
@@ -309,7 +310,7 @@ class MemoryMachines:
             self._turn(entry, State.STARTING)  # at once, so that a stop finds something to stop
         for state in (State.STARTING, State.STARTED):
             if self._timing.boot:
-                await sleep(self._clock, self._timing.boot / 2)
+                await deferLater(self._clock, self._timing.boot / 2)
             if state is State.STARTED and entry.generation == number:
                 state = await self._give_body(entry, exited)  # noqa: PLW2901 - or what came of it
             if entry.generation != number:
@@ -329,7 +330,7 @@ class MemoryMachines:
         self._turn(entry, State.STOPPING)
         await self._bodies.kill(entry.machine.id)
         if self._timing.stop:
-            await sleep(self._clock, self._timing.stop)
+            await deferLater(self._clock, self._timing.stop)
         entry.restless_until = self._clock.seconds() + self._timing.rest
         if entry.machine.state is State.STOPPING:
             self._turn(entry, State.STOPPED)
@@ -361,7 +362,7 @@ class MemoryMachines:
         self._turn(entry, State.DESTROYING)
         await self._bodies.kill(entry.machine.id)
         self._turn(entry, State.DESTROYED)
-        await sleep(self._clock, self._timing.memory)
+        await deferLater(self._clock, self._timing.memory)
         del self._entries[entry.machine.id]
 
 

@@ -25,10 +25,10 @@ from urllib.parse import urlsplit
 
 from twisted.internet.defer import Deferred, DeferredList, DeferredLock
 from twisted.internet.protocol import ProcessProtocol
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThreadPool
 from twisted.logger import Logger
 
-from bfaas.deadline import sleep
 from bfaas.machines.emulator.state import MemoryMachines
 from bfaas.machines.local.removal_watch import RemovalWatch
 from bfaas.machines.local.script_users import ScriptUsers, unavailable
@@ -435,7 +435,7 @@ class LocalProcesses:
         async with self._killing:
             # A look through /proc takes its time. What is written, such as the ending of the run, goes out
             # first; and many that end at once do so one by one.
-            await sleep(self._reactor, 0)
+            await deferLater(self._reactor, 0)
             pid = body.transport.pid
             if pid is not None:
                 process_tree.kill_tree(pid)
@@ -456,7 +456,7 @@ class LocalProcesses:
         body = self._bodies[machine_id]
         # A stopped process notices our death by the signal alone that setpriv has set by then.
         while _is_before_pdeathsig(body.transport.pid):
-            await sleep(self._reactor, self._PDEATHSIG_PERIOD)
+            await deferLater(self._reactor, self._PDEATHSIG_PERIOD)
         pid = body.transport.pid
         if pid is not None:
             process_tree.stop_tree(pid)

@@ -15,11 +15,11 @@ from twisted.internet.error import DNSLookupError
 from twisted.internet.error import TimeoutError as ConnectTimeoutError
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.ssl import CertificateOptions, DefaultOpenSSLContextFactory, platformTrust
+from twisted.internet.task import deferLater
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import Agent
 
-from bfaas.deadline import sleep
 from bfaas.http.client import Towards, wait_for_response
 from bfaas.http.endpoints import (
     CONNECT_TIMEOUT,
@@ -177,7 +177,7 @@ class NameTests(EndpointTestCase):
         self.failureResultOf(connecting, CancelledError)
         self.names.answers.set()
         await self.close(await self.connect("slow", port))
-        await sleep(reactor, 0.05)
+        await deferLater(reactor, 0.05)
         self.assertEqual(1, len(self.servers))
 
 

@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Factory
+from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from bfaas.deadline import sleep
 from bfaas.http.client import BodyReceiver, BytesProducer, read_body, single_use_agent, wait_for_response
 from bfaas.http.response_parser import MalformedResponseError
 from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, reactor, until
@@ -107,7 +107,7 @@ class AgentTests(LoopbackTestCase):
         before = -1
         while before < said:
             before = said
-            await sleep(reactor, 0.2)
+            await deferLater(reactor, 0.2)
         self.assertLess(said, 300)
         received = 0
 
@@ -135,7 +135,7 @@ class AgentTests(LoopbackTestCase):
         for says in (b"", OK + b"Content-Length: 4\r\n\r\nbo"):
             answer, peer = await self.deaf(says)
             reading = answer.addCallback(lambda response: Deferred.fromCoroutine(read_body(response, 4)))
-            await sleep(reactor, 0.05)
+            await deferLater(reactor, 0.05)
             self.assertNoResult(reading)
             reading.cancel()
             self.failureResultOf(reading, CancelledError)
