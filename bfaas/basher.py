@@ -167,7 +167,7 @@ class Options(RoleOptions):
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
         LOG_FORMAT,
     ]
-    optFlags: ClassVar = [["attached", "a", "End, and kill the run, when standard input ends."]]
+    optFlags: ClassVar = [["exit-on-stdin-eof", None, "Stop, and kill the run, at the end of standard input."]]
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
@@ -178,7 +178,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     check_programs()
     configure_reactor(reactor)
-    if options["attached"]:
+    if options["exit-on-stdin-eof"]:
         stop_at_end_of_input(reactor)
     return logged(Worker(reactor, settings, options["listen"]), options, reactor)
 
