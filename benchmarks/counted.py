@@ -17,8 +17,8 @@ from bfaas.machines.api import (
     UnavailableError,
     WaitTimeoutError,
 )
-from bfaas.machines.codec import read_config
-from bfaas.machines.emulator.rate_limits import RateLimits
+from bfaas.machines.codec import decode_config
+from bfaas.machines.emulator.rate_limits import RateLimiter
 from bfaas.machines.fly import FlyMachines
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.machines.emulator.state import MemoryMachines
+    from bfaas.machines.emulator.state import EmulatedMachines
 
 
 class Book:
@@ -39,7 +39,7 @@ class Book:
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._limits = RateLimits(clock)
+        self._limits = RateLimiter(clock)
         self.enforced = True
         self.asked: Counter[tuple[int, str]] = Counter()
         self.of_machine: Counter[tuple[str, str]] = Counter()
@@ -53,7 +53,7 @@ class Book:
         self.asked[second, action] += 1
         self.of_machine[action, machine_id] += 1
         try:
-            self._limits.take(action, machine_id)
+            self._limits.acquire(action, machine_id)
         except RateLimitedError:
             self.asked[second, "refused"] += 1
             self.asked[second, f"refused {action}"] += 1
@@ -84,7 +84,7 @@ class CountedMachines(FlyMachines):
     """`FlyMachines` with all its repetitions; each call takes `latency` seconds there and back."""
 
     def __init__(
-        self, clock: IReactorTime, random: Random, there: MemoryMachines, book: Book, latency: float
+        self, clock: IReactorTime, random: Random, there: EmulatedMachines, book: Book, latency: float
     ) -> None:
         no_agent: Any = None
         super().__init__(clock, no_agent, random, "", "app", "token")
@@ -133,26 +133,26 @@ class CountedMachines(FlyMachines):
         return result
 
 
-async def _create(there: MemoryMachines, call: _Call) -> tuple[Machine, str]:
+async def _create(there: EmulatedMachines, call: _Call) -> tuple[Machine, str]:
     asked = call.body
-    config = read_config(asked["config"])
+    config = decode_config(asked["config"])
     machine, lease = await there.create(asked["name"], asked["region"], config, asked["lease_ttl"])
     return machine, lease.nonce
 
 
-async def _wait(there: MemoryMachines, call: _Call) -> dict[str, Any]:
+async def _wait(there: EmulatedMachines, call: _Call) -> dict[str, Any]:
     [state], [seconds] = call.query["state"], call.query["timeout"]
     await there.wait(await there.get(call.machine_id), State(state), float(seconds))
     return {"ok": True}
 
 
-async def _lease(there: MemoryMachines, call: _Call) -> Any:
+async def _lease(there: EmulatedMachines, call: _Call) -> Any:
     if call.nonce is not None:
         return await there.refresh_lease(call.machine_id, call.nonce, call.body["ttl"])
     return await there.acquire_lease(call.machine_id, call.body["ttl"], call.body["description"])
 
 
-_ACTIONS: dict[tuple[str, str], tuple[str, Callable[[MemoryMachines, _Call], Coroutine[Any, Any, Any]]]] = {
+_ACTIONS: dict[tuple[str, str], tuple[str, Callable[[EmulatedMachines, _Call], Coroutine[Any, Any, Any]]]] = {
     ("GET", "machines"): ("list", lambda there, _: there.list()),
     ("POST", "machines"): ("create", _create),
     ("GET", "machine"): ("get", lambda there, call: there.get(call.machine_id)),

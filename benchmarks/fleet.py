@@ -36,7 +36,7 @@ from zope.interface import provider
 from benchmarks.counted import Book, CountedMachines
 from benchmarks.report import Report
 from bfaas.machines.api import MachineConfig
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.pool import Pool
 from bfaas.pooling.config import PoolConfig, lease_ttl, pool_of
 from tests.simulation.clock import HeapClock, NodeClock
@@ -100,9 +100,9 @@ class Fleet:
         self.latency = latency
         clock = NodeClock(self.heap)
         self.book = Book(clock)
-        timing = Timing(boot=boot, stop=0.3, rest=0.4)
+        timing = Timing(boot=boot, stop=0.3, stop_cooldown=0.4)
         random = Random(1)  # noqa: S311 - a run is to be the same each time
-        self.machines = MemoryMachines(clock, lambda: 1e9 + self.heap.now, timing=timing, random=random)
+        self.machines = EmulatedMachines(clock, lambda: 1e9 + self.heap.now, timing=timing, random=random)
         self.coordinators = [Coordinator(self, f"c{number}") for number in range(coordinators)]
 
     def begin(self) -> None:

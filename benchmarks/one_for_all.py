@@ -16,7 +16,7 @@ from twisted.web.server import NOT_DONE_YET, Site
 
 from bfaas.http.server import text_response
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines
+from bfaas.machines.emulator.state import EmulatedMachines
 from bfaas.protocol import formats
 from bfaas.system.logs import LOG_FORMAT
 from bfaas.system.runtime import RoleOptions, configure_reactor, run_service
@@ -55,7 +55,7 @@ def make_service(options: Options, reactor: Any) -> IService:
     """Compose it."""
     configure_reactor(reactor)
     service = MultiService()
-    api = MachinesServer(MemoryMachines(reactor, time.time), "workers", None)
+    api = MachinesServer(EmulatedMachines(reactor, time.time), "workers", None)
     for endpoint, resource in ((options["listen"], api.app.resource()), (options["workers"], Worker())):
         listening(endpoint, Site(resource, reactor=reactor), reactor).setServiceParent(service)
     return service

@@ -20,7 +20,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.client import ask, get, post
 from benchmarks.report import ROOT
-from bfaas.machines.local.processes import find_sandbox, free_port, sandbox_for, script_users
+from bfaas.machines.local.host import available_script_users, can_sandbox
+from bfaas.machines.local.processes import free_port
+from bfaas.system.confinement import sandbox_prefix
 from bfaas.tokens import Signer, genkey
 
 if TYPE_CHECKING:
@@ -139,13 +141,13 @@ class Confined(NamedTuple):
 def confined() -> Iterator[Confined]:
     """Make a home for scripts."""
     with tempfile.TemporaryDirectory(prefix="bfaas-bench-") as directory:
-        users = script_users()
+        users = available_script_users()
         home, user = Path(directory, "home"), users.acquire() if users else None
         home.mkdir(mode=0o700)
         Path(directory).chmod(0o711)
         if user is not None:
             os.chown(home, *user)
-        yield Confined(str(home), user, sandbox_for(str(home)) if _sandboxed() else ())
+        yield Confined(str(home), user, sandbox_prefix(str(home)) if _sandboxed() else ())
 
 
 @contextmanager
@@ -164,7 +166,7 @@ def worker() -> Iterator[Worker]:
 
 @cache
 def _sandboxed() -> bool:
-    return find_sandbox()
+    return can_sandbox()
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:

@@ -13,9 +13,9 @@ if __name__ == "__main__":
     import gc
     import sys
 
-    from bfaas.system.startup import prepare_role
+    from bfaas.system.startup import begin
 
-    prepare_role("bfaas-basher")
+    begin("bfaas-basher")
     # Imports leave next to no garbage; looking for it takes some 10 ms.
     gc.disable()
     # A worker speaks no TLS. Twisted can do without; with it, the reactor takes a third longer to load.
@@ -36,10 +36,10 @@ from bfaas.settings import BasherSettings
 from bfaas.system import process_tree
 from bfaas.system.confinement import check_programs
 from bfaas.system.listener import Listener
-from bfaas.system.logs import LOG_FORMAT, with_logging
+from bfaas.system.logs import LOG_FORMAT, logged
 from bfaas.system.runtime import (
     RoleOptions,
-    check_options,
+    check,
     configure_reactor,
     max_connections,
     run_service,
@@ -167,20 +167,22 @@ class Options(RoleOptions):
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
         LOG_FORMAT,
     ]
-    optFlags: ClassVar = [["exit-on-stdin-eof", None, "Stop and kill the run when standard input ends."]]
+    optFlags: ClassVar = [
+        ["exit-on-stdin-eof", None, "Stop, and kill the run, at the end of standard input."]
+    ]
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the worker from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
-        check_options(options)
+        check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     check_programs()
     configure_reactor(reactor)
     if options["exit-on-stdin-eof"]:
         stop_at_end_of_input(reactor)
-    return with_logging(Worker(reactor, settings, options["listen"]), options, reactor)
+    return logged(Worker(reactor, settings, options["listen"]), options, reactor)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ from bfaas.machines.api import (
 )
 from bfaas.machines.codec import WORKER_PORT
 from bfaas.machines.fly import FlyMachines
-from bfaas.machines.local.processes import HostError, LocalMachines, examine_host
+from bfaas.machines.local.host import HostError, examine_host
+from bfaas.machines.local.processes import LocalMachines
 from bfaas.pooling.config import machine_name, pool_config
 from bfaas.pooling.reconciler import destroy_own
 from bfaas.protocol import formats

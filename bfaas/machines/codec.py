@@ -18,7 +18,7 @@ class DecodeError(Exception):
     """Something is not as the API writes it."""
 
 
-def config_to_json(config: MachineConfig) -> dict[str, Any]:
+def encode_config(config: MachineConfig) -> dict[str, Any]:
     """
     Write a machine's config.
 
@@ -47,7 +47,7 @@ def config_to_json(config: MachineConfig) -> dict[str, Any]:
     }
 
 
-def read_config(told: object) -> MachineConfig:
+def decode_config(told: object) -> MachineConfig:
     """Read what a machine is to be made from; only its image is needed."""
     if not isinstance(told, dict) or not isinstance(told.get("image"), str) or not told["image"]:
         raise DecodeError("config.image is required")
@@ -78,7 +78,7 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def read_machine(told: object) -> Machine:
+def decode_machine(told: object) -> Machine:
     """Read a machine. Raises `DecodeError` where id, name or state is missing."""
     fields = _object(told)
     config = _object(fields.get("config")) or _object(fields.get("incomplete_config"))
@@ -104,15 +104,15 @@ def _read_moment(told: object) -> float:
         return 0.0
 
 
-def read_created(told: object) -> tuple[Machine, str]:
+def decode_created_machine(told: object) -> tuple[Machine, str]:
     """Read the answer to a creation: the machine, and the nonce of its lease."""
     nonce = _text(_object(told).get("nonce"))
     if not nonce:
         raise DecodeError("a machine was created, but its nonce is not told")
-    return read_machine(told), nonce
+    return decode_machine(told), nonce
 
 
-def read_list(told: object) -> list[object]:
+def decode_list(told: object) -> list[object]:
     """Read an array, of which anything may be an item; null is an empty one."""
     if told is None:
         return []
@@ -121,14 +121,14 @@ def read_list(told: object) -> list[object]:
     return told
 
 
-def read_object(told: object) -> dict[str, Any]:
+def decode_object(told: object) -> dict[str, Any]:
     """Read an object, of which nothing is known."""
     if not isinstance(told, dict):
         raise DecodeError("not an object")
     return told
 
 
-def read_lease(told: object) -> Lease:
+def decode_lease(told: object) -> Lease:
     """Read a lease, which is wrapped in `data` (the published schema shows it without)."""
     envelope = _object(told)
     fields = _object(envelope.get("data"))
@@ -138,7 +138,7 @@ def read_lease(told: object) -> Lease:
     return Lease(_text(nonce), expires_at, _text(fields.get("owner")), _text(fields.get("description")))
 
 
-def machine_to_json(machine: Machine, config: MachineConfig | None) -> dict[str, Any]:
+def encode_machine(machine: Machine, config: MachineConfig | None) -> dict[str, Any]:
     """Write a machine; without its config, in the short form of a summary."""
     created = _moment(machine.created_at)
     told: dict[str, Any] = {
@@ -154,12 +154,12 @@ def machine_to_json(machine: Machine, config: MachineConfig | None) -> dict[str,
         "updated_at": created,
     }
     if config is not None:
-        echo = {**config_to_json(config), "metadata": dict(machine.metadata), "init": {}}
+        echo = {**encode_config(config), "metadata": dict(machine.metadata), "init": {}}
         told |= {"config": echo, "events": [], "checks": [], "host_status": "ok"}
     return told
 
 
-def lease_to_json(lease: Lease) -> dict[str, Any]:
+def encode_lease(lease: Lease) -> dict[str, Any]:
     """Write a lease, wrapped as it is on the wire."""
     data = {
         "nonce": lease.nonce,

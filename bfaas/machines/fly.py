@@ -44,12 +44,12 @@ from bfaas.machines.api import (
 )
 from bfaas.machines.codec import (
     DecodeError,
-    config_to_json,
-    read_created,
-    read_lease,
-    read_list,
-    read_machine,
-    read_object,
+    decode_created_machine,
+    decode_lease,
+    decode_list,
+    decode_machine,
+    decode_object,
+    encode_config,
 )
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def authorization(token: str) -> str:
     return f"{scheme} {','.join(tokens)}"
 
 
-class FlyMachines:
+class FlyMachines(MachinesAPI):
     """
     The machines of one Fly app.
 
@@ -124,9 +124,9 @@ class FlyMachines:
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
         """Make a machine, leased at once. Not repeated: whoever asked must know of a lost answer."""
-        asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": config_to_json(config)}
+        asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": encode_config(config)}
         machine, nonce = await self._call(
-            "POST", "", read_created, body=asked, limit=_CREATE_LIMIT, retry_on=()
+            "POST", "", decode_created_machine, body=asked, limit=_CREATE_LIMIT, retry_on=()
         )
         if machine.name != name:
             raise UnavailableError(f"asked to create {name}, the API tells of {machine.name}")
@@ -139,20 +139,20 @@ class FlyMachines:
         In summary, which leaves configurations out: ten thousand machines are five million bytes, not twenty.
         """
         machines = []
-        for item in await self._call("GET", "?summary=true", read_list):
+        for item in await self._call("GET", "?summary=true", decode_list):
             try:
-                machines.append(read_machine(item))
+                machines.append(decode_machine(item))
             except DecodeError as error:
                 self._log.warn("a machine in the list makes no sense: {error}", error=error)
         return machines
 
     async def get(self, machine_id: str) -> Machine:
         """Look at one machine."""
-        return await self._call("GET", f"/{machine_id}", read_machine)
+        return await self._call("GET", f"/{machine_id}", decode_machine)
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
         """Start it. Return True if it migrated, or had started before: `get` tells its version then."""
-        told = await self._call("POST", f"/{machine_id}/start", read_object, nonce)
+        told = await self._call("POST", f"/{machine_id}/start", decode_object, nonce)
         had_started = told.get("previous_state") in (State.STARTING, State.STARTED)
         return told.get("migrated") is True or bool(told.get("new_host")) or had_started
 
@@ -160,11 +160,11 @@ class FlyMachines:
         """Stop it, without grace."""
         # Fly waits for the end of a process at least this long; SIGKILL ends it at once.
         asked = {"signal": "SIGKILL", "timeout": "1s"}
-        await self._call("POST", f"/{machine_id}/stop", read_object, nonce, asked)
+        await self._call("POST", f"/{machine_id}/stop", decode_object, nonce, asked)
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
         """Freeze it."""
-        await self._call("POST", f"/{machine_id}/suspend", read_object, nonce)
+        await self._call("POST", f"/{machine_id}/suspend", decode_object, nonce)
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
         """
@@ -186,7 +186,7 @@ class FlyMachines:
                     self._call(
                         "GET",
                         f"{path}?{urlencode(query)}",
-                        read_object,
+                        decode_object,
                         limit=seconds + _CALL_LIMIT,
                         retry_on=(RateLimitedError,),
                     )
@@ -228,28 +228,28 @@ class FlyMachines:
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
         """Destroy it, in whatever state it is."""
-        await self._call("DELETE", f"/{machine_id}?force=true", read_object, nonce)
+        await self._call("DELETE", f"/{machine_id}?force=true", decode_object, nonce)
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Take a free lease. Not repeated: had it been ours, the second call would find it held."""
         asked = {"ttl": ttl, "description": description}
         path = f"/{machine_id}/lease"
-        return await self._call("POST", path, read_lease, body=asked, retry_on=(RateLimitedError,))
+        return await self._call("POST", path, decode_lease, body=asked, retry_on=(RateLimitedError,))
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
         """Extend our lease."""
-        lease = await self._call("POST", f"/{machine_id}/lease", read_lease, nonce, {"ttl": ttl})
+        lease = await self._call("POST", f"/{machine_id}/lease", decode_lease, nonce, {"ttl": ttl})
         if lease.nonce != nonce:
             raise LeaseHeldError(f"the lease on {machine_id} had run out: this is another")
         return lease
 
     async def get_lease(self, machine_id: str) -> Lease:
         """Tell the lease in force."""
-        return await self._call("GET", f"/{machine_id}/lease", read_lease)
+        return await self._call("GET", f"/{machine_id}/lease", decode_lease)
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
         """Give our lease back."""
-        await self._call("DELETE", f"/{machine_id}/lease", read_object, nonce)
+        await self._call("DELETE", f"/{machine_id}/lease", decode_object, nonce)
 
     async def _call(
         self,
@@ -341,7 +341,7 @@ _NO_ROOM = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
 def _error(call: Call, body: bytes) -> MachinesError:
     """Choose the error by status first; the text only refines it (superfly/fly-go, flaps/flaps_error.go)."""
     try:
-        told = read_object(json.loads(body))
+        told = decode_object(json.loads(body))
     except (ValueError, DecodeError):
         told = {}
     said = told.get("message") or told.get("error")
@@ -367,6 +367,3 @@ def _error(call: Call, body: bytes) -> MachinesError:
     else:
         kind = RefusedError
     return kind(message, call)
-
-
-_check: type[MachinesAPI] = FlyMachines

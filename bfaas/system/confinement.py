@@ -25,6 +25,15 @@ SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 BASH = "/bin/bash"
 
+SANDBOX_HOME = "/home/worker"
+"""The home of a script inside a sandbox."""
+
+SANDBOX_ACCOUNT = "worker"
+"""The name of a script's user inside a sandbox, where its id has no name on the host."""
+
+_READ_ONLY = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
+_PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - empty and private in each sandbox
+
 _UTIL_LINUX = ("setsid", "choom", "setpriv")
 
 _NUMBER = re.compile(r"[0-9]{1,10}")
@@ -198,3 +207,61 @@ _LAST_STEP = (
 def _at_most(kind: int, limit: int) -> int:
     hard = resource.getrlimit(kind)[1]
     return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+
+
+def sandbox_prefix(home: str, accounts: str | None = None) -> tuple[str, ...]:
+    """
+    Return the words that run a command in bubblewrap (https://github.com/containers/bubblewrap).
+
+    In the sandbox, system directories are read-only and `home` is writable; the processes, the network and
+    the other files of the host do not exist. `accounts` is a directory with a passwd and a group file that
+    replace those in /etc (see `write_accounts`). Raises `MissingProgramError`.
+    """
+    mounts: list[str] = []
+    for path in map(Path, _READ_ONLY):
+        if path.is_symlink():
+            mounts += ["--symlink", str(path.readlink()), str(path)]
+        elif path.exists():
+            mounts += ["--ro-bind", str(path), str(path)]
+    for private in _PRIVATE:
+        mounts += ["--tmpfs", private]
+    names: list[str] = []
+    if accounts is not None:
+        for file in ("passwd", "group"):
+            mounts += ["--ro-bind", f"{accounts}/{file}", f"/etc/{file}"]
+        names = ["--setenv", "USER", SANDBOX_ACCOUNT, "--setenv", "LOGNAME", SANDBOX_ACCOUNT]
+    return (
+        find_program("bwrap"),
+        "--die-with-parent",
+        *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"),
+        *("--cap-drop", "ALL"),
+        *mounts,
+        *("--proc", "/proc"),
+        *("--ro-bind", "/proc/sys", "/proc/sys"),
+        *("--dev", "/dev"),
+        *("--bind", home, SANDBOX_HOME),
+        *("--remount-ro", "/"),
+        *("--setenv", "HOME", SANDBOX_HOME),
+        *names,
+        *("--chdir", SANDBOX_HOME),
+        "--",
+    )
+
+
+def write_accounts(directory: Path, user: User) -> None:
+    """
+    Write a passwd and a group file in which the user has a name, for `sandbox_prefix`.
+
+    The other entries are those of /etc. Raises `OSError`.
+    """
+    for name, entry in (
+        ("passwd", f"{SANDBOX_ACCOUNT}:x:{user.uid}:{user.gid}::{SANDBOX_HOME}:{BASH}"),
+        ("group", f"{SANDBOX_ACCOUNT}:x:{user.gid}:"),
+    ):
+        try:
+            host_entries = Path("/etc", name).read_bytes()
+        except OSError:
+            host_entries = b""
+        file = directory / name
+        file.write_bytes(entry.encode() + b"\n" + host_entries)
+        file.chmod(0o644)

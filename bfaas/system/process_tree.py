@@ -60,6 +60,11 @@ def descendants(pid: int, exclude: Container[int] = ()) -> list[Process]:
     return found
 
 
+def alive(processes: Iterable[Process]) -> bool:
+    """Tell whether any of them still runs."""
+    return any(_same(process) for process in processes)
+
+
 def kill_descendants_once(pid: int, exclude: Container[int] = ()) -> int:
     """
     Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
@@ -89,7 +94,7 @@ async def kill_descendants(clock: IReactorTime, exclude: Callable[[], Container[
 
 
 def kill_tree(pid: int) -> list[Process]:
-    """Kill it and everything below it. Return what was killed."""
+    """Kill it and everything below it. Tells what that was, for `alive`."""
     found = stop_tree(pid)
     _signal(found, signal.SIGKILL)
     return found
@@ -125,15 +130,15 @@ def _user_ids(pid: int) -> tuple[int, ...]:
 
 def stop_tree(pid: int) -> list[Process]:
     """Freeze it and everything below it, where it stands."""
-    return _stop_all(lambda: process_and_descendants(pid))
+    return _stop_all(lambda: with_root(pid))
 
 
 def continue_tree(pid: int) -> None:
     """Thaw what was frozen."""
-    _signal(process_and_descendants(pid), signal.SIGCONT)
+    _signal(with_root(pid), signal.SIGCONT)
 
 
-def process_and_descendants(pid: int) -> list[Process]:
+def with_root(pid: int) -> list[Process]:
     """Tell it, and everything below it, parents first."""
     root = _look(pid)
     return [root, *descendants(pid)] if root else []
@@ -245,8 +250,7 @@ def _look(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), int(fields[19]), fields[0].decode())
 
 
-def is_running(process: Process) -> bool:
-    """Return whether this very process, not a later one of the same number, still runs."""
+def _same(process: Process) -> bool:
     now = _look(process.pid)
     return now is not None and now.started == process.started and not now.dead
 
@@ -258,7 +262,7 @@ def _signal(processes: Iterable[Process], number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
             descriptor = os.pidfd_open(process.pid)
             try:
-                if is_running(process):
+                if _same(process):
                     signal.pidfd_send_signal(descriptor, number)
             finally:
                 os.close(descriptor)

@@ -22,7 +22,7 @@ from zope.interface import implementer
 from bfaas.deadline import Deadline
 from bfaas.http.server import BoundedSite
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines
+from bfaas.machines.emulator.state import EmulatedMachines
 from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
 from tests.support.hostile_worker import LAST_CHUNK, End, Liar, Peer, chunk, until
@@ -157,7 +157,7 @@ class Stage:
 @asynccontextmanager
 async def stage(**settings: str) -> AsyncIterator[Stage]:
     """Set the stage, and clear it."""
-    machines = MemoryMachines(reactor, time.time)
+    machines = EmulatedMachines(reactor, time.time)
     api = BoundedSite(reactor, MachinesServer(machines, "workers", TOKEN).app.resource(), 1 << 20)
     worker = Worker()
     ports = [reactor.listenTCP(0, factory, interface="127.0.0.1") for factory in (api, worker)]

@@ -26,9 +26,9 @@ from bfaas.machines.api import (
     State,
 )
 from bfaas.machines.emulator.backend import NullBackend
-from bfaas.machines.emulator.fly_proxy import Flycast
+from bfaas.machines.emulator.fly_proxy import FlyProxy
 from bfaas.machines.emulator.routes import BadRequestError, MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, free_port, reactor, start, stop, together
 from tests.e2e.fly import start_fly
@@ -70,10 +70,10 @@ class MachineBackend(NullBackend):
         self.url: str | None = None
         self.lasts: float | None = None
 
-    def place(self) -> str | None:  # type: ignore[override]
+    def allocate_url(self) -> str | None:  # type: ignore[override]
         return self.url
 
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+    async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         if self.lasts is not None:
             reactor.callLater(self.lasts, exited)
 
@@ -91,7 +91,7 @@ class Tell(Fault):
 class Hosted(FaultyMachines):
     """Machines that go wrong, behind the API."""
 
-    api: MemoryMachines
+    api: EmulatedMachines
 
     def config_of(self, machine_id: str) -> MachineConfig:
         return self.api.config_of(machine_id)
@@ -105,12 +105,12 @@ class IllFly:
 
     def __init__(self) -> None:
         self.bodies = MachineBackend()
-        self.machines = MemoryMachines(reactor, time.time, self.bodies, Timing(boot=0.05))
+        self.machines = EmulatedMachines(reactor, time.time, self.bodies, Timing(boot=0.05))
         self.faulty = Hosted(self.machines)
         self._ports: list[Any] = []
         self._sites: list[BoundedSite] = []
         self.api = self.serve(MachinesServer(self.faulty, "workers", "secret").app.resource())
-        self.proxy = self.serve(Flycast(self.machines, single_use_agent(reactor)))
+        self.proxy = self.serve(FlyProxy(self.machines, single_use_agent(reactor)))
 
     def serve(self, resource: Resource) -> str:
         site = BoundedSite(reactor, resource, 1 << 20)

@@ -312,10 +312,10 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
     await coordinator.program.ended
 
     for _ in range(int(PATIENCE / 0.05)):
-        if not any(map(process_tree.is_running, processes)):
+        if not process_tree.alive(processes):
             break
         await deferLater(reactor, 0.05)
-    assert not any(map(process_tree.is_running, processes))
+    assert not process_tree.alive(processes)
     assert not sleepers()
 
 

@@ -28,7 +28,8 @@ from bfaas.coordinator.run_tracker import RunTracker
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local.processes import WORKER, LocalMachines, find_sandbox
+from bfaas.machines.local.host import WORKER_COMMAND, can_sandbox
+from bfaas.machines.local.processes import LocalMachines
 from bfaas.pool import Pool
 from bfaas.pooling.config import pool_config
 from bfaas.settings import CoordSettings
@@ -239,7 +240,9 @@ class MachineTestCase(HostileTestCase):
 
     honest = "ls -A; touch x && echo fine"
 
-    def machines(self, *, sandboxed: bool, command: tuple[str, ...] = (*LIMITS, *WORKER)) -> LocalMachines:
+    def machines(
+        self, *, sandboxed: bool, command: tuple[str, ...] = (*LIMITS, *WORKER_COMMAND)
+    ) -> LocalMachines:
         self.left = watch_for_leftovers(self)
         machines = LocalMachines(reactor, lambda: 0.0, sandboxed=sandboxed, command=command)
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
@@ -272,7 +275,7 @@ class MachineTestCase(HostileTestCase):
 
 class SandboxTests(MachineTestCase):
     def setUp(self) -> None:
-        if not find_sandbox():
+        if not can_sandbox():
             self.skipTest("bubblewrap does not work here")
 
     async def run_case(self, case: Hostile, _: int) -> None:
@@ -291,7 +294,7 @@ class HostTests(MachineTestCase):
         await self.face_on(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
 
     async def test_a_script_that_kills_its_worker_is_killed_itself(self) -> None:
-        machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *WORKER))
+        machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *WORKER_COMMAND))
         env = {"PUBLIC": KEYS.public, "RUN_AS": "", "HOME": str(make_home(self, _UID))}
         machine, _ = await machines.create("m", "ams", MachineConfig("i", env), 600)
         with self.assertRaises(ResponseFailed):
@@ -305,7 +308,7 @@ class CoordinatorTests(HostileTestCase):
     async def test_the_client_of_a_script_that_kills_its_worker_is_told_and_the_next_is_served(self) -> None:
         leaders = leaders_for_all(_UID)
         left = watch_for_leftovers(self)
-        machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *WORKER))
+        machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *WORKER_COMMAND))
         coordinator = Worker(free_port())
         service = compose(machines, coordinator.port, {"RUN_AS": "", "HOME": str(make_home(self, _UID))})
         service.startService()

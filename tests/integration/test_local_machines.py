@@ -17,7 +17,8 @@ from twisted.internet.error import ConnectError
 from twisted.internet.task import deferLater
 
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local.processes import LocalMachines, LocalProcesses, find_sandbox
+from bfaas.machines.local.host import can_sandbox
+from bfaas.machines.local.processes import LocalMachines, LocalProcesses
 from bfaas.machines.local.script_users import RANGES
 from bfaas.machines.local.state_directory import wipe
 from bfaas.system import process_tree
@@ -103,7 +104,7 @@ class WorkerTests(LoopbackTestCase):
         await self._run_lifecycle(sandboxed=False)
 
     async def test_a_worker_serves_in_a_sandbox(self) -> None:
-        if not find_sandbox():
+        if not can_sandbox():
             self.skipTest("bubblewrap does not work here")
         await self._run_lifecycle(sandboxed=True)
 
@@ -205,7 +206,7 @@ class BodyTests(LoopbackTestCase):
         await self.machines.wait(machine, State.STARTED, 20)
         await until(lambda: not any(process.state == "T" for process in self.left()))
 
-        self.assertTrue(any(map(process_tree.is_running, processes)))
+        self.assertTrue(process_tree.alive(processes))
 
     async def test_a_machine_stops_when_its_worker_ends(self) -> None:
         machine, nonce, environment = await self.messed()
@@ -229,7 +230,7 @@ class BodyTests(LoopbackTestCase):
 
     async def test_shutdown_waits_for_a_stop_that_is_under_way(self) -> None:
         machine, nonce, environment = await self.messed()
-        pid = self.machines._processes._bodies[machine.id].transport.pid
+        pid = self.machines._processes._workers[machine.id].transport.pid
         await self.machines.stop(machine.id, nonce)
         self.assertIs(State.STOPPING, (await self.machines.get(machine.id)).state)
 
@@ -252,4 +253,4 @@ class BodyTests(LoopbackTestCase):
         machine, _ = await self.machines.create("m", "ams", MachineConfig("i"), TTL)
         for _ in range(2):
             with self.assertRaises(BlockingIOError):
-                await bodies.boot(machine, MachineConfig("i"), lambda: None)
+                await bodies.start(machine, MachineConfig("i"), lambda: None)

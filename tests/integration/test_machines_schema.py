@@ -40,7 +40,7 @@ from bfaas.machines.api import (
     State,
 )
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import FlyMachines
 from tests.support.hostile_worker import LoopbackTestCase, reactor, until
 from tests.support.machines_contract import CONFIG
@@ -281,7 +281,7 @@ class SpecTests(SynchronousTestCase):
 
 class WireTests(LoopbackTestCase):
     def setUp(self) -> None:
-        self.machines = MemoryMachines(reactor, reactor.seconds, timing=Timing(boot=0.02, stop=0.01))
+        self.machines = EmulatedMachines(reactor, reactor.seconds, timing=Timing(boot=0.02, stop=0.01))
         self.addCleanup(lambda: Deferred.fromCoroutine(self.machines.shutdown()))
         server = MachinesServer(self.machines, "workers", "FlyV1 fm2_a,fm2_b")
         site = BoundedSite(reactor, server.app.resource(), 1 << 20)
@@ -353,7 +353,7 @@ class WireTests(LoopbackTestCase):
         )
 
     async def test_a_refusal_for_haste_is_as_fly_has_it(self) -> None:
-        limited = MemoryMachines(reactor, reactor.seconds, rate_limited=True)
+        limited = EmulatedMachines(reactor, reactor.seconds, rate_limited=True)
         site = BoundedSite(reactor, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
         self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
         self.recorder.port = self.listen(site)

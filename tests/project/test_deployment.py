@@ -16,7 +16,7 @@ from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.machines.codec import config_to_json, read_config
+from bfaas.machines.codec import decode_config, encode_config
 from bfaas.pooling.config import StepTimeouts, pool_config
 from bfaas.settings import CoordSettings
 from bfaas.tokens import genkey
@@ -78,18 +78,18 @@ class FlyFileTests(SynchronousTestCase):
         options = self.fly["http_service"]["http_options"]
         self.assertIs(False, options["compress"])
         self.assertEqual(self.settings.proxy_idle_timeout, options["idle_timeout"])
-        self.assertEqual((), self.settings.idle_timeout_warnings)
+        self.assertEqual((), self.settings.silences)
 
     def test_the_workers_service_keeps_silent_runs(self) -> None:
         for most in ("10s", "5m", "0.5s"):
             environ = {**self.environ, "MAXREQTIME": most, "MAXWAIT": "30s"}
             settings = CoordSettings.from_environment(environ)
-            config = config_to_json(pool_config(settings).config)
+            config = encode_config(pool_config(settings).config)
             [port] = config["services"][0]["ports"]
             self.assertIs(False, port["http_options"]["compress"])
             self.assertGreater(port["http_options"]["idle_timeout"], settings.max_req_time)
             self.assertGreater(port["http_options"]["idle_timeout"], settings.max_wait)
-            self.assertEqual(pool_config(settings).config, read_config(config))
+            self.assertEqual(pool_config(settings).config, decode_config(config))
 
     def test_no_key_is_unknown_to_flyctl(self) -> None:
         known = json.loads((ROOT / "tests/data/fly_toml_keys.json").read_text())["keys"]

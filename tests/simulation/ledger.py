@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bfaas.machines.api import Lease
-from bfaas.machines.emulator.state import MemoryMachines, _is_gone
+from bfaas.machines.emulator.state import EmulatedMachines, _is_gone
 from bfaas.pooling.config import pool_of
 
 if TYPE_CHECKING:
@@ -88,10 +88,10 @@ class Ledger:
 
     # Bodies.
 
-    def place(self) -> None:
+    def allocate_url(self) -> None:
         """Be nowhere."""
 
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+    async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         world = self._world
         if world.fault("boot-fails"):
             raise OSError("no such image")
@@ -125,10 +125,10 @@ class Ledger:
             if self.boots.get(machine_id) is boot:
                 del self.boots[machine_id]
 
-    async def freeze(self, machine_id: str) -> None:
+    async def pause(self, machine_id: str) -> None:
         """Nothing reaches a machine that is not started, so there is nothing to do."""
 
-    async def thaw(self, machine_id: str) -> None:
+    async def resume(self, machine_id: str) -> None:
         """Nothing was done, except that what was kept of it may be lost."""
         if self._world.fault("cold-resume"):
             raise OSError("no snapshot")
@@ -238,7 +238,7 @@ class Ledger:
         self._world.broken.append(promise)
 
 
-class SimMachines(MemoryMachines):
+class SimMachines(EmulatedMachines):
     """The API's rules, with what a world needs to see of them."""
 
     world: World
@@ -255,7 +255,7 @@ class SimMachines(MemoryMachines):
     def lease_of(self, machine_id: str) -> Lease | None:
         """Tell the lease in force, if any."""
         entry = self._entries.get(machine_id)
-        return None if entry is None else self._lease(entry)
+        return None if entry is None else self._current_lease(entry)
 
     def lend(self, machine_id: str, seconds: float) -> None:
         """Lease a machine to an operator, who looks into what was left."""
@@ -266,7 +266,7 @@ class SimMachines(MemoryMachines):
         entry = self._entries.get(machine_id)
         if entry is not None:
             entry.lease = None
-            self._begin(self._destroy(entry))
+            self._run_in_background(self._destroy(entry))
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
         if machine_id in self._entries and self.world.fault("migrates"):

@@ -12,7 +12,6 @@ from bfaas.machines.api import (
     Lease,
     Machine,
     MachineConfig,
-    MachinesAPI,
     MachinesError,
     NameTakenError,
     NotFoundError,
@@ -193,6 +192,3 @@ def _short(arguments: tuple[Any, ...]) -> str:
     """Tell what a call was about."""
     told = [argument.id if isinstance(argument, Machine) else argument for argument in arguments]
     return " ".join(str(argument) for argument in told if isinstance(argument, str | float))
-
-
-_check: type[MachinesAPI] = Network

@@ -111,8 +111,8 @@ class World:
         timing = Timing(
             boot=random.choice([0.1, 1.0, 3.0]),
             stop=random.choice([0.0, 0.5]),
-            rest=random.choice([0.0, 1.0]),
-            memory=random.choice([0.0, 60.0]),
+            stop_cooldown=random.choice([0.0, 1.0]),
+            tombstone_ttl=random.choice([0.0, 60.0]),
         )
         hurry = timing.boot < 2.0 and not self.has("rate-limits")
         self.max_wait = random.choice([5.0, 30.0]) if hurry else 30.0

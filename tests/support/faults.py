@@ -68,7 +68,7 @@ class Twice(Fault):
         return await call()
 
 
-class CallingMachines:
+class CallingMachines(MachinesAPI):
     """A Machines API of which each call is made by `_call`, by its name and arguments."""
 
     def _call(self, method: str, *arguments: Any) -> Awaitable[Any]:
@@ -144,6 +144,3 @@ class FaultyMachines(CallingMachines):
         due = self.faults.get(method)
         fault = due.popleft() if due else self.always.get(method, self.always.get("*", Fault()))
         return await fault.strike(lambda: getattr(self.api, method)(*arguments))
-
-
-_check: type[MachinesAPI] = FaultyMachines

@@ -21,7 +21,7 @@ from bfaas.machines.api import (
     UnavailableError,
     WaitTimeoutError,
 )
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.pool import Allocation, Pool, PoolClosedError
 from bfaas.pooling.config import PoolConfig, StepTimeouts, lease_ttl, pool_of
 from bfaas.pooling.slot import Phase
@@ -53,8 +53,8 @@ class World:
 
     def __init__(self, timing: Timing | None = None, *, limited: bool = False) -> None:
         self.clock = Clock()
-        timing = timing or Timing(boot=1.0, stop=0.5, rest=0.4)
-        self.machines = MemoryMachines(
+        timing = timing or Timing(boot=1.0, stop=0.5, stop_cooldown=0.4)
+        self.machines = EmulatedMachines(
             self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing, rate_limited=limited
         )
         self.never_ready: set[str] = set()
@@ -822,7 +822,9 @@ class FailureTests(PoolCase):
 
     def end_by_itself(self, machine_id: str) -> None:
         """End a machine's body, as a worker that exits does."""
-        self.world.machines._begin(self.world.machines._halt(self.world.machines._entries[machine_id]))
+        self.world.machines._run_in_background(
+            self.world.machines._stop(self.world.machines._entries[machine_id])
+        )
 
     def test_a_worker_that_ends_while_its_machine_starts_is_given_up_at_once(self) -> None:
         for ends_after in (0.7, 1.2, 4.0):  # before it has started, and before its first answer
@@ -850,7 +852,7 @@ class FailureTests(PoolCase):
             self.world.advance(0.2)
             entry = self.world.machines._entries[first.machine.id]
             entry.generation += 1
-            self.world.machines._turn(entry, state)
+            self.world.machines._set_state(entry, state)
             self.world.advance(3)
 
             second = self.successResultOf(place)

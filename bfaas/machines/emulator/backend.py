@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class MachineBackend(Protocol):
     """Gives machines bodies."""
 
-    def place(self) -> str | None:
+    def allocate_url(self) -> str | None:
         """Choose the URL that a new machine will have; None for none."""
         ...
 
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+    async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start a body; call `exited` if it ends by itself. Raises `OSError`."""
         ...
 
@@ -25,32 +25,29 @@ class MachineBackend(Protocol):
         """End the body at once, with all that it left; right also where there is none."""
         ...
 
-    async def freeze(self, machine_id: str) -> None:
+    async def pause(self, machine_id: str) -> None:
         """Let the body stand still, where it is."""
         ...
 
-    async def thaw(self, machine_id: str) -> None:
+    async def resume(self, machine_id: str) -> None:
         """Let the body go on."""
         ...
 
 
-class NullBackend:
+class NullBackend(MachineBackend):
     """Machines that are only told of."""
 
-    def place(self) -> None:
+    def allocate_url(self) -> None:
         """Be nowhere."""
 
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+    async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start nothing."""
 
     async def kill(self, machine_id: str) -> None:
         """End nothing."""
 
-    async def freeze(self, machine_id: str) -> None:
+    async def pause(self, machine_id: str) -> None:
         """Do nothing."""
 
-    async def thaw(self, machine_id: str) -> None:
+    async def resume(self, machine_id: str) -> None:
         """Do nothing."""
-
-
-_check: type[MachineBackend] = NullBackend

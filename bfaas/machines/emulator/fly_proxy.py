@@ -31,7 +31,7 @@ _HOP_BY_HOP = {
 }  # fmt: skip
 
 
-class Flycast(Resource):
+class FlyProxy(Resource):
     """Passes each request to the started machine that its header names, and the answer back as it comes."""
 
     isLeaf = True

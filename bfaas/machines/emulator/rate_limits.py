@@ -20,21 +20,21 @@ _RATES = {"get": (5.0, 10.0)}
 """Calls a second, and in a burst, by action."""
 
 
-class NoLimits:
+class Unlimited:
     """Lets everything through."""
 
-    def take(self, action: str, machine_id: str = "") -> None:
+    def acquire(self, action: str, machine_id: str = "") -> None:
         """Let it through."""
 
 
-class RateLimits(NoLimits):
+class RateLimiter(Unlimited):
     """A token bucket for each action and machine."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
         self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
 
-    def take(self, action: str, machine_id: str = "") -> None:
+    def acquire(self, action: str, machine_id: str = "") -> None:
         """Take a token. Raises `RateLimitedError` where there is none."""
         rate, burst = _RATES.get(action, _USUALLY)
         now = self._clock.seconds()

@@ -34,7 +34,7 @@ from bfaas.machines.api import (
     State,
     WaitTimeoutError,
 )
-from bfaas.machines.codec import DecodeError, lease_to_json, machine_to_json, read_config
+from bfaas.machines.codec import DecodeError, decode_config, encode_lease, encode_machine
 
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
@@ -137,7 +137,7 @@ class MachinesServer:
         }
         summary = _query(request, "summary") == "true"
         told = [
-            machine_to_json(machine, None if summary else self._machines.config_of(machine.id))
+            encode_machine(machine, None if summary else self._machines.config_of(machine.id))
             for machine in await self._machines.list()
             if (not states or machine.state in states)
             and (not region or machine.region == region)
@@ -150,7 +150,7 @@ class MachinesServer:
         """Make a machine."""
         self._check(request, app)
         asked = _json(request)
-        config = read_config(asked.get("config"))
+        config = decode_config(asked.get("config"))
         name = asked.get("name") or f"local-machine-{secrets.randbelow(10_000):04}"
         ttl = asked.get("lease_ttl") or 0
         if not isinstance(name, str) or not isinstance(ttl, int) or ttl < 0:
@@ -238,7 +238,7 @@ class MachinesServer:
     async def get_lease(self, request: Request, app: str, machine_id: str) -> bytes:
         """Tell the lease, nonce included."""
         self._check(request, app)
-        return self._reply(request, lease_to_json(await self._machines.get_lease(machine_id)))
+        return self._reply(request, encode_lease(await self._machines.get_lease(machine_id)))
 
     @app.route(f"{ROOT}/<machine_id>/lease", methods=["POST"])
     async def acquire_lease(self, request: Request, app: str, machine_id: str) -> bytes:
@@ -253,10 +253,10 @@ class MachinesServer:
         nonce = _nonce(request)
         if nonce is not None:
             lease = await self._machines.refresh_lease(machine_id, nonce, ttl)
-            return self._reply(request, lease_to_json(lease))
+            return self._reply(request, encode_lease(lease))
         description = str(asked.get("description") or "")
         lease = await self._machines.acquire_lease(machine_id, ttl, description)
-        return self._reply(request, lease_to_json(lease), 201)
+        return self._reply(request, encode_lease(lease), 201)
 
     @app.route(f"{ROOT}/<machine_id>/lease", methods=["DELETE"])
     async def release_lease(self, request: Request, app: str, machine_id: str) -> bytes:
@@ -314,7 +314,7 @@ class MachinesServer:
         return self._reply(request, None, 204)
 
     def _tell(self, machine: Machine) -> dict[str, Any]:
-        return machine_to_json(machine, self._machines.config_of(machine.id))
+        return encode_machine(machine, self._machines.config_of(machine.id))
 
 
 _ERRORS: list[tuple[type[MachinesError], int, str]] = [

@@ -15,12 +15,13 @@ from twisted.internet.defer import Deferred
 
 from bfaas.http.client import single_use_agent
 from bfaas.http.server import MAX_CONNECTIONS, BoundedSite
-from bfaas.machines.emulator.fly_proxy import Flycast
+from bfaas.machines.emulator.fly_proxy import FlyProxy
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.local.processes import LocalMachines, examine_host
+from bfaas.machines.local.host import examine_host
+from bfaas.machines.local.processes import LocalMachines
 from bfaas.system.listener import Listener
-from bfaas.system.logs import with_logging
-from bfaas.system.runtime import RoleOptions, check_options, configure_reactor, max_connections
+from bfaas.system.logs import logged
+from bfaas.system.runtime import RoleOptions, check, configure_reactor, max_connections
 
 if TYPE_CHECKING:
     from twisted.application.service import IService
@@ -64,7 +65,7 @@ class MachinesService(MultiService):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the stand-in. Raise with one line where it cannot be."""
     if reactor is None:
-        check_options(options)
+        check(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     configure_reactor(reactor)
     limited = bool(options["rate-limits"])
@@ -76,8 +77,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     most = min(MAX_CONNECTIONS, max_connections())
     agent = single_use_agent(reactor)
     api = BoundedSite(reactor, server.app.resource(), _MAX_BODY, max_connections=most)
-    proxy = BoundedSite(reactor, Flycast(machines, agent), _MAX_BODY, max_connections=most)
+    proxy = BoundedSite(reactor, FlyProxy(machines, agent), _MAX_BODY, max_connections=most)
     service = MachinesService(machines, [api, proxy])
     for option, site in (("listen", api), ("proxy", proxy)):
         Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)
-    return with_logging(service, options, reactor)
+    return logged(service, options, reactor)

@@ -32,7 +32,7 @@ from bfaas.machines.api import (
     has_ended,
 )
 from bfaas.machines.emulator.backend import MachineBackend, NullBackend
-from bfaas.machines.emulator.rate_limits import NoLimits, RateLimits
+from bfaas.machines.emulator.rate_limits import RateLimiter, Unlimited
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -54,8 +54,8 @@ class Timing:
 
     boot: float = 0.0
     stop: float = 0.0
-    rest: float = 0.0
-    memory: float = 60.0
+    stop_cooldown: float = 0.0
+    tombstone_ttl: float = 60.0
 
 
 @dataclass(eq=False)
@@ -63,13 +63,13 @@ class _Entry:
     machine: Machine
     config: MachineConfig
     lease: Lease | None = None
-    restless_until: float = 0.0
+    cooldown_until: float = 0.0
     generation: int = 0
-    migrates: bool = False
+    migrates_at_start: bool = False
     watchers: list[Deferred[None]] = field(default_factory=list)
 
 
-class MemoryMachines:
+class EmulatedMachines(MachinesAPI):
     """
     Machines of one app, in memory.
 
@@ -85,7 +85,7 @@ class MemoryMachines:
         self,
         clock: IReactorTime,
         wall: Callable[[], float],
-        bodies: MachineBackend | None = None,
+        backend: MachineBackend | None = None,
         timing: Timing | None = None,
         random: Random | None = None,
         *,
@@ -93,12 +93,12 @@ class MemoryMachines:
     ) -> None:
         self._clock = clock
         self._wall = wall
-        self._bodies: MachineBackend = bodies or NullBackend()
+        self._backend: MachineBackend = backend or NullBackend()
         self._timing = timing or Timing()
         self._random = random or SystemRandom()
-        self._limits = RateLimits(clock) if rate_limited else NoLimits()
+        self._limits = RateLimiter(clock) if rate_limited else Unlimited()
         self._entries: dict[str, _Entry] = {}
-        self._under_way: set[Deferred[None]] = set()
+        self._tasks: set[Deferred[None]] = set()
 
     # The protocol.
 
@@ -106,7 +106,7 @@ class MemoryMachines:
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
         """Make a machine under a unique name; it boots by itself."""
-        self._limits.take("create")
+        self._limits.acquire("create")
         for entry in self._entries.values():
             if entry.machine.name == name and not _is_gone(entry):
                 machine_id = entry.machine.id
@@ -124,22 +124,22 @@ class MemoryMachines:
             metadata=dict(config.metadata),
             instance_id=self._ulid(),
             created_at=self._wall(),
-            url=self._bodies.place(),
+            url=self._backend.allocate_url(),
         )
         entry = self._entries[machine.id] = _Entry(machine, config)
         lease = Lease(self._hex(12), self._wall() + lease_ttl, _OWNER)
         entry.lease = lease if lease_ttl > 0 else None
-        self._begin(self._boot(entry))
+        self._run_in_background(self._boot(entry))
         return machine, lease
 
     async def list(self) -> list[Machine]:
         """Tell every machine that is not destroyed."""
-        self._limits.take("list")
+        self._limits.acquire("list")
         return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
 
     async def get(self, machine_id: str) -> Machine:
         """Look at one machine."""
-        self._limits.take("get", machine_id)
+        self._limits.acquire("get", machine_id)
         return self._entry(machine_id).machine
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
@@ -147,18 +147,18 @@ class MemoryMachines:
         entry = self._require_lease("start", machine_id, nonce)
         state = entry.machine.state
         if state is State.SUSPENDED:
-            self._begin(self._resume(entry))
+            self._run_in_background(self._resume(entry))
         elif state is State.STARTED:
             return True
         elif state not in (State.STOPPED, State.FAILED):
             raise NotReadyError(f"unable to start machine from current state: '{state}'")
-        elif self._clock.seconds() < entry.restless_until:
+        elif self._clock.seconds() < entry.cooldown_until:
             raise NotReadyError("machine still active, refusing to start")
         else:
-            if migrates := entry.migrates:
+            if migrates := entry.migrates_at_start:
                 entry.machine = replace(entry.machine, instance_id=self._ulid())
-                entry.migrates = False
-            self._begin(self._boot(entry))
+                entry.migrates_at_start = False
+            self._run_in_background(self._boot(entry))
             return migrates
         return False
 
@@ -166,14 +166,14 @@ class MemoryMachines:
         """End a machine's body, in whatever state it is."""
         entry = self._require_lease("stop", machine_id, nonce)
         if entry.machine.state not in (State.STOPPED, State.STOPPING):
-            self._begin(self._halt(entry))
+            self._run_in_background(self._stop(entry))
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
         """Freeze a machine that runs."""
         entry = self._require_lease("suspend", machine_id, nonce)
         if entry.machine.state is not State.STARTED:
             raise NotReadyError(f"unable to suspend machine from current state: '{entry.machine.state}'")
-        self._begin(self._suspend(entry))
+        self._run_in_background(self._suspend(entry))
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
         """Wait for a state of the version that `machine` names; that of another is not seen."""
@@ -195,7 +195,7 @@ class MemoryMachines:
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
         """End a machine for good, in whatever state it is."""
         entry = self._require_lease("destroy", machine_id, nonce)
-        self._begin(self._destroy(entry))
+        self._run_in_background(self._destroy(entry))
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Take a free lease."""
@@ -206,15 +206,15 @@ class MemoryMachines:
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
         """Make our lease last longer."""
         entry = self._require_lease("lease", machine_id, nonce)
-        if self._lease(entry) is None or entry.lease is None:
+        if self._current_lease(entry) is None or entry.lease is None:
             raise LeaseHeldError(f"machine ID {machine_id} has no lease with this nonce")
         entry.lease = replace(entry.lease, expires_at=self._wall() + ttl)
         return entry.lease
 
     async def get_lease(self, machine_id: str) -> Lease:
         """Tell the lease in force."""
-        self._limits.take("get-lease", machine_id)
-        lease = self._lease(self._entry(machine_id))
+        self._limits.acquire("get-lease", machine_id)
+        lease = self._current_lease(self._entry(machine_id))
         if lease is None:
             raise NotFoundError("lease not found")
         return lease
@@ -238,14 +238,14 @@ class MemoryMachines:
 
     def migrate_at_start(self, machine_id: str) -> None:
         """Have the machine's next start move it to another host: it is another version from then on."""
-        self._entry(machine_id).migrates = True
+        self._entry(machine_id).migrates_at_start = True
 
     async def shutdown(self) -> None:
         """End all bodies and everything that is under way; the machines are forgotten."""
-        for deferred in list(self._under_way):
+        for deferred in list(self._tasks):
             deferred.cancel()
         for machine_id in list(self._entries):
-            await self._bodies.kill(machine_id)
+            await self._backend.kill(machine_id)
         self._entries.clear()
 
     # Rules.
@@ -256,7 +256,7 @@ class MemoryMachines:
             raise NotFoundError("machine not found")
         return entry
 
-    def _lease(self, entry: _Entry) -> Lease | None:
+    def _current_lease(self, entry: _Entry) -> Lease | None:
         """Tell the lease in force; one that has run out is none."""
         return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
 
@@ -264,11 +264,11 @@ class MemoryMachines:
         return entry.machine.state is state and known.instance_id in ("", entry.machine.instance_id)
 
     def _require_lease(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
-        self._limits.take(action, machine_id)
+        self._limits.acquire(action, machine_id)
         entry = self._entry(machine_id)
         if _is_gone(entry):
             raise NotFoundError("machine not found")
-        lease = self._lease(entry)
+        lease = self._current_lease(entry)
         if lease is not None and lease.nonce != nonce:
             raise LeaseHeldError(
                 f"machine ID {machine_id} lease currently held by {lease.owner}, "
@@ -284,14 +284,14 @@ class MemoryMachines:
 
     # What takes time.
 
-    def _begin(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
+    def _run_in_background(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
         deferred = Deferred.fromCoroutine(work)
-        self._under_way.add(deferred)
+        self._tasks.add(deferred)
         deferred.addErrback(lambda failure: failure.trap(CancelledError) and None)
         deferred.addErrback(lambda failure: self._log.failure("in a machine's life", failure))
-        deferred.addCallback(lambda _: self._under_way.discard(deferred))
+        deferred.addCallback(lambda _: self._tasks.discard(deferred))
 
-    def _turn(self, entry: _Entry, state: State) -> None:
+    def _set_state(self, entry: _Entry, state: State) -> None:
         entry.machine = replace(entry.machine, state=state)
         watchers, entry.watchers = entry.watchers, []
         for watcher in watchers:
@@ -304,70 +304,67 @@ class MemoryMachines:
 
         def exited() -> None:
             if entry.generation == number:
-                self._begin(self._halt(entry))
+                self._run_in_background(self._stop(entry))
 
         if entry.machine.state is not State.CREATED:
-            self._turn(entry, State.STARTING)  # at once, so that a stop finds something to stop
+            self._set_state(entry, State.STARTING)  # at once, so that a stop finds something to stop
         for state in (State.STARTING, State.STARTED):
             if self._timing.boot:
                 await deferLater(self._clock, self._timing.boot / 2)
             if state is State.STARTED and entry.generation == number:
-                state = await self._give_body(entry, exited)  # noqa: PLW2901 - or what came of it
+                state = await self._start_backend(entry, exited)  # noqa: PLW2901 - or what came of it
             if entry.generation != number:
                 return
-            self._turn(entry, state)
+            self._set_state(entry, state)
 
-    async def _give_body(self, entry: _Entry, exited: Callable[[], None]) -> State:
+    async def _start_backend(self, entry: _Entry, exited: Callable[[], None]) -> State:
         try:
-            await self._bodies.boot(entry.machine, entry.config, exited)
+            await self._backend.start(entry.machine, entry.config, exited)
         except OSError as error:
             self._log.error("{name} does not boot: {error}", name=entry.machine.name, error=error)
             return State.FAILED
         return State.STARTED
 
-    async def _halt(self, entry: _Entry) -> None:
+    async def _stop(self, entry: _Entry) -> None:
         entry.generation += 1  # a boot that is under way is void
-        self._turn(entry, State.STOPPING)
-        await self._bodies.kill(entry.machine.id)
+        self._set_state(entry, State.STOPPING)
+        await self._backend.kill(entry.machine.id)
         if self._timing.stop:
             await deferLater(self._clock, self._timing.stop)
-        entry.restless_until = self._clock.seconds() + self._timing.rest
+        entry.cooldown_until = self._clock.seconds() + self._timing.stop_cooldown
         if entry.machine.state is State.STOPPING:
-            self._turn(entry, State.STOPPED)
+            self._set_state(entry, State.STOPPED)
 
     async def _suspend(self, entry: _Entry) -> None:
-        self._turn(entry, State.SUSPENDING)
-        await self._bodies.freeze(entry.machine.id)
+        self._set_state(entry, State.SUSPENDING)
+        await self._backend.pause(entry.machine.id)
         if entry.machine.state is State.SUSPENDING:
-            self._turn(entry, State.SUSPENDED)
+            self._set_state(entry, State.SUSPENDED)
 
     async def _resume(self, entry: _Entry) -> None:
         """Bring a machine back as it was, or, where that fails, by a cold boot."""
-        self._turn(entry, State.STARTING)
+        self._set_state(entry, State.STARTING)
         number = entry.generation
         try:
-            await self._bodies.thaw(entry.machine.id)
+            await self._backend.resume(entry.machine.id)
         except OSError as error:
             self._log.warn("{name} does not resume: {error}", name=entry.machine.name, error=error)
             entry.generation = number = number + 1  # the end of its body is not that of the machine
-            await self._bodies.kill(entry.machine.id)
+            await self._backend.kill(entry.machine.id)
             if entry.generation == number:
                 await self._boot(entry)
             return
         if entry.machine.state is State.STARTING:
-            self._turn(entry, State.STARTED)
+            self._set_state(entry, State.STARTED)
 
     async def _destroy(self, entry: _Entry) -> None:
         entry.generation += 1
-        self._turn(entry, State.DESTROYING)
-        await self._bodies.kill(entry.machine.id)
-        self._turn(entry, State.DESTROYED)
-        await deferLater(self._clock, self._timing.memory)
+        self._set_state(entry, State.DESTROYING)
+        await self._backend.kill(entry.machine.id)
+        self._set_state(entry, State.DESTROYED)
+        await deferLater(self._clock, self._timing.tombstone_ttl)
         del self._entries[entry.machine.id]
 
 
 def _is_gone(entry: _Entry) -> bool:
     return entry.machine.state in (State.DESTROYING, State.DESTROYED)
-
-
-_check: type[MachinesAPI] = MemoryMachines

@@ -28,7 +28,7 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import FlyMachines, authorization
 from tests.support import machines_contract
 from tests.support.hostile_worker import End, LoopbackTestCase, reactor, until
@@ -48,7 +48,7 @@ PATH = f"/v1/apps/workers/machines/{M.id}"
 
 class FlyMachinesContract(machines_contract.MachinesContract):
     def setUp(self) -> None:
-        machines = MemoryMachines(reactor, self.wall, timing=Timing(boot=0.02, stop=0.01))
+        machines = EmulatedMachines(reactor, self.wall, timing=Timing(boot=0.02, stop=0.01))
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         site = BoundedSite(reactor, MachinesServer(machines, "workers", "t").app.resource(), 1 << 20)
         self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))

@@ -14,8 +14,8 @@ from bfaas.http.client import single_use_agent
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.emulator.backend import NullBackend
-from bfaas.machines.emulator.fly_proxy import Flycast
-from bfaas.machines.emulator.state import MemoryMachines
+from bfaas.machines.emulator.fly_proxy import FlyProxy
+from bfaas.machines.emulator.state import EmulatedMachines
 from tests.support.hostile_worker import (
     LAST_CHUNK,
     End,
@@ -37,18 +37,18 @@ class Placed(NullBackend):
 
     url: str | None = None
 
-    def place(self) -> str | None:  # type: ignore[override]
+    def allocate_url(self) -> str | None:  # type: ignore[override]
         return self.url
 
 
 class FlycastCase(LoopbackTestCase):
     def setUp(self) -> None:
         self.bodies = Placed()
-        self.machines = MemoryMachines(Clock(), lambda: 0.0, self.bodies)
+        self.machines = EmulatedMachines(Clock(), lambda: 0.0, self.bodies)
         self.port = self.serve(single_use_agent(reactor))
 
     def serve(self, agent: IAgent) -> int:
-        site = BoundedSite(reactor, Flycast(self.machines, agent), 1 << 20)
+        site = BoundedSite(reactor, FlyProxy(self.machines, agent), 1 << 20)
         self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
         return self.listen(site)
 

@@ -10,7 +10,7 @@ from twisted.internet.task import Clock
 
 from bfaas.http.server import BoundedSite
 from bfaas.machines.emulator.routes import MachinesServer
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import authorization
 from tests.support.hostile_worker import LoopbackTestCase, parse_answer, until
 from tests.support.machines_contract import CONFIG
@@ -33,7 +33,7 @@ class Reply(NamedTuple):
 class RoutesTestCase(LoopbackTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.machines = MemoryMachines(
+        self.machines = EmulatedMachines(
             self.clock, lambda: EPOCH + self.clock.seconds(), timing=Timing(boot=1, stop=1)
         )
         site = BoundedSite(
@@ -195,7 +195,7 @@ class ErrorTests(RoutesTestCase):
         self.assertEqual({"ok": True}, (await self.ask(f"DELETE /{machine_id}")).told)
 
     async def test_what_comes_too_fast_is_refused(self) -> None:
-        limited = MemoryMachines(self.clock, lambda: EPOCH, rate_limited=True)
+        limited = EmulatedMachines(self.clock, lambda: EPOCH, rate_limited=True)
         site = BoundedSite(self.clock, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
         self.port = self.listen(site)
         self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))

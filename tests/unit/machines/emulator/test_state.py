@@ -20,7 +20,7 @@ from bfaas.machines.api import (
     WaitTimeoutError,
 )
 from bfaas.machines.emulator.backend import NullBackend
-from bfaas.machines.emulator.state import MemoryMachines, Timing
+from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from tests.support import machines_contract
 from tests.support.machines_contract import CONFIG
 
@@ -35,7 +35,7 @@ EPOCH = 1_700_000_000.0
 class MemoryMachinesContract(machines_contract.MachinesContract):
     def setUp(self) -> None:
         self.clock = Clock()
-        self.api = MemoryMachines(self.clock, self.wall, timing=Timing(boot=1.0, stop=0.5))
+        self.api = EmulatedMachines(self.clock, self.wall, timing=Timing(boot=1.0, stop=0.5))
 
     def wall(self) -> float:
         return EPOCH + self.clock.seconds()
@@ -57,16 +57,16 @@ class Recorded(NullBackend):
     def __init__(self) -> None:
         self.alive: dict[str, Callable[[], None]] = {}
         self.deeds: list[str] = []
-        self.can_thaw = True
+        self.can_resume = True
 
-    async def boot(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
+    async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         self.deeds.append("boot")
         if config.image == "bad":
             raise OSError("no such image")
         self.alive[machine.id] = exited
 
-    async def thaw(self, machine_id: str) -> None:
-        if not self.can_thaw:
+    async def resume(self, machine_id: str) -> None:
+        if not self.can_resume:
             raise OSError("no snapshot")
 
     async def kill(self, machine_id: str) -> None:
@@ -78,10 +78,10 @@ class MemoryCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.bodies = Recorded()
-        self.machines = self.with_timing(Timing(boot=1.0, stop=0.5, rest=0.4, memory=60.0))
+        self.machines = self.with_timing(Timing(boot=1.0, stop=0.5, stop_cooldown=0.4, tombstone_ttl=60.0))
 
-    def with_timing(self, timing: Timing, *, rate_limited: bool = False) -> MemoryMachines:
-        return MemoryMachines(
+    def with_timing(self, timing: Timing, *, rate_limited: bool = False) -> EmulatedMachines:
+        return EmulatedMachines(
             self.clock, lambda: EPOCH + self.clock.seconds(), self.bodies, timing, rate_limited=rate_limited
         )
 
@@ -230,7 +230,7 @@ class BodyTests(MemoryCase):
         self.now(self.machines.suspend(machine.id, nonce))
         before = self.bodies.alive[machine.id]
         self.bodies.deeds.clear()
-        self.bodies.can_thaw = False
+        self.bodies.can_resume = False
 
         self.assertIs(False, self.now(self.machines.start(machine.id, nonce)))
         self.assert_state(State.STARTING, machine)
