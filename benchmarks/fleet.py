@@ -50,7 +50,7 @@ _MAX_REQ_TIME = 60.0
 _WINDOW = 10
 _FILLED = 150.0
 _PATIENCE = 3600.0
-_UNKNOWN = "it is not known yet which machines there are"
+_UNKNOWN = "the pool has not listed its machines yet"
 _REFUSED = ("refused", "refused list", "refused create", "refused start")
 _ACTIONS = (
     "all", "get lease", "refresh lease", "start", "wait", "get", "stop", "create", "destroy", "list",
@@ -69,7 +69,7 @@ class Coordinator:
         api = CountedMachines(self.clock, self._random, fleet.machines, fleet.book, fleet.latency)
         self._size = fleet.size
         settings = PoolConfig(
-            name=name, size=fleet.size, region="ams", config=MachineConfig("basher:1"),
+            name=name, size=fleet.size, region="ams", template=MachineConfig("basher:1"),
             max_req_time=_MAX_REQ_TIME, lease_ttl=lease_ttl(_MAX_REQ_TIME),
             standby=fleet.size - fleet.size // 5,
         )  # fmt: skip
@@ -168,7 +168,7 @@ def measure(coordinators: int, size: int, latency: float, boot: float, seconds: 
             report.add(f"alone: {action}", "/s", without)
         if any(rates := fleet.rates(action, since)):
             report.add(f"steady: {action}", "/s", rates, *([f"alone: {action}"] if any(without) else []))
-    ready = sum(coordinator.pool.trouble is None for coordinator in fleet.coordinators)
+    ready = sum(coordinator.pool.not_ready_reason is None for coordinator in fleet.coordinators)
     report.notes.append(f"steady: {ready} of {coordinators} ready; sweeps not done: {dict(said) or 'none'}")
     for action, rate in fleet.hottest(asked_before, seconds):
         report.add(f"hottest: {action}", "/s", [rate])
@@ -183,7 +183,7 @@ def _start(report: Report, fleet: Fleet) -> None:
     while waiting := [each for each in fleet.coordinators if each.knows_at is None]:
         fleet.run(1.0)
         for coordinator in waiting:
-            if coordinator.pool.trouble != _UNKNOWN:
+            if coordinator.pool.not_ready_reason != _UNKNOWN:
                 coordinator.knows_at = fleet.heap.now
     report.add("start: knows after", "s", [each.knows_at or 0.0 for each in fleet.coordinators])
     fleet.run(60.0)

@@ -96,7 +96,7 @@ class LazyResource(Resource):
 class Worker(Service):
     """The worker as a service: listens until its run is over and delivered, then stops the reactor."""
 
-    _FLUSH_LIMIT = 60.0
+    _FLUSH_TIMEOUT = 60.0
 
     def __init__(self, reactor: Any, settings: BasherSettings, endpoint: str) -> None:
         self._reactor = reactor
@@ -155,7 +155,7 @@ class Worker(Service):
         if ended is not None:
             await ended
         # A client that reads slowly still gets everything, for as long as its run may take.
-        await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
+        await self._site.drain(self._settings.max_req_time or self._FLUSH_TIMEOUT)
 
 
 class Options(RoleOptions):

@@ -55,8 +55,6 @@ FILES_A_MACHINE = 4
 class CoordService(MultiService):
     """The coordinator as a service: on stopping it drains, then closes its pool, or destroys it."""
 
-    FLUSH_LIMIT = 5.0
-
     def __init__(
         self,
         coordinator: Coordinator,
@@ -89,7 +87,7 @@ class CoordService(MultiService):
         # Requests that wait in line are told now; the pool waits for machines that are in use.
         closing = Deferred.fromCoroutine(self._pool.destroy() if self._destroys else self._pool.close())
         await self._coordinator.drain()
-        await self._site.drain(self.FLUSH_LIMIT)
+        await self._site.drain()
         await closing
         await self._shut_down_machines()
 

@@ -136,19 +136,19 @@ class Pool:
         return len(self._queue)
 
     @property
-    def trouble(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """What speaks against a machine for a request that comes now; None where nothing is known to."""
         if self._in_phase(Phase.READY):
             return None
         if not self._reclaimed:
-            return "it is not known yet which machines there are"
+            return "the pool has not listed its machines yet"
         if not self._reconciler.api_reachable:
-            return "the Machines API fails"
+            return "the Machines API is failing"
         if self._in_phase(Phase.STOPPED, Phase.SUSPENDED):
             return None
         # A creation whose answer was lost has its place until it is known, what has failed until it is gone.
         lost = any(slot.create_unknown_since is not None for slot in self._in_phase(Phase.CREATING))
-        overdue = self._clock.seconds() - self._settings.limits.inspect
+        overdue = self._clock.seconds() - self._settings.timeouts.inspect
         stuck = (
             sum(slot.phase_since < overdue for slot in self._in_phase(Phase.DESTROYING))
             >= self._settings.size
@@ -188,7 +188,7 @@ class Pool:
         Waits for those in use. Ends after `max_req_time` and `limits.exit` in any case.
         """
         self._destroys = True
-        limits = self._settings.limits
+        limits = self._settings.timeouts
         longest = self._settings.max_req_time + limits.exit - limits.destroy
         await Deadline(self._clock, longest).run(self.close())  # cancelled, it waits no longer
         for slot in self._slots:
@@ -318,7 +318,7 @@ class Pool:
 
     @property
     def _longest_turn(self) -> float:
-        return self._settings.max_req_time + self._settings.limits.stop
+        return self._settings.max_req_time + self._settings.timeouts.stop
 
     def _is_leased(self, slot: Slot, seconds: float) -> bool:
         """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""
@@ -366,7 +366,10 @@ class Pool:
         """
         known = {slot.name: slot for slot in self._slots}
         unknown: list[Slot] = []
-        fit = {listed.name: seen is not None and self._settings.recognizes(seen) for listed, seen in machines}
+        fit = {
+            listed.name: seen is not None and self._settings.metadata_matches(seen)
+            for listed, seen in machines
+        }
         for listed, seen in sorted(machines, key=lambda pair: not fit[pair[0].name]):
             slot = known.get(listed.name)
             if slot is None:

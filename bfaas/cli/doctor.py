@@ -180,18 +180,19 @@ async def _try_machine(
             RateLimitedError: "too many machines were made lately: try again in a minute",
             UnavailableError: "the API does not answer: try again, and look at https://status.flyio.net",
             CapacityError: f"FLY_REGION: no room in {pool.region}; another, or WORKER_CPUS, WORKER_MEMORY_MB",
-            MachinesError: f"WORKER_IMAGE: is there {pool.config.image}? FLY_REGION: is there {pool.region}?",
-        }, pool.limits.create)  # fmt: skip
+            MachinesError:
+                f"WORKER_IMAGE: is there {pool.template.image}? FLY_REGION: is there {pool.region}?",
+        }, pool.timeouts.create)  # fmt: skip
         await _step(reactor, "start", _until_started(reactor, api, machine), {
             UnavailableError: "the API fails at times: try again",
             MachinesError: "somebody destroyed the machine: try again",
-            DeadlineExceededError: f"WORKER_IMAGE: {pool.config.image} takes too long to fetch or to start",
-        }, pool.limits.create)  # fmt: skip
-        _tell("ok", "image, region", f"{machine.id} started from {pool.config.image}")
+            DeadlineExceededError: f"WORKER_IMAGE: {pool.template.image} takes too long to fetch or to start",
+        }, pool.timeouts.create)  # fmt: skip
+        _tell("ok", "image, region", f"{machine.id} started from {pool.template.image}")
         url = machine.url or worker_url
         assert url is not None  # noqa: S101 - a machine on Fly is reached through its app's proxy
         proxy = WorkerClient(reactor, worker_url, settings.max_output)
-        await _step(reactor, "worker", _until_ready(reactor, proxy, api, machine, url, pool.limits.ready), {
+        await _step(reactor, "worker", _until_ready(reactor, proxy, api, machine, url, pool.timeouts.ready), {
             MachinesError: "the API fails at times: try again",
         })  # fmt: skip
         await _step(reactor, "script", _run_script(reactor, settings, machine, url), {
@@ -204,7 +205,7 @@ async def _try_machine(
 
 async def _create(api: MachinesAPI, name: str, pool: PoolConfig) -> Machine:
     try:
-        machine, _ = await api.create(name, pool.region, pool.tagged(), pool.lease_ttl)
+        machine, _ = await api.create(name, pool.region, pool.machine_config, pool.lease_ttl)
     except MachinesError as error:
         if error.call is not None and error.call.status in (401, 403):
             remedy = "FLY_TOKEN: it may look, but not make machines; `fly tokens create deploy` may"

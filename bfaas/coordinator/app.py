@@ -148,9 +148,9 @@ class Coordinator:
     @app.route("/readyz", methods=["GET"])
     def readyz(self, request: Request) -> bytes:
         """Tell whether a run that came now would find a machine, as far as we know; 503 and why if not."""
-        trouble = self.trouble
-        if trouble is not None:
-            raise HTTPError(503, trouble, {"Retry-After": self._retry_after})
+        reason = self.not_ready_reason
+        if reason is not None:
+            raise HTTPError(503, reason, {"Retry-After": self._retry_after})
         return text_response(request, "ready")
 
     @app.route("/status", methods=["GET"])
@@ -179,13 +179,13 @@ class Coordinator:
         await self._runs.wait_idle()
 
     @property
-    def trouble(self) -> str | None:
+    def not_ready_reason(self) -> str | None:
         """What speaks against a machine, in time, for a request that comes now; None where nothing does."""
         settings, pool = self._settings, self._pool
         if self._draining:
             return "shutting down"
-        if (trouble := pool.trouble) is not None:
-            return trouble
+        if (reason := pool.not_ready_reason) is not None:
+            return reason
         if pool.queue_depth_ahead > settings.max_queue:
             return "too many requests are waiting"
         waited = self._last_queue_timeout

@@ -79,7 +79,9 @@ class Metrics:
             machines.labels(phase.value).set_function(partial(pool.count, phase))
         self._gauge("bfaas_queue_length", "requests that wait for a machine", lambda: pool.waiting)
         self._gauge("bfaas_expected_wait_seconds", "of a request that comes now", lambda: pool.expected_wait)
-        self._gauge("bfaas_ready", "1 as long as nothing is in the way", lambda: coordinator.trouble is None)
+        self._gauge(
+            "bfaas_ready", "1 as long as nothing is in the way", lambda: coordinator.not_ready_reason is None
+        )
 
     def _gauge(self, name: str, text: str, look: Callable[[], float]) -> None:
         Gauge(name, text, registry=self._registry).set_function(look)

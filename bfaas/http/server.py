@@ -41,6 +41,8 @@ _log = Logger()
 MAX_CONNECTIONS = 4096
 """Connections that a site has at the same time, unless it is told otherwise."""
 
+FLUSH_TIMEOUT = 5.0
+"""Seconds that connections get to deliver their output when a site is drained."""
 
 _TEXT = "text/plain; charset=utf-8"
 
@@ -427,10 +429,10 @@ class BoundedSite(WrappingFactory):
                 error=error,
             )
 
-    async def drain(self, limit: float) -> None:
-        """Close every connection once what was written is delivered; abort what takes over `limit` s."""
+    async def drain(self, timeout: float = FLUSH_TIMEOUT) -> None:
+        """Close every connection once its output is delivered; abort those left after `timeout` seconds."""
         connections = list(self.protocols)
-        timer = self.clock.callLater(limit, self._abort)
+        timer = self.clock.callLater(timeout, self._abort)
         for connection in connections:
             connection.loseConnection()
         await DeferredList([connection.closed for connection in connections])

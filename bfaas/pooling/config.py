@@ -1,4 +1,4 @@
-"""What a pool is configured with, and how its machines are named."""
+"""The configuration of a pool, and the names of its machines."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from bfaas.settings import CoordSettings
 
 
-CLEANING_PERIOD = 300.0
-"""Seconds between two cleanings, give or take a fifth."""
+RECONCILE_INTERVAL = 300.0
+"""Seconds between two reconciliations, plus or minus a fifth."""
 
 
 @dataclass(frozen=True)
 class StepTimeouts:
     """
-    Seconds that each step of a machine's life may take before the machine is given up.
+    Timeouts of the steps of a machine's lifecycle, in seconds. A machine whose step times out is destroyed.
 
-    `create` bounds one attempt to make it, since while nobody knows whether there is one, attempts go on;
-    and its first start, which waits for the image. `inspect` bounds what cleaning does about one machine,
-    `exit` how much longer than a run `Pool.destroy` takes.
+    `create` bounds one attempt to create it, and its first start, which waits for the image; attempts
+    continue while it is not known whether the machine exists. `inspect` bounds what the reconciler does with
+    one machine, and its list. `exit` is how much longer than `max_req_time` `Pool.destroy` may take.
     """
 
     create: float = 90.0
@@ -45,84 +45,93 @@ class StepTimeouts:
 @dataclass(frozen=True)
 class PoolConfig:
     """
-    Which machines a pool makes, and how many.
+    Which machines a pool creates, and how many. Durations are in seconds.
 
-    Spans of time are in seconds. `config` is given the metadata that says whose it is. `standby` machines are
-    kept ready ahead of requests, suspended if `suspend_standby` says so.
+    `template` is what machines are created from; the pool adds its own metadata. `standby` machines are kept
+    ready ahead of requests, suspended if `suspend_standby` is true.
     """
 
     name: str
     size: int
     region: str
-    config: MachineConfig
+    template: MachineConfig
     max_req_time: float
     lease_ttl: int
     standby: int = 0
     suspend_standby: bool = False
-    cleaning_period: float = CLEANING_PERIOD
-    limits: StepTimeouts = field(default_factory=StepTimeouts)
+    reconcile_interval: float = RECONCILE_INTERVAL
+    timeouts: StepTimeouts = field(default_factory=StepTimeouts)
 
     @property
     def pool_id(self) -> str:
-        """What a machine's metadata says of it, under the key `pool_id`."""
-        return f"{self.name}//{self.config.image}"
+        """The value of `pool_id` in a machine's metadata."""
+        return f"{self.name}//{self.template.image}"
 
     @property
-    def trusted_ttl(self) -> float:
-        """Seconds that we take a lease to last: less than it does, since two clocks never run alike."""
+    def safe_lease_ttl(self) -> float:
+        """Seconds that a lease is relied on: 5 % less than its TTL, since the API's clock may run faster."""
         return 0.95 * self.lease_ttl
 
     @cached_property
-    def labels(self) -> dict[str, str]:
+    def metadata(self) -> dict[str, str]:
         """
-        What its metadata says of a machine of ours: whose it is, and of what make.
+        The metadata that identifies this pool's machines: the pool's id and a digest of the template.
 
-        The make is a digest of all that it is made from: a machine of before a change of key, of limits or
-        of size is another's.
+        The digest covers all that a machine is created from. A machine from before a change of key, limits or
+        size therefore does not match, and is replaced.
         """
-        config = self.config
-        made_from = [
-            config.image, sorted(config.env.items()), config.cpus, config.memory_mb, config.idle_timeout,
-        ]  # fmt: skip
-        make = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
-        return {"pool_id": self.pool_id, "make": make}
+        template = self.template
+        spec = [
+            template.image,
+            sorted(template.env.items()),
+            template.cpus,
+            template.memory_mb,
+            template.idle_timeout,
+        ]
+        spec_hash = hashlib.sha256(json.dumps(spec).encode()).hexdigest()[:16]
+        return {"pool_id": self.pool_id, "spec_hash": spec_hash}
 
-    def tagged(self) -> MachineConfig:
-        """Make the config that machines are created with."""
-        return replace(self.config, metadata={**self.config.metadata, **self.labels})
+    @property
+    def machine_config(self) -> MachineConfig:
+        """The template with the pool's metadata: what machines are created with."""
+        return replace(self.template, metadata={**self.template.metadata, **self.metadata})
 
     def owns(self, machine: Machine) -> bool:
-        """Tell whether a machine is this pool's: by its name, which cannot be changed."""
+        """Return whether a machine is this pool's, by its name, which cannot be changed."""
         return pool_of(machine.name) == self.name
 
-    def recognizes(self, machine: Machine) -> bool:
-        """Tell whether its metadata is what we gave it: it is of our make, and nobody meddled with it."""
-        return all(machine.metadata.get(key) == value for key, value in self.labels.items())
+    def metadata_matches(self, machine: Machine) -> bool:
+        """Return whether a machine's metadata is what this pool gave it: same template, not tampered with."""
+        return all(machine.metadata.get(key) == value for key, value in self.metadata.items())
 
 
 def lease_ttl(max_req_time: float) -> int:
-    """Choose how long leases last, in seconds: five minutes, and at least four requests of full length."""
+    """Return the TTL of leases in seconds: five minutes, or four full requests if longer."""
     return max(300, int(4 * max_req_time) + 1)
 
 
 def machine_name(pool: str, random: Random) -> str:
-    """Make a name that no machine has had."""
+    """Return a new unique machine name."""
     return f"worker-{pool}-{random.getrandbits(64):016x}"
 
 
 def pool_of(name: str) -> str | None:
-    """Tell the pool that a machine's name says, dashes and all; None if the name is no pool's."""
+    """Return the pool in a machine's name, which may contain dashes; None if it is not a worker's name."""
     prefix, _, rest = name.partition("-")
     pool, dash, unique = rest.rpartition("-")
     return pool if prefix == "worker" and dash and pool and unique else None
 
 
 IDLE_MARGIN = 60
-"""Seconds for which the workers' proxy keeps a silent connection beyond the longest silence of a run."""
+"""Seconds that the workers' proxy keeps a silent connection beyond the longest silence of a run."""
 
 
 def pool_config(settings: CoordSettings) -> PoolConfig:
-    """Say what machines the pool makes: their environment tells a worker whom to trust, and its limits."""
+    """
+    Return the pool's configuration for a coordinator's settings.
+
+    The environment in the template gives workers the key that they trust, and their limits.
+    """
     environment = {
         "PUBLIC": settings.signer.public,
         "MAXREQTIME": f"{settings.max_req_time:.9f}s",
@@ -133,7 +142,7 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
         name=settings.machine_id,
         size=settings.pool_size,
         region=settings.region,
-        config=MachineConfig(
+        template=MachineConfig(
             image=settings.fly.worker_image if settings.fly else "local",
             env=environment,
             cpus=settings.worker_cpus,

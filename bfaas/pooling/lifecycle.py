@@ -81,7 +81,7 @@ class MachineLifecycle:
         self._clock = clock
         self._pauses = pauses
         self._settings = settings
-        self._limits = settings.limits
+        self._timeouts = settings.timeouts
         self._readiness_waits: dict[Deferred[None], None] = {}
         self._closing = False
 
@@ -123,9 +123,9 @@ class MachineLifecycle:
 
     async def _try_to_create(self, slot: Slot) -> None:
         settings, asked = self._settings, self._clock.seconds()
-        create = self._api.create(slot.name, settings.region, settings.tagged(), settings.lease_ttl)
+        create = self._api.create(slot.name, settings.region, settings.machine_config, settings.lease_ttl)
         try:
-            slot.known_machine, lease = await self._within(self._limits.create, create)
+            slot.known_machine, lease = await self._within(self._timeouts.create, create)
             self._record_lease(slot, lease, asked)
         except NameTakenError as taken:
             slot.create_unknown_since = asked  # an attempt before this one was done
@@ -146,7 +146,7 @@ class MachineLifecycle:
     async def _find(self, slot: Slot) -> Machine | None:
         """Look for it in the list. Raises `UnavailableError` where there is no telling."""
         try:
-            machines = await self._within(self._limits.lease, self._api.list())
+            machines = await self._within(self._timeouts.lease, self._api.list())
         except (MachinesError, DeadlineExceededError) as error:
             raise UnavailableError(f"cannot look for {slot.name}: {error}") from error
         return next((machine for machine in machines if machine.name == slot.name), None)
@@ -154,10 +154,10 @@ class MachineLifecycle:
     async def _take_over(self, slot: Slot, machine_id: str) -> None:
         """Go on with the machine that an earlier attempt made."""
         try:
-            slot.known_machine = await self._within(self._limits.lease, self._api.get(machine_id))
+            slot.known_machine = await self._within(self._timeouts.lease, self._api.get(machine_id))
         except NotFoundError as error:
             raise UnavailableError(str(error)) from error  # too new to be found, or gone again
-        slot.lease = await self._within(self._limits.lease, self._api.get_lease(machine_id))
+        slot.lease = await self._within(self._timeouts.lease, self._api.get_lease(machine_id))
         await self._extend(machine_id, slot)
 
     async def adopt(self, slot: Slot) -> None:
@@ -168,17 +168,17 @@ class MachineLifecycle:
         lease, or the machine, is gone.
         """
         machine_id = slot.machine.id
-        old = await self._within(self._limits.lease, self._api.get_lease(machine_id))
-        await self._within(self._limits.lease, self._api.release_lease(machine_id, old.nonce))
+        old = await self._within(self._timeouts.lease, self._api.get_lease(machine_id))
+        await self._within(self._timeouts.lease, self._api.release_lease(machine_id, old.nonce))
         asked = self._clock.seconds()
         acquire = self._api.acquire_lease(machine_id, self._settings.lease_ttl, self._settings.pool_id)
-        self._record_lease(slot, await self._within(self._limits.lease, acquire), asked)
+        self._record_lease(slot, await self._within(self._timeouts.lease, acquire), asked)
         self._log.info("reclaimed {name}, {id}", name=slot.name, id=machine_id)
 
     async def start(self, slot: Slot) -> None:
         """Start a stopped machine, with a lease that covers a request."""
         await self._renew(slot)
-        await self._within(self._limits.start, self._call_start(slot))
+        await self._within(self._timeouts.start, self._call_start(slot))
 
     async def wait_until_ready(self, slot: Slot) -> None:
         """Wait until the machine has started, and its worker takes requests; or until the pool closes."""
@@ -195,7 +195,7 @@ class MachineLifecycle:
             del self._readiness_waits[hope]
 
     async def _wait_until_ready(self, slot: Slot) -> None:
-        limit = self._limits.create if slot.phase is Phase.CREATING else self._limits.start
+        limit = self._timeouts.create if slot.phase is Phase.CREATING else self._timeouts.start
         await self._within(limit + 1, self._api.wait(slot.machine, State.STARTED, limit))
         await self._wait_for_worker(slot)
 
@@ -206,7 +206,7 @@ class MachineLifecycle:
         Raises `WorkerUnresponsiveError` where it does not in time, and `EndedError` as soon as its machine
         has ended.
         """
-        probing = Deferred.fromCoroutine(self._within(self._limits.ready, self._probe(slot.machine)))
+        probing = Deferred.fromCoroutine(self._within(self._timeouts.ready, self._probe(slot.machine)))
         watching = Deferred.fromCoroutine(self._watch_start(slot))
         ended: list[str] = []
 
@@ -236,7 +236,7 @@ class MachineLifecycle:
         """Return how a machine ended whose worker has not answered yet; None where it goes on."""
         await deferLater(self._clock, self._PROMPT_ANSWER)
         try:
-            has_stopped = await self._stops_within(slot, self._limits.ready)
+            has_stopped = await self._stops_within(slot, self._timeouts.ready)
         except MachinesError as error:
             return str(error)
         return "its machine has stopped" if has_stopped else None
@@ -247,7 +247,7 @@ class MachineLifecycle:
 
         False when it may not be frozen, since not every machine can be; a stop helps.
         """
-        limit = self._limits.stop
+        limit = self._timeouts.stop
         try:
             # A worker answers its first probe before it has loaded what it needs, a second one after that.
             await self._wait_for_worker(slot)
@@ -260,7 +260,7 @@ class MachineLifecycle:
 
     async def resume(self, slot: Slot) -> None:
         """Thaw a frozen machine, until it is ready as before."""
-        await self._within(self._limits.start, self._call_start(slot))
+        await self._within(self._timeouts.start, self._call_start(slot))
         await self.wait_until_ready(slot)
 
     async def monitor(self, slot: Slot) -> None:
@@ -292,7 +292,7 @@ class MachineLifecycle:
 
     async def stop(self, slot: Slot) -> None:
         """Wipe the machine: only a stop that is confirmed makes it fit for another request."""
-        limit = self._limits.stop
+        limit = self._timeouts.stop
         await self._within(limit, self._api.stop(slot.machine.id, slot.nonce))
         await self._within(limit + 1, self._api.wait(slot.machine, State.STOPPED, limit))
 
@@ -325,11 +325,11 @@ class MachineLifecycle:
                 self._log.warn("is there another {name}? {error}", name=slot.name, error=error)
 
     async def _destroy(self, slot: Slot) -> None:
-        deadline = Deadline(self._clock, self._limits.destroy)
+        deadline = Deadline(self._clock, self._timeouts.destroy)
         nonce = slot.nonce
         for failures in count():
             try:
-                await self._within(self._limits.destroy, self._api.destroy(slot.machine.id, nonce))
+                await self._within(self._timeouts.destroy, self._api.destroy(slot.machine.id, nonce))
                 break
             except NotFoundError:
                 break
@@ -354,7 +354,7 @@ class MachineLifecycle:
         if slot.lease is not None:
             raise LeaseLostError(f"{slot.name} is another's now")
         try:
-            return (await self._within(self._limits.lease, self._api.get_lease(slot.machine.id))).nonce
+            return (await self._within(self._timeouts.lease, self._api.get_lease(slot.machine.id))).nonce
         except (MachinesError, DeadlineExceededError):
             return None
 
@@ -386,19 +386,19 @@ class MachineLifecycle:
         try:
             await self._extend(slot.machine.id, slot)
         except (UnavailableError, DeadlineExceededError):
-            starting = self._limits.start + self._limits.ready
+            starting = self._timeouts.start + self._timeouts.ready
             if slot.lease_end - self._clock.seconds() < starting + 2 * self._settings.max_req_time:
                 raise
 
     async def _extend(self, machine_id: str, slot: Slot) -> None:
         asked, ttl = self._clock.seconds(), self._settings.lease_ttl
         refresh = self._api.refresh_lease(machine_id, slot.nonce or "", ttl)
-        self._record_lease(slot, await self._within(self._limits.lease, refresh), asked)
+        self._record_lease(slot, await self._within(self._timeouts.lease, refresh), asked)
 
     def _record_lease(self, slot: Slot, lease: Lease, asked: float) -> None:
         """Note a lease; it lasts from when it was asked for at the least."""
         slot.lease = lease
-        slot.lease_end = asked + self._settings.trusted_ttl
+        slot.lease_end = asked + self._settings.safe_lease_ttl
 
     def _within(self, seconds: float, work: Coroutine[Deferred[Any], Any, T]) -> Coroutine[Any, Any, T]:
         return Deadline(self._clock, seconds).run(work)

@@ -96,7 +96,7 @@ class Reconciler:
 
     async def _clean(self) -> None:
         """Sweep when it is time to; in between, list the machines when somebody doubts that one can."""
-        clock, period = self._clock, self._settings.cleaning_period
+        clock, period = self._clock, self._settings.reconcile_interval
         failures, doubts, due = 0, 0, clock.seconds()
         while True:
             is_due = clock.seconds() >= due
@@ -146,7 +146,7 @@ class Reconciler:
                 break
             unleased += await self._unleased(theirs)
         if unleased:
-            await deferLater(self._clock, self._SECOND_LOOK * self._settings.limits.lease)
+            await deferLater(self._clock, self._SECOND_LOOK * self._settings.timeouts.lease)
         await self._gather_limited(
             self._try(self._destroy_unleased(machine), machine) for machine in unleased
         )
@@ -213,7 +213,7 @@ class Reconciler:
     async def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> T:
         """Make a call, and note whether there is an answer, whatever it is."""
         try:
-            answer = await Deadline(self._clock, self._settings.limits.inspect).run(work)
+            answer = await Deadline(self._clock, self._settings.timeouts.inspect).run(work)
         except (MachinesError, DeadlineExceededError) as error:
             self.api_reachable = not isinstance(error, (UnavailableError, DeadlineExceededError))
             raise

@@ -77,13 +77,19 @@ def kill_descendants_once(pid: int, exclude: Container[int] = ()) -> int:
     return sum(not process.dead or process.parent == os.getpid() for process in found)
 
 
-async def kill_descendants(clock: IReactorTime, exclude: Callable[[], Container[int]], limit: float) -> int:
+KILL_TIMEOUT = 2.0
+"""Seconds after which descendants that survive SIGKILL are left."""
+
+
+async def kill_descendants(
+    clock: IReactorTime, exclude: Callable[[], Container[int]], timeout: float = KILL_TIMEOUT
+) -> int:
     """
     Kill and reap until nothing is left below us but what `exclude` tells, and what is below that.
 
-    Gives up after `limit` seconds. Tells how many are left. We must be a subreaper.
+    Gives up after `timeout` seconds. Tells how many are left. We must be a subreaper.
     """
-    pause, end = 0.001, clock.seconds() + limit
+    pause, end = 0.001, clock.seconds() + timeout
     while left := kill_descendants_once(os.getpid(), exclude()):
         if clock.seconds() > end:
             break

@@ -92,7 +92,6 @@ class BashRun(ProcessProtocol):
 
     transport: Any  # a process's transport has more than the interface tells
     _log = Logger()
-    _SWEEP_LIMIT = 2.0
     _DRAIN_LIMIT = 1.0
     _REAP_PERIOD = 0.1
     _SHUTDOWN_PAUSE = 0.1
@@ -286,9 +285,7 @@ class BashRun(ProcessProtocol):
 
     async def _sweep(self) -> None:
         """Kill and reap until nothing is left that descends from us and was not there before the run."""
-        left = await process_tree.kill_descendants(
-            self._clock, lambda: self._preexisting_children, self._SWEEP_LIMIT
-        )
+        left = await process_tree.kill_descendants(self._clock, lambda: self._preexisting_children)
         if left:
             self._log.error("{count} processes of a script survive SIGKILL", count=left)
         if not self._killed and self._signal_number() in _SHUTDOWN_SIGNALS:

@@ -48,7 +48,7 @@ CLIENTS = 3  # of each pool
 
 MAX_REQ_TIME = 1.5
 LEASE = 10
-CLEANING_PERIOD = 4.0
+RECONCILE_INTERVAL = 4.0
 
 RECOVERY = 45.0
 """Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""
@@ -101,7 +101,7 @@ class Chaos:
                 MAXREQTIME=f"{MAX_REQ_TIME}s",
                 MAXWAIT="4s",
                 LEASE=str(LEASE),
-                CLEANING_PERIOD=str(CLEANING_PERIOD),
+                RECONCILE_INTERVAL=str(RECONCILE_INTERVAL),
             )
         port = self.coordinators[pool].port if pool in self.coordinators else free_port()
         running = await start_program([_COORDINATOR], port, self._settings[pool])
@@ -146,7 +146,7 @@ class Chaos:
             await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             await self.start_coordinator(pool, SIZES[pool])
         else:
-            least, most = (LEASE, LEASE + CLEANING_PERIOD) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
+            least, most = (LEASE, LEASE + RECONCILE_INTERVAL) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
             await pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
 
     async def _strike_api(self, fault: Fault) -> None:
@@ -338,7 +338,7 @@ class Chaos:
             for machine in here - ends.keys():
                 ends[machine] = await self._lease_end(machine)
             last = max(ends.values())
-            assert now < last + 1.2 * CLEANING_PERIOD + CLOCK_SKEW, (
+            assert now < last + 1.2 * RECONCILE_INTERVAL + CLOCK_SKEW, (
                 f"{here} are there, {now - last:.1f} s late"
             )
             await deferLater(reactor, 0.1)

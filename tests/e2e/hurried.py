@@ -1,5 +1,5 @@
 """
-A coordinator like any other, but for its time: whatever of LEASE and CLEANING_PERIOD (seconds) is set, and
+A coordinator like any other, but for its time: whatever of LEASE and RECONCILE_INTERVAL (seconds) is set, and
 with UNTIMED its workers are not told of `MAXREQTIME`.
 
 Run as a program; no user has a reason to choose these, so they are no settings. What bounds the steps of a
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 def _pool_settings(settings: CoordSettings) -> PoolConfig:
     chosen = pool_config(settings)
     if "UNTIMED" in os.environ:
-        environment = dict(chosen.config.env)
+        environment = dict(chosen.template.env)
         del environment["MAXREQTIME"]
-        chosen = replace(chosen, config=replace(chosen.config, env=environment))
+        chosen = replace(chosen, template=replace(chosen.template, env=environment))
     if "LEASE" in os.environ:
         lease = int(os.environ["LEASE"])
         spare = lease - 2 * settings.max_req_time
         half = spare / 2
-        limits = replace(
-            chosen.limits, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=1.5
+        timeouts = replace(
+            chosen.timeouts, create=spare, start=half, ready=half, stop=spare, destroy=spare, lease=1.5
         )
-        chosen = replace(chosen, lease_ttl=lease, limits=limits)
-    period = float(os.environ.get("CLEANING_PERIOD", chosen.cleaning_period))
-    return replace(chosen, cleaning_period=period)
+        chosen = replace(chosen, lease_ttl=lease, timeouts=timeouts)
+    period = float(os.environ.get("RECONCILE_INTERVAL", chosen.reconcile_interval))
+    return replace(chosen, reconcile_interval=period)
 
 
 if __name__ == "__main__":

@@ -201,7 +201,7 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
 
 @with_twisted
 async def test_the_lease_alone_ends_a_machine() -> None:
-    more = {"MAXREQTIME": "2s", "LEASE": "12", "CLEANING_PERIOD": "4"}
+    more = {"MAXREQTIME": "2s", "LEASE": "12", "RECONCILE_INTERVAL": "4"}
     async with fly_on_one_host() as fly:
         other = await start_program(HURRIED, free_port(), fly.settings("q", 1, **more))
         lost = await start_program(HURRIED, free_port(), fly.settings("p", 1, UNTIMED="1", **more))

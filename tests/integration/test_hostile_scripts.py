@@ -353,7 +353,7 @@ def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordSer
     settings = CoordSettings.from_environment({"WORKER_APP": "mock", "MAXREQTIME": "20s", "POOLSIZE": "1"})
     proxy = WorkerClient(reactor, None, settings.max_output)
     usual = pool_config(settings)
-    wanted = replace(usual, config=replace(usual.config, env={**usual.config.env, **env}))
+    wanted = replace(usual, template=replace(usual.template, env={**usual.template.env, **env}))
     pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), wanted)
     coordinator = Coordinator(
         reactor, settings, pool, proxy, time.time, RunTracker(reactor, time.time, SystemRandom())

@@ -84,12 +84,12 @@ class FlyFileTests(SynchronousTestCase):
         for most in ("10s", "5m", "0.5s"):
             environ = {**self.environ, "MAXREQTIME": most, "MAXWAIT": "30s"}
             settings = CoordSettings.from_environment(environ)
-            config = encode_config(pool_config(settings).config)
+            config = encode_config(pool_config(settings).template)
             [port] = config["services"][0]["ports"]
             self.assertIs(False, port["http_options"]["compress"])
             self.assertGreater(port["http_options"]["idle_timeout"], settings.max_req_time)
             self.assertGreater(port["http_options"]["idle_timeout"], settings.max_wait)
-            self.assertEqual(pool_config(settings).config, decode_config(config))
+            self.assertEqual(pool_config(settings).template, decode_config(config))
 
     def test_no_key_is_unknown_to_flyctl(self) -> None:
         known = json.loads((ROOT / "tests/data/fly_toml_keys.json").read_text())["keys"]

@@ -247,13 +247,13 @@ MUTANTS = [
     ),
     Mutant(
         "pooling.lifecycle",
-        "self._record_lease(slot, await self._within(self._limits.lease, acquire), asked)",
+        "self._record_lease(slot, await self._within(self._timeouts.lease, acquire), asked)",
         "self._record_lease(slot, old, asked)",
         "a reclaimed machine is leased to nobody",
     ),
     Mutant(
         "pooling.lifecycle",
-        "slot.lease_end = asked + self._settings.trusted_ttl",
+        "slot.lease_end = asked + self._settings.safe_lease_ttl",
         "slot.lease_end = asked + 1000 + self._settings.lease_ttl",
         "a lease is taken for longer than it is",
     ),
@@ -301,7 +301,7 @@ MUTANTS = [
     ),
     Mutant(
         "pooling.lifecycle",
-        "        await self._within(self._limits.lease, self._api.release_lease(machine_id, old.nonce))\n",
+        "        await self._within(self._timeouts.lease, self._api.release_lease(machine_id, old.nonce))\n",
         "",
         "a machine is reclaimed without its lease",
     ),
@@ -338,7 +338,7 @@ MUTANTS = [
     ),
     Mutant(
         "pooling.config",
-        "return all(machine.metadata.get(key) == value for key, value in self.labels.items())",
+        "return all(machine.metadata.get(key) == value for key, value in self.metadata.items())",
         "return True",
         "metadata is not looked at",
     ),
@@ -356,7 +356,7 @@ MUTANTS = [
     ),
     Mutant(
         "pooling.reconciler",
-        "            await deferLater(self._clock, self._SECOND_LOOK * self._settings.limits.lease)\n",
+        "            await deferLater(self._clock, self._SECOND_LOOK * self._settings.timeouts.lease)\n",
         "            pass\n",
         "a machine is destroyed while its lease changes hands",
     ),

@@ -13,7 +13,7 @@ from bfaas.coordinator.run_tracker import RunTracker
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.machines.fly import FlyMachines
 from bfaas.pool import Pool
-from bfaas.pooling.config import CLEANING_PERIOD, pool_config
+from bfaas.pooling.config import RECONCILE_INTERVAL, pool_config
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
 from bfaas.tokens import Signer, genkey
 from tests.simulation.clock import NodeClock
@@ -83,7 +83,7 @@ class Node:
             Random(random.getrandbits(64)),
             replace(
                 pool_config(self.settings),
-                cleaning_period=40.0 if world.has("cleans-often") else CLEANING_PERIOD,
+                reconcile_interval=40.0 if world.has("cleans-often") else RECONCILE_INTERVAL,
             ),
         )
         if world.has("large"):

@@ -19,7 +19,7 @@ from zope.interface import provider
 
 from bfaas.machines.api import State
 from bfaas.machines.emulator.state import Timing
-from bfaas.pooling.config import CLEANING_PERIOD, pool_of
+from bfaas.pooling.config import RECONCILE_INTERVAL, pool_of
 from bfaas.pooling.slot import Phase
 from tests.simulation.client import Client, Sender
 from tests.simulation.clock import HeapClock, NodeClock
@@ -64,13 +64,13 @@ HOW = (
 FAULTS = (*CALL_FAULTS, *HTTP_FAULTS, *MACHINE_FAULTS, *EVENTS, *TRAITS, *HOW)
 """All that can go wrong, by name: each leaves a mark where it strikes."""
 
-SERVED_AGAIN = 1.2 * CLEANING_PERIOD + 45.0
+SERVED_AGAIN = 1.2 * RECONCILE_INTERVAL + 45.0
 """Seconds after the last fault within which a pool serves as many requests at once as its size."""
 
 READY_AGAIN = 200.0
 """Seconds after the last fault within which coordinators say that they are ready."""
 
-CLEAN_AGAIN = 300.0 + 1.2 * CLEANING_PERIOD + 60.0
+CLEAN_AGAIN = 300.0 + 1.2 * RECONCILE_INTERVAL + 60.0
 """Seconds after the last fault within which machines that are nobody's any more are gone."""
 
 CLOSED = 250.0
@@ -332,9 +332,9 @@ class World:
         script = Script(f"r{self._requests}", lines, pause, code, how)
         self.marks[how] += 1
         self.note("request", script.request, "to", node, how, sender.name)
-        trouble = node.pool.trouble
-        if trouble is not None and node.pool.count(Phase.READY):
-            self.ledger.broken(f"23: {node} has a machine ready, and is not: {trouble}")
+        reason = node.pool.not_ready_reason
+        if reason is not None and node.pool.count(Phase.READY):
+            self.ledger.broken(f"23: {node} has a machine ready, and is not: {reason}")
         client = Client(self, node, script, sender, raw=self.random.random() < 0.2)
         node.take(client)
         return client
@@ -468,11 +468,11 @@ class World:
 
     def _check_ready(self) -> None:
         """Who is asked says that all is well; if not, as while a machine is destroyed, a second later."""
-        troubled = [node for node in self._settled_nodes() if node.pool.trouble]
+        troubled = [node for node in self._settled_nodes() if node.pool.not_ready_reason]
         self._run(1.0 if troubled else 0.0)
         for node in troubled:
-            if node.pool.trouble:
-                self.ledger.broken(f"23: {node}: {node.pool.trouble}")
+            if node.pool.not_ready_reason:
+                self.ledger.broken(f"23: {node}: {node.pool.not_ready_reason}")
 
     def _check_standby(self) -> None:
         """As many machines stand by as should; nobody waits, and all is well."""

@@ -80,7 +80,7 @@ class World:
             name=name,
             size=size,
             region="r",
-            config=MachineConfig(image, env),
+            template=MachineConfig(image, env),
             max_req_time=MAX_REQ_TIME,
             lease_ttl=lease_ttl(MAX_REQ_TIME),
             standby=standby,
@@ -308,34 +308,34 @@ class TroubleTests(PoolCase):
         self.world = World()
         self.pool, self.api = self.world.pool(start=False)
         self.addCleanup(self.close)
-        self.assertEqual("it is not known yet which machines there are", self.pool.trouble)
+        self.assertEqual("the pool has not listed its machines yet", self.pool.not_ready_reason)
         self.pool.start()
         self.world.advance(1)
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
 
     def test_it_is_told_while_machines_cannot_be_made_and_no_longer(self) -> None:
         self.api.always["create"] = Refuse(CapacityError("full"))
         place = self.pool.allocate("c")
         self.world.advance(60)
-        self.assertEqual("machines cannot be started", self.pool.trouble)
+        self.assertEqual("machines cannot be started", self.pool.not_ready_reason)
 
         del self.api.always["create"]
         self.world.advance(40)
         self.successResultOf(place)
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
 
     def test_it_is_told_while_the_api_does_not_answer_and_no_machine_stands_by(self) -> None:
-        for standby, trouble in ((0, "the Machines API fails"), (1, None)):
+        for standby, trouble in ((0, "the Machines API is failing"), (1, None)):
             world = World()
             pool, api = world.pool(standby=standby)
             world.advance(5)
             api.always["list"] = Refuse(UnavailableError("down"))
             world.advance(400)
-            self.assertEqual(trouble, pool.trouble)
+            self.assertEqual(trouble, pool.not_ready_reason)
 
             del api.always["list"]
             world.advance(60)
-            self.assertIsNone(pool.trouble)
+            self.assertIsNone(pool.not_ready_reason)
             self.begin(pool.close())
             world.advance(5)
 
@@ -344,16 +344,16 @@ class TroubleTests(PoolCase):
             allocation.release()
         self.world.advance(2)
         self.api.always["*"] = Refuse(UnavailableError("down"))
-        self.assertIsNone(self.pool.trouble)  # nobody has asked for anything
+        self.assertIsNone(self.pool.not_ready_reason)  # nobody has asked for anything
         places = [self.pool.allocate("c") for _ in range(2)]
         self.world.advance(1)
-        self.assertEqual("the Machines API fails", self.pool.trouble)
+        self.assertEqual("the Machines API is failing", self.pool.not_ready_reason)
 
         del self.api.always["*"]
         self.world.advance(40)
         for place in places:
             self.successResultOf(place)
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
 
     def test_a_machine_that_fails_by_itself_means_no_trouble_once_the_api_was_asked(self) -> None:
         self.world.never_ready.add(self.allocated().machine.id)
@@ -365,7 +365,7 @@ class TroubleTests(PoolCase):
         self.world.advance(60)
 
         self.assertEqual(lists + 1, self.api.count("list"))
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
         self.successResultOf(waiting)
 
     def test_it_is_told_while_all_machines_failed_and_cannot_be_destroyed(self) -> None:
@@ -375,13 +375,13 @@ class TroubleTests(PoolCase):
         self.api.always["start"] = self.api.always["destroy"] = Refuse(UnavailableError("broken"))
         places = [self.pool.allocate("c") for _ in range(2)]
         self.world.advance(60)
-        self.assertEqual("machines cannot be started", self.pool.trouble)
+        self.assertEqual("machines cannot be started", self.pool.not_ready_reason)
 
         self.api.always.clear()
         self.world.advance(40)
         for place in places:
             self.successResultOf(place)
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
 
     def test_a_doubt_in_the_midst_of_a_sweep_is_looked_into_after_it(self) -> None:
         self.allocated().release()
@@ -393,7 +393,7 @@ class TroubleTests(PoolCase):
         other._reconciler.check_soon()
         self.world.advance(10)
 
-        self.assertIsNone(other.trouble)
+        self.assertIsNone(other.not_ready_reason)
         self.assertEqual(2, others.count("list"))
         self.close(other)
 
@@ -405,9 +405,9 @@ class TroubleTests(PoolCase):
         others.next("list", Slow(self.world.clock, 1.0), *[Refuse(UnavailableError("gone"))] * 9)
         other.start()
         self.world.advance(2)
-        self.assertEqual("the Machines API fails", other.trouble)
+        self.assertEqual("the Machines API is failing", other.not_ready_reason)
         self.world.advance(60)
-        self.assertIsNone(other.trouble)
+        self.assertIsNone(other.not_ready_reason)
         self.close(other)
 
     def test_doubts_cost_a_list_each_and_fewer_the_more_there_are(self) -> None:
@@ -422,7 +422,7 @@ class TroubleTests(PoolCase):
 
         self.assertTrue(5 <= self.api.count("list") <= 20, self.api.count("list"))
         self.assertEqual(asked, self.api.count("get_lease"))
-        self.assertIsNone(self.pool.trouble)
+        self.assertIsNone(self.pool.not_ready_reason)
         self.assertEqual(1, others.count("list"))
         self.close(other)
 
@@ -1207,7 +1207,7 @@ class CleaningTests(PoolCase):
         self.world.advance(280)
 
         self.assertEqual([], self.machines())
-        self.assertIsNone(other.trouble)
+        self.assertIsNone(other.not_ready_reason)
         self.close(other)
 
     def test_many_machines_of_an_earlier_instance_are_looked_at_together(self) -> None:

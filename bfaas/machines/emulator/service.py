@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from twisted.application.service import IService
 
 _MAX_BODY = 16 << 20
-_FLUSH_LIMIT = 5.0
 
 
 class Options(RoleOptions):
@@ -59,7 +58,7 @@ class MachinesService(MultiService):
         await MultiService.stopService(self)
         await self._machines.shutdown()
         for site in self._sites:
-            await site.drain(_FLUSH_LIMIT)
+            await site.drain()
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:

@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 _log = Logger()
 
-_KILL_TIMEOUT = 2.0  # seconds for what is left of a worker to die of SIGKILL
 _PDEATHSIG_POLL_INTERVAL = 0.005  # seconds
 _RESTORE_DELAY = 0.01  # seconds, so that a cleaner that removes a directory entry by entry can finish
 
@@ -159,7 +158,7 @@ class LocalProcesses(MachineBackend):
             if pid is not None:
                 process_tree.kill_tree(pid)
         await _wait_for(worker.ended)
-        survivors = await process_tree.kill_descendants(self._reactor, self._not_orphans, _KILL_TIMEOUT)
+        survivors = await process_tree.kill_descendants(self._reactor, self._not_orphans)
         if survivors:
             _log.error("{count} processes of {machine} survive SIGKILL", count=survivors, machine=machine_id)
         if self._workers.get(machine_id) is worker:  # False where a concurrent kill was first
