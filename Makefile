@@ -41,7 +41,7 @@ load: $(VENV)/installed-test
 
 # The simulation's long form: ten thousand episodes, or as many as SEEDS says.
 soak: $(VENV)/installed-test
-	$(BIN)/python -m tests.sim.run $(or $(SEEDS),10000)
+	$(BIN)/python -m tests.simulation.run $(or $(SEEDS),10000)
 
 # What else the simulation can do: the small world in every way, every line of the pool, every mutant.
 proof: $(VENV)/installed-test

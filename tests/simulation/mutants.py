@@ -1,8 +1,8 @@
 """
-Ways to break the product, each of which an episode must notice.
+Defects that the simulation must notice, and a program that tries them.
 
-`python -m tests.simulation.mutants` applies them one by one, and tells how many seeds each one took. Given
-names of modules, such as `line coord`, it applies those of these alone.
+`python -m tests.simulation.mutants` applies each mutant and runs episodes until one fails; it prints how
+many episodes each took. Names of modules, such as `pool pooling.lifecycle`, select the mutants of these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tests.support.paths import ROOT
+from tests.simulation.mutation import Mutation
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,457 +26,445 @@ if TYPE_CHECKING:
 
 
 SEEDS = 2000
-"""Seeds within which a mutant must be noticed."""
+"""Episodes within which a mutant must be noticed."""
 
-_TIDY = 256  # episodes after which their garbage is collected
-
-
-class Mutant(NamedTuple):
-    """A change of one place of a module's source, and the defect that it is."""
-
-    module: str
-    old: str
-    new: str
-    defect: str
+_COLLECT_EVERY = 256  # episodes between two garbage collections
 
 
 MUTANTS = [
     # The pool.
-    Mutant("pool", "            del self._slots[slot]\n", "", "a failure keeps its place for ever"),
-    Mutant(
-        "pool",
-        "        self._balance()\n        await self._lifecycle.stop(slot)\n",
-        "        self._balance()\n",
-        "a machine is used again without a stop",
+    Mutation(
+        "pool:Pool._begin.leave", "del self._slots[slot]", "", "a failed machine keeps its slot forever"
     ),
-    Mutant(
-        "pool",
-        "                await self._lifecycle.adopt(slot)\n                await self._lifecycle.stop(slot)\n",
-        "                await self._lifecycle.adopt(slot)\n",
-        "a reclaimed machine is used as it is",
+    Mutation(
+        "pool:Pool._serve", "await self._lifecycle.stop(slot)", "", "a machine is reused without a stop"
     ),
-    Mutant(
-        "pool",
-        "        if self._closing or slot.unusable:\n            return StandbyAction.RETIRE\n",
-        "        if self._closing:\n            return StandbyAction.RETIRE\n",
+    Mutation(
+        "pool:Pool._run_lifecycle",
+        "await self._lifecycle.stop(slot)",
+        "",
+        "an adopted machine is used without a stop",
+    ),
+    Mutation(
+        "pool:Pool._next_action",
+        "self._closing or slot.unusable",
+        "self._closing",
         "a tampered machine serves",
     ),
-    Mutant("pool", "                slot.unusable = True\n", "", "tampering is not remembered"),
-    Mutant(
-        "pool",
-        "unusable = too_many or not fit",
-        "unusable = too_many or False and fit",
-        "a machine of another image is used",
+    Mutation("pool:Pool._reconcile", "slot.unusable = True", "", "tampering is not remembered"),
+    Mutation("pool:Pool._reconcile", "too_many or _1", "too_many", "a machine of another image is used"),
+    Mutation("pool:Pool._reconcile", "too_many or _1", "_1", "a pool that shrank keeps surplus machines"),
+    Mutation(
+        "pool:Pool._may_create",
+        "self._reclaimed and _1",
+        "_1",
+        "machines are created before the first reconciliation",
     ),
-    Mutant(
-        "pool", "unusable = too_many or not fit", "unusable = not fit", "a pool that shrank keeps too many"
-    ),
-    Mutant("pool", "return self._reclaimed and not", "return not", "machines are made before it looked"),
-    Mutant(
-        "pool",
-        "len(self._slots) < self._settings.size and",
-        "len(self._slots) <= self._settings.size and",
+    Mutation(
+        "pool:Pool._balance",
+        "len(self._slots) < self._settings.size",
+        "len(self._slots) <= self._settings.size",
         "one machine too many",
     ),
-    Mutant(
-        "pool",
-        "            await self._lifecycle.destroy(slot)\n",
-        "            pass\n",
-        "a place is given up before its machine is gone",
+    Mutation(
+        "pool:Pool._retire",
+        "await self._lifecycle.destroy(slot)",
+        "pass",
+        "a slot is freed before its machine is gone",
     ),
-    Mutant("pool", "- 2 * self._settings.max_req_time\n", "+ 1e6\n", "an idle machine outlives its lease"),
-    Mutant(
-        "pooling.backoff",
-        "callLater(self._pause(self._failures), self._again)",
-        "callLater(0.0, self._again)",
-        "failing creations follow without a pause",
+    Mutation(
+        "pool:Pool._rest",
+        "_1 - 2 * self._settings.max_req_time",
+        "_1 + 1e6",
+        "a stopped machine outlives its lease",
     ),
-    Mutant(
-        "pool",
-        "            gone.callback(None)\n            self._balance()\n",
-        "            gone.callback(None)\n",
-        "a place that came free serves nobody",
+    Mutation(
+        "pooling.backoff:Backoff.failed",
+        "self._clock.callLater(_1, _2)",
+        "self._clock.callLater(0.0, _2)",
+        "failing creations are retried without a delay",
     ),
-    Mutant(
-        "pool",
-        "            slot.wake(wanted=False)\n        await DeferredList",
-        "            pass\n        await DeferredList",
-        "close waits for idle machines",
+    Mutation(
+        "pool:Pool._begin.leave",
+        "self._balance()",
+        "pass",
+        "a free slot serves no queued request",
     ),
-    Mutant(
-        "pooling.reconciler",
-        "            self._cleaning.cancel()\n",
-        "            pass\n",
-        "cleaning goes on after close",
+    Mutation("pool:Pool.close", "slot.wake(wanted=False)", "pass", "close waits for stopped machines"),
+    Mutation(
+        "pooling.reconciler:Reconciler.close",
+        "self._cleaning.cancel()",
+        "pass",
+        "reconciliation continues after close",
     ),
-    Mutant(
-        "pooling.reconciler",
-        "                failures += 1\n",
-        "                return\n",
-        "cleaning ends at its first failure",
+    Mutation(
+        "pooling.reconciler:Reconciler._clean",
+        "failures += 1",
+        "return",
+        "reconciliation ends at its first failure",
     ),
-    Mutant(
-        "pool",
-        "is_leased = self._is_leased(slot, self._settings.max_req_time)",
-        "is_leased = True",
-        "a lease that ran out in a pause is used",
+    Mutation(
+        "pool:Pool._serve",
+        "self._is_leased(slot, self._settings.max_req_time)",
+        "True",
+        "a lease that expired during a pause is used",
     ),
-    Mutant(
-        "pool",
-        "run(self._reconciler.destroy_all_own())",
-        "run(DeferredList([]))",
+    Mutation(
+        "pool:Pool.destroy",
+        "self._reconciler.destroy_all_own()",
+        "DeferredList([])",
         "destroy leaves machines",
     ),
-    Mutant(
-        "pool",
-        "return self._reclaimed and not self._create_backoff.active",
-        "return self._reclaimed",
-        "requests that come do not wait for the pause after a failure",
+    Mutation(
+        "pool:Pool._may_create",
+        "_1 and not self._create_backoff.active",
+        "_1",
+        "new requests create machines during the backoff",
     ),
-    # The line, and each client's share.
-    Mutant(
-        "pooling.fair_queue",
-        "Deferred(partial(self._leave, client))",
+    # The queue, and each client's quota.
+    Mutation(
+        "pooling.fair_queue:FairQueue.enqueue",
+        "Deferred(_1)",
         "Deferred(lambda _: None)",
-        "a machine is handed to one who left",
+        "a machine is given to a cancelled request",
     ),
-    Mutant("pooling.fair_queue", "self._next().errback(error())", "self._next()", "close forgets who waits"),
-    Mutant(
-        "pooling.fair_queue",
-        "        self._length -= 1\n",
+    Mutation(
+        "pooling.fair_queue:FairQueue.close",
+        "self._next().errback(_1)",
+        "self._next()",
+        "close does not answer queued requests",
+    ),
+    Mutation(
+        "pooling.fair_queue:FairQueue._leave",
+        "self._length -= 1",
         "",
-        "who has left is counted among those who wait",
+        "cancelled requests are counted as queued",
     ),
-    Mutant(
-        "pooling.fair_queue",
-        "        self._clients.move_to_end(client)\n",
+    Mutation(
+        "pooling.fair_queue:FairQueue._next",
+        "self._clients.move_to_end(client)",
         "",
-        "a client has one turn after another",
+        "a client has several turns in a row",
     ),
-    Mutant(
-        "pooling.fair_queue",
-        "        place: Deferred[T] =",
-        '        client = "anybody"\n        place: Deferred[T] =',
-        "first come, first served, whoever they are",
+    Mutation(
+        "pooling.fair_queue:FairQueue.enqueue",
+        "_1: _2 = Deferred(_3)",
+        'client = "anybody"\n_1: _2 = Deferred(_3)',
+        "first come, first served, regardless of the client",
     ),
-    Mutant(
-        "pooling.fair_queue",
+    Mutation(
+        "pooling.fair_queue:FairQueue._next",
         "next(iter(places))",
         "next(reversed(places))",
-        "a client's latest request is its next",
+        "a client's latest request is served first",
     ),
-    Mutant(
-        "coordinator.client_limits",
-        ">= self._most",
-        "> self._most",
-        "a client has one request more than its share",
+    Mutation(
+        "coordinator.client_limits:ConcurrencyLimiter.acquire",
+        "_1 >= self._most",
+        "_1 > self._most",
+        "a client has one request more than its quota",
     ),
-    Mutant(
-        "coordinator.client_limits",
-        "str(IPv6Network((int(ip) >> _HOST_BITS << _HOST_BITS, 128 - _HOST_BITS)))",
+    Mutation(
+        "http.client_address:address_key",
+        "str(IPv6Network(_1))",
         "str(ip)",
-        "each address of a network has a share of its own",
+        "each address of a network has a quota of its own",
     ),
-    Mutant(
-        "coordinator.app",
-        "on_fly=self._settings.fly is not None",
-        "on_fly=False",
-        "all clients of Fly's proxy are one",
+    Mutation(
+        "coordinator.app:Coordinator._run",
+        "on_fly = self._settings.fly is not None",
+        "on_fly = False",
+        "all clients of Fly's proxy are one client",
     ),
-    Mutant(
-        "coordinator.app",
-        "            self._shares.release(client)\n",
-        "            if request.channel is not None:\n                self._shares.release(client)\n",
-        "who leaves keeps a part of its share",
+    Mutation(
+        "coordinator.app:Coordinator._run",
+        "self._shares.release(client)",
+        "if request.channel is not None:\n    self._shares.release(client)",
+        "a disconnected client keeps a part of its quota",
     ),
-    Mutant(
-        "coordinator.app",
-        '            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)\n',
-        "            self._shares.acquire(client)\n"
-        '            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)\n',
-        "who is refused keeps a part of its share",
+    Mutation(
+        "coordinator.app:Coordinator._allocate",
+        "raise self._refusal(_1, _2, Refused.QUEUE_FULL)",
+        "self._shares.acquire(client)\nraise self._refusal(_1, _2, Refused.QUEUE_FULL)",
+        "a rejected client keeps a part of its quota",
     ),
-    Mutant(
-        "coordinator.app",
-        "ceil(min(self._pool.expected_wait, longest))",
-        "ceil(100 * self._pool.expected_wait)",
-        "clients are sent away for good",
+    Mutation(
+        "coordinator.app:Coordinator._retry_after",
+        "min(self._pool.expected_wait, _1)",
+        "100 * self._pool.expected_wait",
+        "Retry-After is far too long",
     ),
-    Mutant(
-        "pool",
-        "short = len(self._queue) + (0 if holds_back else self._settings.standby) - ready",
-        "short = max(len(self._queue), 0 if holds_back else self._settings.standby) - ready",
-        "nobody stands by in place of a machine that is in use",
+    Mutation(
+        "pool:Pool._balance",
+        "len(self._queue) + (_1 if holds_back else _2) - ready",
+        "max(len(self._queue), _1 if holds_back else _2) - ready",
+        "a warm standby that is in use is not replaced",
     ),
-    Mutant(
-        "pool",
-        "        for slot in self._in_phase(Phase.READY)[: len(self._queue)]:\n",
-        "        for slot in []:\n",
-        "a machine that stands by does so for ever",
+    Mutation(
+        "pool:Pool._balance",
+        "self._in_phase(Phase.READY)[: len(self._queue)]",
+        "[]",
+        "a warm standby never serves",
     ),
-    Mutant(
-        "pool",
-        "if len(self._queue) > 0 or len(others) >= self._settings.standby:",
-        "if len(self._queue) > 0:",
-        "all machines stand by",
+    Mutation(
+        "pool:Pool._next_action",
+        "len(self._queue) > 0 or _1",
+        "len(self._queue) > 0",
+        "all machines are warm standbys",
     ),
-    # The steps of a machine's life.
-    Mutant(
-        "pooling.lifecycle",
-        "                slot.create_unknown_since = self._clock.seconds()\n",
-        "                raise\n",
-        "a lost creation gives up its place",
+    # The lifecycle of a machine.
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.create",
+        "slot.create_unknown_since = self._clock.seconds()",
+        "raise",
+        "a create without a response frees its slot",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "                    slot.known_machine is not None\n",
-        "                    True\n",
-        "a refusal makes a lost creation forgotten",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.create",
+        "slot.known_machine is not None",
+        "True",
+        "an error response makes an earlier lost create forgotten",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "refused = isinstance(error, RateLimitedError) and slot.create_unknown_since is None",
-        "refused = isinstance(error, RateLimitedError)",
-        "a limit makes a lost creation forgotten",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.create",
+        "isinstance(_1, RateLimitedError) and slot.create_unknown_since is None",
+        "isinstance(_1, RateLimitedError)",
+        "a rate limit makes an earlier lost create forgotten",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "            if self._closing or slot.create_unknown_since is None:\n",
-        "            if True:\n",
-        "a creation that is done late is forgotten",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.destroy",
+        "self._closing or slot.create_unknown_since is None",
+        "True",
+        "a create that takes effect late is forgotten",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "self._record_lease(slot, await self._within(self._timeouts.lease, acquire), asked)",
-        "self._record_lease(slot, old, asked)",
-        "a reclaimed machine is leased to nobody",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.adopt",
+        "self._record_lease(slot, await _1, _2)",
+        "self._record_lease(slot, old, _2)",
+        "an adopted machine is not leased",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "slot.lease_end = asked + self._settings.safe_lease_ttl",
-        "slot.lease_end = asked + 1000 + self._settings.lease_ttl",
-        "a lease is taken for longer than it is",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._record_lease",
+        "slot.lease_end = _1 + self._settings.safe_lease_ttl",
+        "slot.lease_end = _1 + 1000 + self._settings.lease_ttl",
+        "a lease is trusted beyond its end",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "            await probing\n",
-        "            pass\n",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._wait_for_worker",
+        "await probing",
+        "pass",
         "a worker is used before it listens",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "                probing.cancel()\n",
-        "                pass\n",
-        "a worker that has ended is probed on",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._wait_for_worker.give_up",
+        "probing.cancel()",
+        "pass",
+        "a worker that has exited is still probed",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "if await self._api.start(slot.machine.id, slot.nonce):\n",
-        "if await self._api.start(slot.machine.id, slot.nonce) and False:\n",
-        "a machine that migrated is waited for under its old version",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._call_start",
+        "await self._api.start(_1, _2)",
+        "await self._api.start(_1, _2) and False",
+        "a migrated machine is waited for under its old version",
     ),
-    Mutant(
-        "machines.fly",
-        "        if has_ended(machine.state, wanted):\n",
-        "        if False:\n",
+    Mutation(
+        "machines.fly:FlyMachines._inspect",
+        "has_ended(_1, _2)",
+        "False",
         "a machine that has ended is waited for",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "            except NotFoundError:\n                break\n            except (MachinesError",
-        "            except (MachinesError",
-        "what is gone is destroyed for ever",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._destroy",
+        "NotFoundError",
+        "ZeroDivisionError",
+        "a machine that is gone is destroyed forever",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "        return Deadline(self._clock, seconds).run(work)",
-        "        return work",
-        "a call without an answer is waited for",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._within",
+        "Deadline(self._clock, seconds).run(work)",
+        "work",
+        "a call without a response is waited for",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "                    nonce = await self._other_nonce(slot, nonce)\n",
-        "                    pass\n",
-        "a lease that nobody knows protects a machine for ever",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._destroy",
+        "nonce = await self._other_nonce(_1, _2)",
+        "pass",
+        "a lease with an unknown nonce protects a machine forever",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "        await self._within(self._timeouts.lease, self._api.release_lease(machine_id, old.nonce))\n",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.adopt",
+        "await self._within(_1, self._api.release_lease(_2, _3))",
         "",
-        "a machine is reclaimed without its lease",
+        "a machine is adopted without releasing its lease",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "found = await self._find(slot) if slot.create_unknown_since is not None else None",
-        "found = None",
-        "nobody looks for what a lost creation has made",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._try_to_create",
+        "await self._find(slot) if slot.create_unknown_since is not None else None",
+        "None",
+        "the machine of a lost create is not looked for",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "self._stops_within(slot, self._until_renewal(slot))",
-        "self._stops_within(slot, self._settings.lease_ttl * 3)",
-        "the lease of a machine that stands by runs out",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle.monitor",
+        "self._until_renewal(slot)",
+        "self._settings.lease_ttl * 3",
+        "the lease of a warm standby expires",
     ),
-    Mutant(
-        "pooling.lifecycle",
-        "self._api.wait(slot.machine, State.STOPPED, deadline.remaining)",
+    Mutation(
+        "pooling.lifecycle:MachineLifecycle._stops_within",
+        "self._api.wait(_1, State.STOPPED, _2)",
         "Deferred()",
-        "a machine that stands by stops, and nobody sees it",
+        "a warm standby that stops is not noticed",
     ),
-    # Whose is what.
-    Mutant(
-        "pooling.config",
-        "return pool_of(machine.name) == self.name",
-        'return machine.metadata.get("pool_id", "").startswith(f"{self.name}//")',
-        "metadata says whose a machine is",
+    # Ownership.
+    Mutation(
+        "pooling.config:PoolConfig.owns",
+        "pool_of(machine.name) == self.name",
+        'machine.metadata.get("pool_id", "").startswith(f"{self.name}//")',
+        "metadata decides which pool owns a machine",
     ),
-    Mutant(
-        "pooling.config",
-        'pool, dash, unique = rest.rpartition("-")',
-        'pool, dash, unique = rest.partition("-")',
-        "the name p-1 is taken for p",
+    Mutation(
+        "pooling.config:pool_of",
+        '_1.rpartition("-")',
+        '_1.partition("-")',
+        "a machine of p-1 is taken for one of p",
     ),
-    Mutant(
-        "pooling.config",
-        "return all(machine.metadata.get(key) == value for key, value in self.metadata.items())",
-        "return True",
-        "metadata is not looked at",
+    Mutation(
+        "pooling.config:PoolConfig.recognizes",
+        "all(_1)",
+        "True",
+        "metadata is not checked",
     ),
-    Mutant(
-        "pooling.reconciler",
-        "self._try(self._destroy_unleased(machine), machine)",
-        "self._try(destroy_own(self._api, machine), machine)",
-        "another's machine is destroyed under its lease",
+    Mutation(
+        "pooling.reconciler:Reconciler.sweep",
+        "self._destroy_unleased(_1)",
+        "destroy_own(self._api, _1)",
+        "another pool's machine is destroyed in spite of its lease",
     ),
-    Mutant(
-        "pooling.reconciler",
-        "            await self._api.destroy(machine.id, None)\n",
-        "            pass\n",
-        "what is nobody's is left",
+    Mutation(
+        "pooling.reconciler:Reconciler._destroy_unleased",
+        "await self._api.destroy(_1, None)",
+        "pass",
+        "orphaned machines are left",
     ),
-    Mutant(
-        "pooling.reconciler",
-        "            await deferLater(self._clock, self._SECOND_LOOK * self._settings.timeouts.lease)\n",
-        "            pass\n",
-        "a machine is destroyed while its lease changes hands",
+    Mutation(
+        "pooling.reconciler:Reconciler.sweep",
+        "await deferLater(self._clock, _1)",
+        "pass",
+        "a machine is destroyed between two leases",
     ),
-    Mutant(
-        "machines.fly",
-        "{answer.status} {error}",
-        "{answer.status} {answer.body!r}",
-        "the log tells a nonce",
+    Mutation(
+        "machines.fly:FlyMachines._call_once",
+        'f"{_1} {_2}: {answer.status} {_3}"',
+        'f"{_1} {_2}: {answer.status} {answer.body!r}"',
+        "a nonce is logged",
     ),
     # One request.
-    Mutant(
-        "coordinator.app",
-        "            finally:\n                allocation.release()\n",
-        "            except ZeroDivisionError:\n                pass\n"
-        "            else:\n                allocation.release()\n",
-        "a failing request keeps its machine",
+    Mutation(
+        "coordinator.app:Coordinator._run",
+        "try:\n    _1\nfinally:\n    allocation.release()",
+        "_1\nallocation.release()",
+        "a failed request keeps its machine",
     ),
-    Mutant(
-        "coordinator.app",
-        "exit_ = await deadline.run(self._proxy.stream(",
-        "exit_ = await (self._proxy.stream(",
+    Mutation(
+        "coordinator.app:Coordinator._answer",
+        "deadline.run(self._proxy.stream(_1, _2, _3, _4))",
+        "self._proxy.stream(_1, _2, _3, _4)",
         "a run has no deadline",
     ),
-    Mutant(
-        "coordinator.app",
-        "await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))",
-        "await self._pool.allocate(client)",
-        "a wait has no end",
+    Mutation(
+        "coordinator.app:Coordinator._allocate",
+        "Deadline(self._clock, _1).run(self._pool.allocate(_2))",
+        "self._pool.allocate(_2)",
+        "a request is queued forever",
     ),
-    Mutant(
-        "coordinator.app",
-        "            answer.end(formats.Exit.forced(formats.Reason.TIMEOUT, self._since(started)))\n",
-        "            answer.finish()\n",
-        "a timeout is not told",
+    Mutation(
+        "coordinator.app:Coordinator._answer",
+        "answer.end(formats.Exit.forced(formats.Reason.TIMEOUT, _1))",
+        "answer.finish()",
+        "a timeout is not reported",
     ),
-    Mutant(
-        "coordinator.app",
-        "            if not answer.started:\n",
-        "            if True:\n",
+    Mutation(
+        "coordinator.app:Coordinator._answer",
+        "not answer.started",
+        "True",
         "an error page in the middle of a stream",
     ),
-    Mutant(
-        "protocol.response",
-        "            self._heartbeat_timer.cancel()\n",
-        "            pass\n",
-        "a heart beats on for ever",
+    Mutation(
+        "protocol.response:RunResponse.close",
+        "self._heartbeat_timer.cancel()",
+        "pass",
+        "heartbeats continue after the response",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "    if names is not None and names != [machine.id]:",
-        "    if False:",
-        "another machine's answer is taken",
+    Mutation(
+        "coordinator.worker_client:_check_head",
+        "names is not None and names != [machine.id]",
+        "False",
+        "a response of another machine is accepted",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "    if response.code != 200:  # noqa: PLR2004 - OK",
-        "    if False:",
-        "any status is taken",
+    Mutation(
+        "coordinator.worker_client:_check_head",
+        "response.code != 200",
+        "False",
+        "any status is accepted",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "exit_ = exit_ or formats.Exit.forced(reason)",
-        "exit_ = exit_ or formats.Exit(0)",
+    Mutation(
+        "coordinator.worker_client:WorkerClient.stream",
+        "formats.Exit.forced(reason)",
+        "formats.Exit(0)",
         "a success is invented",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        '            raise WorkerError(f"no answer: {error!r}") from error\n',
-        '            response = await self._request("POST", machine, wire.RUN_PATH, request, script)\n',
-        "a request is sent again",
+    Mutation(
+        "coordinator.worker_client:WorkerClient.begin",
+        "try:\n    response = _1\nexcept CancelledError:\n    raise\nexcept Exception as error:\n    _2",
+        "try:\n    response = _1\nexcept CancelledError:\n    raise\nexcept Exception:\n    response = _1",
+        "a request is sent twice",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "        headers.setRawHeaders(formats.FORCE_INSTANCE, [machine.id])\n",
+    Mutation(
+        "coordinator.worker_client:WorkerClient._request",
+        "headers.setRawHeaders(formats.FORCE_INSTANCE, [machine.id])",
         "",
-        "any machine may get a request",
+        "a request may reach any machine",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "allow_redirects=False",
-        "allow_redirects=True",
-        "a worker sends the coordinator elsewhere",
+    Mutation(
+        "coordinator.worker_client:WorkerClient._request",
+        "allow_redirects = False",
+        "allow_redirects = True",
+        "a worker redirects the coordinator",
     ),
-    Mutant(
-        "coordinator.worker_client",
-        "on_start=lambda producer: answer.start(producer, headers)",
-        "on_start=lambda producer: answer.start(producer, {**headers, **{name.decode(): values[0].decode() "
+    Mutation(
+        "coordinator.worker_client:WorkerClient.stream",
+        "answer.start(_1, headers)",
+        "answer.start(_1, {**headers, **{name.decode(): values[0].decode() "
         "for name, values in response.headers.getAllRawHeaders()}})",
-        "a worker's headers are passed on",
+        "a worker's headers are forwarded",
     ),
-    Mutant("protocol.parser", "kept = data[: self._room]", "kept = data", "raw output has no limit"),
-    Mutant(
-        "protocol.parser",
-        '            raise OutputLimitError("more output than the limit")\n',
-        "            pass\n",
-        "output has no limit",
+    Mutation("protocol.parser:RawReader.feed", "data[: self._room]", "data", "raw output has no limit"),
+    Mutation(
+        "protocol.parser:EventReader._read", "raise OutputLimitError(_1)", "pass", "output has no limit"
     ),
-    Mutant(
-        "protocol.parser",
-        '            self.error = OutputLimitError("more output than the limit")\n',
-        "            pass\n",
-        "a limit is not told",
+    Mutation(
+        "protocol.parser:RawReader.feed",
+        "self.error = OutputLimitError(_1)",
+        "pass",
+        "an exceeded limit is not reported",
     ),
-    Mutant(
-        "http.client",
-        "            self.transport.stopProducing()\n",
-        "            pass\n",
-        "a cancelled answer is read on",
+    Mutation(
+        "http.client:BodyReceiver.close",
+        "self.transport.stopProducing()",
+        "pass",
+        "a cancelled response is read further",
     ),
-    Mutant("deadline", "            task.cancel()\n", "            pass\n", "a deadline does nothing"),
+    Mutation("deadline:Deadline.run.expire", "task.cancel()", "pass", "a deadline does nothing"),
 ]
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module of the product with a mutation in it."""
+    """Imports one module of the product with a mutant in it."""
 
-    def __init__(self, mutant: Mutant) -> None:
+    def __init__(self, mutant: Mutation) -> None:
         self._mutant = mutant
         self._name = f"bfaas.{mutant.module}"
-        self._path = ROOT / f"{self._name.replace('.', '/')}.py"
+        self._path = mutant.path
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
         if fullname != self._name:
@@ -484,70 +472,68 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_file_location(fullname, self._path, loader=self)
 
     def create_module(self, spec: Any) -> None:
-        """Let Python make it."""
+        """Use Python's default."""
 
     def exec_module(self, module: ModuleType) -> None:
-        source = self._path.read_text()
-        assert source.count(self._mutant.old) == 1, self._mutant
-        mutated = source.replace(self._mutant.old, self._mutant.new)
-        exec(compile(mutated, str(self._path), "exec"), module.__dict__)
+        exec(compile(self._mutant.apply(), str(self._path), "exec"), module.__dict__)
 
 
-class Catch(NamedTuple):
-    """What noticed a mutant: the seeds that it took, and the promise that was broken; or nothing."""
+class Result(NamedTuple):
+    """The number of episodes that a mutant took, and the failure that ended them, if any."""
 
-    mutant: Mutant
-    seeds: int
-    promise: str | None
+    mutant: Mutation
+    episodes: int
+    failure: str | None
     seconds: float
 
 
-def hunt(mutant: Mutant, seeds: int) -> Catch:
-    """Run episodes with a mutant until one notices it. Changes this process for good."""
+def run_mutant(mutant: Mutation, seeds: int) -> Result:
+    """Run episodes with a mutant until one fails. Changes this process for good."""
     for name in [name for name in sys.modules if name.partition(".")[0] in ("bfaas", "tests")]:
-        if name not in ("tests", "tests.simulation", __name__):
+        if name not in ("tests", "tests.simulation", Mutation.__module__, __name__):
             del sys.modules[name]
     sys.meta_path.insert(0, _Importer(mutant))
-    from tests.simulation.run import quiet  # noqa: PLC0415 - anew, with the mutant in it
+    from tests.simulation.run import quiet  # noqa: PLC0415 - imports the product with the mutant in it
     from tests.simulation.world import World  # noqa: PLC0415
 
     quiet()
-    began = time.monotonic()
+    started_at = time.monotonic()
     for seed in range(seeds):
-        if seed % _TIDY == 0:
+        if seed % _COLLECT_EVERY == 0:
             gc.unfreeze()
             gc.collect()
         try:
             World(seed).live()
-        except Exception as error:  # noqa: BLE001 - a broken promise or a broken program: it is noticed
-            return Catch(mutant, seed + 1, f"{error}".partition("\n")[0][:90], time.monotonic() - began)
-    return Catch(mutant, seeds, None, time.monotonic() - began)
+        except Exception as error:  # noqa: BLE001 - a violated invariant or any other error
+            failure = f"{error}".partition("\n")[0][:90]
+            return Result(mutant, seed + 1, failure, time.monotonic() - started_at)
+    return Result(mutant, seeds, None, time.monotonic() - started_at)
 
 
-def hunt_all(mutants: list[Mutant], seeds: int) -> Iterator[Catch]:
-    """Hunt each mutant in a process of its own."""
+def run_mutants(mutants: list[Mutation], seeds: int) -> Iterator[Result]:
+    """Run each mutant in a process of its own."""
     context = multiprocessing.get_context("fork")
     with context.Pool(os.cpu_count(), maxtasksperchild=1) as pool:
-        yield from pool.imap(partial(hunt, seeds=seeds), mutants, chunksize=1)
+        yield from pool.imap(partial(run_mutant, seeds=seeds), mutants, chunksize=1)
 
 
 def main() -> int:
-    """Hunt, and tell; the exit code is 1 where one escapes that had all the seeds there are."""
+    """Run mutants, print the results; return 1 if one was not noticed within `SEEDS` episodes or more."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     arguments = parser.parse_args()
     chosen = [mutant for mutant in MUTANTS if mutant.module in arguments.modules or not arguments.modules]
-    escaped = 0
-    for catch in hunt_all(chosen, arguments.seeds):
-        escaped += catch.promise is None
+    survivors = 0
+    for result in run_mutants(chosen, arguments.seeds):
+        survivors += result.failure is None
         print(
-            f"{catch.seeds:5} seeds {catch.seconds:6.1f} s  {catch.mutant.module:8} "
-            f"{catch.mutant.defect}: {catch.promise}",
+            f"{result.episodes:5} seeds {result.seconds:6.1f} s  {result.mutant.module:8} "
+            f"{result.mutant.defect}: {result.failure}",
             flush=True,
         )
-    print(f"{len(chosen) - escaped} of {len(chosen)} noticed")
-    return 1 if escaped and arguments.seeds >= SEEDS else 0
+    print(f"{len(chosen) - survivors} of {len(chosen)} noticed")
+    return 1 if survivors and arguments.seeds >= SEEDS else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """
-Lives through many episodes, in as many processes as there are processors.
+Runs many episodes, in as many processes as there are processors.
 
-`python -m tests.sim.run 1000` lives through the first thousand; `--from 5000` begins elsewhere. What fails is
-told with its seed, and `--seed 123` lives through that one alone and tells its history.
+`python -m tests.simulation.run 1000` runs the first thousand; `--from 5000` starts at another seed.
+Failures are printed with their seed; `--seed 123` runs one episode and prints its history.
 """
 
 from __future__ import annotations
