@@ -13,9 +13,9 @@ if __name__ == "__main__":
     import gc
     import sys
 
-    from bfaas.system.startup import begin
+    from bfaas.system.startup import prepare_role
 
-    begin("bfaas-basher")
+    prepare_role("bfaas-basher")
     # Imports leave next to no garbage; looking for it takes some 10 ms.
     gc.disable()
     # A worker speaks no TLS. Twisted can do without; with it, the reactor takes a third longer to load.
@@ -36,10 +36,10 @@ from bfaas.settings import BasherSettings
 from bfaas.system import process_tree
 from bfaas.system.confinement import check_programs
 from bfaas.system.listener import Listener
-from bfaas.system.logs import LOG_FORMAT, logged
+from bfaas.system.logs import LOG_FORMAT, with_logging
 from bfaas.system.runtime import (
     RoleOptions,
-    check,
+    check_options,
     configure_reactor,
     max_connections,
     run_service,
@@ -96,7 +96,7 @@ class LazyResource(Resource):
 class Worker(Service):
     """The worker as a service: listens until its run is over and delivered, then stops the reactor."""
 
-    _FLUSH_TIMEOUT = 60.0
+    _FLUSH_LIMIT = 60.0
 
     def __init__(self, reactor: Any, settings: BasherSettings, endpoint: str) -> None:
         self._reactor = reactor
@@ -155,7 +155,7 @@ class Worker(Service):
         if ended is not None:
             await ended
         # A client that reads slowly still gets everything, for as long as its run may take.
-        await self._site.drain(self._settings.max_req_time or self._FLUSH_TIMEOUT)
+        await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
 
 
 class Options(RoleOptions):
@@ -167,22 +167,20 @@ class Options(RoleOptions):
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
         LOG_FORMAT,
     ]
-    optFlags: ClassVar = [
-        ["exit-on-stdin-eof", None, "Stop, and kill the run, at the end of standard input."]
-    ]
+    optFlags: ClassVar = [["exit-on-stdin-eof", None, "Stop and kill the run when standard input ends."]]
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the worker from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
-        check(options)
+        check_options(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
     check_programs()
     configure_reactor(reactor)
     if options["exit-on-stdin-eof"]:
         stop_at_end_of_input(reactor)
-    return logged(Worker(reactor, settings, options["listen"]), options, reactor)
+    return with_logging(Worker(reactor, settings, options["listen"]), options, reactor)
 
 
 if __name__ == "__main__":

@@ -29,8 +29,14 @@ from bfaas.pool import Pool
 from bfaas.pooling.config import pool_config
 from bfaas.settings import CoordSettings
 from bfaas.system.listener import Listener
-from bfaas.system.logs import LOG_FORMAT, logged
-from bfaas.system.runtime import RoleOptions, check, configure_reactor, max_connections, settings_or_exit
+from bfaas.system.logs import LOG_FORMAT, with_logging
+from bfaas.system.runtime import (
+    RoleOptions,
+    check_options,
+    configure_reactor,
+    max_connections,
+    settings_or_exit,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -107,11 +113,11 @@ class Options(RoleOptions):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the coordinator from the environment. Raise, or exit, with one line where it cannot be."""
     if reactor is None:
-        check(options)
+        check_options(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
-    for silence in settings.silences:
-        _log.warn("{silence}", silence=silence)
+    for warning in settings.idle_timeout_warnings:
+        _log.warn("{warning}", warning=warning)
     configure_reactor(reactor)
     # What is there by then stays: looking through all of it for garbage, again and again, takes long enough
     # to make deadlines late.
@@ -144,9 +150,9 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         max_per_address=most if fly else most // 2, request_filter=None if fly else cross_origin_reason,
     )  # fmt: skip
     listener = Listener(reactor, "--listen", options["listen"] or endpoint, site)
-    service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroys_on_exit)
+    service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroy_on_exit)
     if options["metrics"]:
         told = metrics.app.resource()
         page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
         Listener(reactor, "--metrics", options["metrics"], page).setServiceParent(service)
-    return logged(service, options, reactor)
+    return with_logging(service, options, reactor)

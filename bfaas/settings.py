@@ -97,7 +97,7 @@ class CoordSettings:
     max_per_client: int
     max_body: int
     max_output: int
-    destroys_on_exit: bool = False
+    destroy_on_exit: bool = False
     proxy_idle_timeout: float | None = None
 
     @classmethod
@@ -143,12 +143,12 @@ class CoordSettings:
                 max_per_client=read.optional("MAXPERCLIENT", _positive(_whole), 20),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
-                destroys_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
+                destroy_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
                 proxy_idle_timeout=read.optional("PROXY_IDLE_TIMEOUT", _positive(parse_duration), None),
             )
 
     @property
-    def silences(self) -> tuple[str, ...]:
+    def idle_timeout_warnings(self) -> tuple[str, ...]:
         """What makes an answer silent for so long that the proxy before us ends it: a line for each."""
         idle = self.proxy_idle_timeout or (_FLY_IDLE_TIMEOUT if self.fly else None)
         lines = (

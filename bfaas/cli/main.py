@@ -18,7 +18,7 @@ from bfaas.system.stdio import (
     InputError,
     OutputError,
     end_by_signal,
-    prepare,
+    prepare_command,
     read_file,
     read_input,
     read_line,
@@ -56,7 +56,7 @@ class UsageError(CommandError):
 
 def program() -> NoReturn:
     """Be the program `bfaas`: prepare the process, run the command, exit."""
-    prepare()
+    prepare_command()
     sys.exit(main())
 
 

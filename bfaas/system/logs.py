@@ -180,7 +180,7 @@ def _plain(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def logged(service: IService, options: Options, reactor: Any) -> IService:
+def with_logging(service: IService, options: Options, reactor: Any) -> IService:
     """Have twistd write the log of a service as its options say."""
     return _Logged(service, observer_of(options, reactor))
 

@@ -60,11 +60,6 @@ def descendants(pid: int, exclude: Container[int] = ()) -> list[Process]:
     return found
 
 
-def alive(processes: Iterable[Process]) -> bool:
-    """Tell whether any of them still runs."""
-    return any(_same(process) for process in processes)
-
-
 def kill_descendants_once(pid: int, exclude: Container[int] = ()) -> int:
     """
     Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
@@ -100,7 +95,7 @@ async def kill_descendants(
 
 
 def kill_tree(pid: int) -> list[Process]:
-    """Kill it and everything below it. Tells what that was, for `alive`."""
+    """Kill it and everything below it. Return what was killed."""
     found = stop_tree(pid)
     _signal(found, signal.SIGKILL)
     return found
@@ -136,15 +131,15 @@ def _user_ids(pid: int) -> tuple[int, ...]:
 
 def stop_tree(pid: int) -> list[Process]:
     """Freeze it and everything below it, where it stands."""
-    return _stop_all(lambda: with_root(pid))
+    return _stop_all(lambda: process_and_descendants(pid))
 
 
 def continue_tree(pid: int) -> None:
     """Thaw what was frozen."""
-    _signal(with_root(pid), signal.SIGCONT)
+    _signal(process_and_descendants(pid), signal.SIGCONT)
 
 
-def with_root(pid: int) -> list[Process]:
+def process_and_descendants(pid: int) -> list[Process]:
     """Tell it, and everything below it, parents first."""
     root = _look(pid)
     return [root, *descendants(pid)] if root else []
@@ -256,7 +251,8 @@ def _look(pid: int) -> Process | None:
     return Process(pid, int(fields[1]), int(fields[19]), fields[0].decode())
 
 
-def _same(process: Process) -> bool:
+def is_running(process: Process) -> bool:
+    """Return whether this very process, not a later one of the same number, still runs."""
     now = _look(process.pid)
     return now is not None and now.started == process.started and not now.dead
 
@@ -268,7 +264,7 @@ def _signal(processes: Iterable[Process], number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):
             descriptor = os.pidfd_open(process.pid)
             try:
-                if _same(process):
+                if is_running(process):
                     signal.pidfd_send_signal(descriptor, number)
             finally:
                 os.close(descriptor)

@@ -26,7 +26,7 @@ from zope.interface import implementer
 from bfaas import __version__
 from bfaas.settings import SettingsError
 from bfaas.system.logs import is_elsewhere, observer_of
-from bfaas.system.startup import StartError, begin, in_one_line, report_errors_in_one_line
+from bfaas.system.startup import StartError, in_one_line, prepare_role, report_errors_in_one_line
 from bfaas.system.stdio import end_by_signal, write_output
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class RoleOptions(Options):
         raise SystemExit(0)
 
 
-def check(options: RoleOptions) -> None:
+def check_options(options: RoleOptions) -> None:
     """
     Have errors reported where the options say that the log goes, too.
 
@@ -151,9 +151,9 @@ def _stop(reactor: Any) -> None:
 
 def run_service(options: RoleOptions, make_service: Callable[[Any, Any], IService]) -> None:
     """Run a role without twistd, whose start-up a worker that boots for every run can do without."""
-    begin(options.role)
+    prepare_role(options.role)
     options.parseOptions()
-    check(options)
+    check_options(options)
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     service = make_service(options, reactor)

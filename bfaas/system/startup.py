@@ -19,7 +19,7 @@ class StartError(Exception):
     """Why a program of ours cannot start, in one line."""
 
 
-def begin(role: str) -> None:
+def prepare_role(role: str) -> None:
     """Prepare a process for a role, before anything opens a file that stays, as klein's import does."""
     hold_standard_files()
     report_errors_in_one_line(role, logged=False)

@@ -37,7 +37,7 @@ class InputError(Exception):
     """Input cannot be read; the message is one line that begins with the input's name."""
 
 
-def prepare() -> None:
+def prepare_command() -> None:
     """
     Prepare the process, before anything else is opened.
 

@@ -205,10 +205,10 @@ def send(pid: int, number: signal.Signals) -> None:
 
 async def pause(pid: int, seconds: float) -> None:
     """Stop a process for a while."""
-    paused = process_tree.with_root(pid)[:1]
+    paused = process_tree.process_and_descendants(pid)[:1]
     send(pid, signal.SIGSTOP)
     await deferLater(reactor, seconds)
-    if process_tree.alive(paused):
+    if any(map(process_tree.is_running, paused)):
         send(pid, signal.SIGCONT)
 
 

@@ -51,7 +51,7 @@ async def fly() -> AsyncIterator[Fly]:
     processes = fly.machines.processes()
     assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
     assert b"Traceback" not in fly.machines.program.said
-    assert not process_tree.alive(processes)
+    assert not any(map(process_tree.is_running, processes))
 
 
 @with_twisted
@@ -114,7 +114,7 @@ async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly:
 
     processes = coordinator.processes()
     assert await stop(coordinator) == 0
-    assert not process_tree.alive(processes)
+    assert not any(map(process_tree.is_running, processes))
     assert set((await fly.of_pool("s")).values()) == {State.STOPPED}
 
 

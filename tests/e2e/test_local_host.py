@@ -115,7 +115,7 @@ def directories(place: Path) -> set[str]:
 
 
 def state_of(pid: int) -> str:
-    return next((process.state for process in process_tree.with_root(pid)[:1]), "gone")
+    return next((process.state for process in process_tree.process_and_descendants(pid)[:1]), "gone")
 
 
 async def kill(coordinator: Running) -> None:
@@ -125,7 +125,7 @@ async def kill(coordinator: Running) -> None:
     await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
     async def gone() -> bool:
-        return not process_tree.alive(processes)
+        return not any(map(process_tree.is_running, processes))
 
     await until(gone)
 

@@ -312,10 +312,10 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
     await coordinator.program.ended
 
     for _ in range(int(PATIENCE / 0.05)):
-        if not process_tree.alive(processes):
+        if not any(map(process_tree.is_running, processes)):
             break
         await deferLater(reactor, 0.05)
-    assert not process_tree.alive(processes)
+    assert not any(map(process_tree.is_running, processes))
     assert not sleepers()
 
 

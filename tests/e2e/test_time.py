@@ -95,7 +95,7 @@ async def fly_on_one_host() -> AsyncIterator[Fly]:
     finally:
         processes = fly.machines.processes()
         assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
-        assert not process_tree.alive(processes)
+        assert not any(map(process_tree.is_running, processes))
 
 
 @asynccontextmanager

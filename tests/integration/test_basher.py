@@ -361,7 +361,7 @@ class WorkerTests(TestCase):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
             await until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[misc]
-            for process in reversed(process_tree.with_root(worker.pid)):  # as systemd does
+            for process in reversed(process_tree.process_and_descendants(worker.pid)):  # as systemd does
                 os.kill(process.pid, signal.SIGTERM)
             await reader.finished
             self.assertIn(end, reader.data)

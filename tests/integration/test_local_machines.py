@@ -206,7 +206,7 @@ class BodyTests(LoopbackTestCase):
         await self.machines.wait(machine, State.STARTED, 20)
         await until(lambda: not any(process.state == "T" for process in self.left()))
 
-        self.assertTrue(process_tree.alive(processes))
+        self.assertTrue(any(map(process_tree.is_running, processes)))
 
     async def test_a_machine_stops_when_its_worker_ends(self) -> None:
         machine, nonce, environment = await self.messed()

@@ -78,7 +78,7 @@ class FlyFileTests(SynchronousTestCase):
         options = self.fly["http_service"]["http_options"]
         self.assertIs(False, options["compress"])
         self.assertEqual(self.settings.proxy_idle_timeout, options["idle_timeout"])
-        self.assertEqual((), self.settings.silences)
+        self.assertEqual((), self.settings.idle_timeout_warnings)
 
     def test_the_workers_service_keeps_silent_runs(self) -> None:
         for most in ("10s", "5m", "0.5s"):

@@ -234,7 +234,7 @@ class CoordSettingsTests(SynchronousTestCase):
             max_per_client=3,
             max_body=65_536,
             max_output=1_000_000,
-            destroys_on_exit=True,
+            destroy_on_exit=True,
             proxy_idle_timeout=600.0,
         )
         self.assertEqual(expected, found)
@@ -264,16 +264,16 @@ class CoordSettingsTests(SynchronousTestCase):
             (FLY | {"MAXREQTIME": "5m", "MAXWAIT": "2m"}, ["MAXWAIT", "MAXREQTIME"]),
             (FLY | {"MAXREQTIME": "5m", "MAXWAIT": "2m", "PROXY_IDLE_TIMEOUT": "600s"}, []),
         ):
-            silences = CoordSettings.from_environment(environ).silences
-            self.assertEqual(names, [line.split()[0] for line in silences], environ)
-            for line in silences:
+            warnings = CoordSettings.from_environment(environ).idle_timeout_warnings
+            self.assertEqual(names, [line.split()[0] for line in warnings], environ)
+            for line in warnings:
                 self.assertIn("PROXY_IDLE_TIMEOUT", line)
 
     def test_a_blank_value_is_its_default(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOLSIZE": " "}).pool_size)
         for on_exit in ("", "stop"):
             found = CoordSettings.from_environment(MOCK | {"POOL_ON_EXIT": on_exit})
-            self.assertIs(False, found.destroys_on_exit)
+            self.assertIs(False, found.destroy_on_exit)
 
     def test_all_that_is_malformed_is_told_at_once(self) -> None:
         given = {

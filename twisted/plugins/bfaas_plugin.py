@@ -11,9 +11,9 @@ class _Role(ServiceMaker):
     @property
     def options(self) -> Any:
         """Prepare the process, as the command was chosen, and load the command."""
-        from bfaas.system.startup import begin  # noqa: PLC0415 - see above
+        from bfaas.system.startup import prepare_role  # noqa: PLC0415 - see above
 
-        begin(self.tapname)
+        prepare_role(self.tapname)
         return super().options
 
 

@@ -20,8 +20,8 @@ from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.local.host import examine_host
 from bfaas.machines.local.processes import LocalMachines
 from bfaas.system.listener import Listener
-from bfaas.system.logs import logged
-from bfaas.system.runtime import RoleOptions, check, configure_reactor, max_connections
+from bfaas.system.logs import with_logging
+from bfaas.system.runtime import RoleOptions, check_options, configure_reactor, max_connections
 
 if TYPE_CHECKING:
     from twisted.application.service import IService
@@ -64,7 +64,7 @@ class MachinesService(MultiService):
 def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the stand-in. Raise with one line where it cannot be."""
     if reactor is None:
-        check(options)
+        check_options(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
     configure_reactor(reactor)
     limited = bool(options["rate-limits"])
@@ -80,4 +80,4 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     service = MachinesService(machines, [api, proxy])
     for option, site in (("listen", api), ("proxy", proxy)):
         Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)
-    return logged(service, options, reactor)
+    return with_logging(service, options, reactor)

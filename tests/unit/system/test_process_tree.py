@@ -68,7 +68,7 @@ class TreeTests(SynchronousTestCase):
         self.assertEqual(family[0].pid, top.pid)
         self.assertGreater(len(family), sleeps)
         top.wait(20)
-        self.until(lambda: not process_tree.alive(family))
+        self.until(lambda: not any(map(process_tree.is_running, family)))
         self.assertEqual(top.returncode, -signal.SIGKILL)
 
     def test_kills_a_plain_child(self) -> None:
@@ -104,16 +104,16 @@ class TreeTests(SynchronousTestCase):
         top = self.grow("while true; do :; done")
         self.until(lambda: self.names_below(top.pid) == ["bash"])
         process_tree.stop_tree(top.pid)
-        self.until(lambda: [p.state for p in process_tree.with_root(top.pid)] == ["T", "T"])
+        self.until(lambda: [p.state for p in process_tree.process_and_descendants(top.pid)] == ["T", "T"])
         process_tree.continue_tree(top.pid)
-        self.until(lambda: "T" not in [p.state for p in process_tree.with_root(top.pid)])
+        self.until(lambda: "T" not in [p.state for p in process_tree.process_and_descendants(top.pid)])
 
     def test_never_signals_another_process_of_the_same_number(self) -> None:
         top = subprocess.Popen(["sleep", "1000"])
         self.addCleanup(top.kill)
-        (process,) = process_tree.with_root(top.pid)
+        (process,) = process_tree.process_and_descendants(top.pid)
         process_tree._signal([process._replace(started=process.started - 1)], signal.SIGKILL)
-        self.assertFalse(process_tree.alive([process._replace(started=process.started - 1)]))
+        self.assertFalse(process_tree.is_running(process._replace(started=process.started - 1)))
         self.assertIsNone(top.poll())
         process_tree._signal([process], signal.SIGKILL)
         self.assertEqual(top.wait(20), -signal.SIGKILL)
@@ -123,7 +123,7 @@ class TreeTests(SynchronousTestCase):
         gone.wait()
         self.assertEqual(process_tree.kill_tree(gone.pid), [])
         self.assertEqual(process_tree.kill_descendants_once(gone.pid), 0)
-        self.assertFalse(process_tree.alive([process_tree.Process(gone.pid, os.getpid(), 1, "R")]))
+        self.assertFalse(process_tree.is_running(process_tree.Process(gone.pid, os.getpid(), 1, "R")))
 
     def test_a_name_with_brackets_does_not_confuse(self) -> None:
         top = self.grow("cp /bin/sleep '/tmp/) Z 1 ('$$ && exec -a x '/tmp/) Z 1 ('$$ 1000")
