@@ -329,7 +329,7 @@ MUTANTS = [
         "a machine of p-1 is taken for one of p",
     ),
     Mutation(
-        "pooling.config:PoolConfig.recognizes",
+        "pooling.config:PoolConfig.metadata_matches",
         "all(_1)",
         "True",
         "metadata is not checked",
