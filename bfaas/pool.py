@@ -19,7 +19,7 @@ from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import Machine, MachinesAPI, MachinesError, RateLimitedError, UnavailableError
-from bfaas.pooling.backoff import Backoff, Pauses
+from bfaas.pooling.backoff import Backoff, JitteredBackoff
 from bfaas.pooling.config import PoolConfig, machine_name
 from bfaas.pooling.fair_queue import FairQueue
 from bfaas.pooling.lifecycle import DestroyTimeoutError, LeaseLostError, MachineLifecycle
@@ -82,16 +82,16 @@ class Pool:
         self._clock = clock
         self._random = random
         self._watch = watch
-        pauses = Pauses(clock, random)
-        self._lifecycle = MachineLifecycle(api, probe, clock, pauses, settings)
-        self._reconciler = Reconciler(api, clock, random, settings, pauses.after, self._reconcile)
+        backoff = JitteredBackoff(clock, random)
+        self._lifecycle = MachineLifecycle(api, probe, clock, backoff, settings)
+        self._reconciler = Reconciler(api, clock, random, settings, backoff, self._reconcile)
         self._slots: dict[Slot, Deferred[None]] = {}
         self._queue: FairQueue[Allocation] = FairQueue()
         self._mean_turnaround, self._turns = 0.0, 0
         self._reclaimed = False
         self._create_rate_limited = False
-        self._create_backoff = Backoff(clock, pauses.after, self._balance)
-        self._standby_backoff = Backoff(clock, pauses.after, self._balance)
+        self._create_backoff = Backoff(clock, backoff, self._balance)
+        self._standby_backoff = Backoff(clock, backoff, self._balance)
         self._standby = Standby(
             self._lifecycle,
             self._standby_backoff,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from email.utils import parsedate_to_datetime
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from treq.client import HTTPClient
@@ -17,6 +18,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
+from bfaas.backoff import BackoffSchedule
 from bfaas.deadline import Deadline
 from bfaas.http.client import (
     BodyReceiver,
@@ -63,8 +65,8 @@ class WorkerClient:
 
     _log = Logger()
     _PROBE_LIMIT = 2.0
-    _PROBE_PAUSES = (0.005, 0.25)
-    _PROBE_SHARE = 0.2  # of the time waited so far: so much later, at the most, it is found out
+    # A worker that becomes ready is noticed at most a fifth of the time waited so far later.
+    _PROBE_BACKOFF = BackoffSchedule(initial=0.005, maximum=0.25, factor=1.2)
     _MAX_CLOCK_AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of a ticket's life
 
     def __init__(
@@ -89,9 +91,7 @@ class WorkerClient:
         so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready;
         nor is whoever has taken a local machine's port, and would get its script.
         """
-        shortest, longest = self._PROBE_PAUSES
-        began = self._reactor.seconds()
-        while True:
+        for failures in count():
             try:
                 probe = self._request("GET", machine, formats.HEALTH_PATH, Headers(), None)
                 response = await Deadline(self._reactor, self._PROBE_LIMIT).run(probe)
@@ -104,8 +104,7 @@ class WorkerClient:
                 is_up = response.code < 500  # noqa: PLR2004 - a server's own errors
                 if is_up and self._clock_ok(response) and _is_expected_machine(machine, response):
                     return
-            waited = self._reactor.seconds() - began
-            await deferLater(self._reactor, min(longest, max(shortest, self._PROBE_SHARE * waited)))
+            await deferLater(self._reactor, self._PROBE_BACKOFF.delay(failures))
 
     def _clock_ok(self, response: IResponse) -> bool:
         """Tell whether a worker's clock, as far as it tells it, is near enough to ours."""

@@ -19,6 +19,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.web.http_headers import Headers
 
+from bfaas.backoff import BackoffSchedule
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import BytesProducer, Towards, read_body, wait_for_response
 from bfaas.http.endpoints import CertificateError, describe, root_cause
@@ -71,7 +72,8 @@ _NOT_REACHED = (408, 409, 412)
 _GONE = (State.DESTROYING, State.DESTROYED)
 _MAX_ANSWER = 16 << 20  # bytes; a list of ten thousand machines has about five million
 _EXCERPT = 300
-_RETRY_DELAYS = (0.1, 5.0)
+_RETRY_BACKOFF = BackoffSchedule(initial=0.1, maximum=5.0)
+_MAX_WAIT_PAUSE = 2.5  # seconds between two waits, spread evenly: most often a slice is over, none has failed
 
 
 _SCHEMES = {"flyv1": "FlyV1", "bearer": "Bearer"}
@@ -206,7 +208,7 @@ class FlyMachines(MachinesAPI):
                 is_doubtful = True
             if is_doubtful and deadline.remaining:
                 version = await self._inspect(machine.id, state, deadline) or version
-            await deferLater(self._clock, self._random.uniform(*_RETRY_DELAYS) / 2)
+            await deferLater(self._clock, self._random.uniform(0.05, _MAX_WAIT_PAUSE))
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
     async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:
@@ -265,8 +267,8 @@ class FlyMachines(MachinesAPI):
         """Make a call, again after errors that are worth it, and read its answer. Raises `MachinesError`."""
         path = self._machines + path
         deadline = Deadline(self._clock, limit)
-        pause, longest = _RETRY_DELAYS
         last: UnavailableError | None = None
+        failures = 0
         while True:
             try:
                 return await deadline.run(self._call_once(method, path, read, nonce, body))
@@ -275,13 +277,13 @@ class FlyMachines(MachinesAPI):
                 raise UnavailableError(f"{method} {path}: {error}{before}", Call(method, path)) from last
             except UnavailableError as error:
                 last = error
-                if not isinstance(error, retry_on) or pause > deadline.remaining:
+                if not isinstance(error, retry_on) or _RETRY_BACKOFF.delay(failures) > deadline.remaining:
                     raise
                 if isinstance(root_cause(error), CertificateError):
                     raise  # it is the same a moment later
                 self._log.debug("again: {error}", error=error)
-            await deferLater(self._clock, self._random.uniform(0.5, 1.0) * pause)
-            pause = min(2 * pause, longest)
+            await deferLater(self._clock, _RETRY_BACKOFF.delay(failures, self._random))
+            failures += 1
 
     async def _call_once(
         self,

@@ -1,10 +1,12 @@
-"""Pauses after failures, longer the more there were in a row."""
+"""Delays after failures in one pool: jittered, and cut short when the pool closes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import Deferred
+
+from bfaas.backoff import BackoffSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,75 +15,79 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 
-class Pauses:
-    """Pauses of one pool: jittered, so that pools do not march in step; short once it has to hurry."""
+class JitteredBackoff:
+    """
+    The delays between attempts of one pool.
 
-    _SHORTEST, _LONGEST = 0.05, 30.0
-    _HURRIED = 0.5
+    After `expedite`, delays are short: the pool closes, and waits for what is under way.
+    """
+
+    _SCHEDULE = BackoffSchedule(initial=0.05, maximum=30.0)
+    _MAX_EXPEDITED_DELAY = 0.5
 
     def __init__(self, clock: IReactorTime, random: Random) -> None:
         self._clock = clock
         self._random = random
-        self._naps: dict[IDelayedCall, None] = {}
-        self._hurries = False
+        self._timers: dict[IDelayedCall, None] = {}
+        self._expedited = False
 
-    def after(self, failures: int) -> float:
-        """Choose the seconds to wait after so many failures before this one."""
-        longest = min(self._LONGEST, self._SHORTEST * 2.0 ** min(failures, 30))
-        return longest * self._random.uniform(0.5, 1.0)
+    def delay(self, failures: int) -> float:
+        """Return the seconds to wait after a failure, given the number of failures in a row before it."""
+        return self._SCHEDULE.delay(failures, self._random)
 
-    async def nap(self, seconds: float) -> None:
-        """Sleep; not long, and not on, while there is a hurry."""
+    async def sleep(self, seconds: float) -> None:
+        """Wait for so many seconds, or until `expedite`; at most half a second after that."""
         done: Deferred[None] = Deferred()
-        longest = self._HURRIED if self._hurries else seconds
-        nap = self._clock.callLater(min(seconds, longest), done.callback, None)
-        self._naps[nap] = None
+        timer = self._clock.callLater(
+            min(seconds, self._MAX_EXPEDITED_DELAY) if self._expedited else seconds, done.callback, None
+        )
+        self._timers[timer] = None
         try:
             await done
         finally:
-            del self._naps[nap]
-            if nap.active():
-                nap.cancel()
+            del self._timers[timer]
+            if timer.active():
+                timer.cancel()
 
-    def hurry(self) -> None:
-        """End all naps."""
-        self._hurries = True
-        for nap in self._naps:
-            nap.reset(0.0)
+    def expedite(self) -> None:
+        """End all sleeps now, and keep later ones short."""
+        self._expedited = True
+        for timer in self._timers:
+            timer.reset(0.0)
 
 
 class Backoff:
     """
-    Holds something back after it failed; `again` is called when the pause is over.
+    A pause in an activity of the pool after a failure, such as in creating machines.
 
-    `pause` chooses the seconds, by the number of failures in a row before.
+    `callback` is called when the pause is over.
     """
 
-    def __init__(self, clock: IReactorTime, pause: Callable[[int], float], again: Callable[[], None]) -> None:
+    def __init__(self, clock: IReactorTime, delays: JitteredBackoff, callback: Callable[[], None]) -> None:
         self._clock = clock
-        self._pause = pause
-        self._again = again
+        self._delays = delays
+        self._callback = callback
         self._failures = 0
         self._timer: IDelayedCall | None = None
         self._closed = False
 
     @property
     def active(self) -> bool:
-        """Whether it is to be held back now."""
+        """Whether the activity is paused."""
         return self._timer is not None and self._timer.active()
 
     def failed(self) -> None:
-        """Begin a pause, unless one is under way: what fails together counts once."""
+        """Start a pause, unless one is active: failures at the same time count once."""
         if not self.active and not self._closed:
-            self._timer = self._clock.callLater(self._pause(self._failures), self._again)
+            self._timer = self._clock.callLater(self._delays.delay(self._failures), self._callback)
             self._failures += 1
 
     def succeeded(self) -> None:
-        """Let the next pause be short."""
+        """Reset the delay: the next pause is short."""
         self._failures = 0
 
     def close(self) -> None:
-        """Call nobody any more."""
+        """Cancel the pause, and start no other; the callback is not called any more."""
         self._closed = True
         if self._timer is not None and self._timer.active():
             self._timer.cancel()

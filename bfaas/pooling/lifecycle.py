@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.pooling.backoff import Pauses
+    from bfaas.pooling.backoff import JitteredBackoff
     from bfaas.pooling.config import PoolConfig
 
     Probe = Callable[[Machine], Coroutine[Deferred[Any], Any, None]]
@@ -74,12 +74,17 @@ class MachineLifecycle:
     _PROMPT_ANSWER = 0.5  # most workers answer within it, so that most starts need no second wait
 
     def __init__(
-        self, api: MachinesAPI, probe: Probe, clock: IReactorTime, pauses: Pauses, settings: PoolConfig
+        self,
+        api: MachinesAPI,
+        probe: Probe,
+        clock: IReactorTime,
+        backoff: JitteredBackoff,
+        settings: PoolConfig,
     ) -> None:
         self._api = api
         self._probe = probe
         self._clock = clock
-        self._pauses = pauses
+        self._backoff = backoff
         self._settings = settings
         self._timeouts = settings.timeouts
         self._readiness_waits: dict[Deferred[None], None] = {}
@@ -88,7 +93,7 @@ class MachineLifecycle:
     def close(self) -> None:
         """Hurry: nobody is to use a machine any more."""
         self._closing = True
-        self._pauses.hurry()
+        self._backoff.expedite()
         for hope in list(self._readiness_waits):
             hope.cancel()
 
@@ -118,7 +123,7 @@ class MachineLifecycle:
                     or asked > slot.create_unknown_since + API_SETTLE_TIME
                 ):
                     raise
-            await self._pauses.nap(self._pauses.after(failures))
+            await self._backoff.sleep(self._backoff.delay(failures))
         self._log.info("created {name}, {id}", name=slot.name, id=slot.machine.id)
 
     async def _try_to_create(self, slot: Slot) -> None:
@@ -285,7 +290,7 @@ class MachineLifecycle:
             try:
                 await deadline.run(self._api.wait(slot.machine, State.STOPPED, deadline.remaining))
             except (UnavailableError, WaitTimeoutError, DeadlineExceededError):
-                await self._pauses.nap(min(deadline.remaining, self._pauses.after(failures)))
+                await self._backoff.sleep(min(deadline.remaining, self._backoff.delay(failures)))
             else:
                 return True
         return False
@@ -309,10 +314,10 @@ class MachineLifecycle:
         for failures in count():
             if self._closing or slot.create_unknown_since is None:
                 break
-            await self._pauses.nap(
+            await self._backoff.sleep(
                 max(
                     slot.create_unknown_since + API_SETTLE_TIME - self._clock.seconds(),
-                    self._pauses.after(failures),
+                    self._backoff.delay(failures),
                 )
             )
             try:
@@ -339,7 +344,7 @@ class MachineLifecycle:
                 self._log.warn("{name} is not destroyed: {error}", name=slot.name, error=error)
                 if isinstance(error, LeaseHeldError):
                     nonce = await self._other_nonce(slot, nonce)
-            await self._pauses.nap(self._pauses.after(failures))
+            await self._backoff.sleep(self._backoff.delay(failures))
         self._log.info("destroyed {name}, {id}", name=slot.name, id=slot.machine.id)
 
     async def _other_nonce(self, slot: Slot, refused: str | None) -> str | None:
@@ -379,7 +384,7 @@ class MachineLifecycle:
                 pass  # the last stop was checked too often
             else:
                 return
-            await self._pauses.nap(max(self._START_PAUSE, self._pauses.after(failures + 2)))
+            await self._backoff.sleep(max(self._START_PAUSE, self._backoff.delay(failures + 2)))
 
     async def _renew(self, slot: Slot) -> None:
         """Extend the lease; do without as long as what is left covers a start and two requests."""

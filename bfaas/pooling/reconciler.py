@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
     from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.pooling.backoff import JitteredBackoff
     from bfaas.pooling.config import PoolConfig
 
     Inspected = tuple[Machine, Machine | None]
@@ -61,14 +62,14 @@ class Reconciler:
         clock: IReactorTime,
         random: Random,
         settings: PoolConfig,
-        pause: Callable[[int], float],
+        backoff: JitteredBackoff,
         on_own_machines: Callable[[list[Inspected]], None],
     ) -> None:
         self._api = api
         self._clock = clock
         self._random = random
         self._settings = settings
-        self._pause = pause
+        self._backoff = backoff
         self._on_own_machines = on_own_machines
         self._cleaning: Deferred[None] | None = None
         self._resting: Deferred[None] | None = None
@@ -109,12 +110,12 @@ class Reconciler:
             except (MachinesError, DeadlineExceededError) as error:
                 _log.warn("cleaning is not done: {error}", error=error)
                 self.api_reachable = False  # whatever it was
-                await deferLater(clock, self._pause(failures))
+                await deferLater(clock, self._backoff.delay(failures))
                 failures += 1
             else:
                 failures = 0
                 if await self._is_doubted(due - clock.seconds()):
-                    await deferLater(clock, self._pause(doubts))
+                    await deferLater(clock, self._backoff.delay(doubts))
                     doubts += 1
 
     async def _is_doubted(self, seconds: float) -> bool:

@@ -12,10 +12,13 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from twisted.internet.task import deferLater
+
+from bfaas.backoff import BackoffSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
@@ -72,6 +75,8 @@ def kill_descendants_once(pid: int, exclude: Container[int] = ()) -> int:
     return sum(not process.dead or process.parent == os.getpid() for process in found)
 
 
+_KILL_BACKOFF = BackoffSchedule(initial=0.001, maximum=0.05)
+
 KILL_TIMEOUT = 2.0
 """Seconds after which descendants that survive SIGKILL are left."""
 
@@ -84,12 +89,12 @@ async def kill_descendants(
 
     Gives up after `timeout` seconds. Tells how many are left. We must be a subreaper.
     """
-    pause, end = 0.001, clock.seconds() + timeout
-    while left := kill_descendants_once(os.getpid(), exclude()):
-        if clock.seconds() > end:
+    end = clock.seconds() + timeout
+    for attempts in count():
+        left = kill_descendants_once(os.getpid(), exclude())
+        if not left or clock.seconds() > end:
             break
-        await deferLater(clock, pause)
-        pause = min(2 * pause, 0.05)
+        await deferLater(clock, _KILL_BACKOFF.delay(attempts))
         reap_orphans(exclude())
     return left
 
