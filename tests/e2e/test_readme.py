@@ -19,10 +19,10 @@ from tests.support.paths import ROOT
 if TYPE_CHECKING:
     from twisted.python.failure import Failure
 
-README = ROOT / "README.md"
+DEPLOYMENT = ROOT / "docs" / "deploy-fly.md"
 BLOCKS = [
     block
-    for block in re.findall(r"(?ms)^```\n(.*?)^```$", README.read_text())
+    for block in re.findall(r"(?ms)^```\n(.*?)^```$", DEPLOYMENT.read_text())
     if re.search(r" &$", block, re.MULTILINE)
 ]
 
