@@ -1,5 +1,5 @@
 """
-The boundary between the pool and whoever provides machines: values, a protocol and its errors, no logic.
+The interface between the pool and providers of machines: value types, a protocol, and its errors.
 
 The vocabulary is that of Fly's Machines API (https://fly.io/docs/machines/api/machines-resource/).
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class State(enum.StrEnum):
-    """A machine's state, in the Machines API's words; one that we do not know reads as `UNKNOWN`."""
+    """State of a machine, as named by the Machines API. Other names become `UNKNOWN`."""
 
     CREATED = "created"
     STARTING = "starting"
@@ -31,16 +31,17 @@ class State(enum.StrEnum):
     UNKNOWN = "unknown"
 
     @classmethod
-    def _missing_(cls, value: object) -> State:  # noqa: ARG003 - the enum's own signature
+    def _missing_(cls, value: object) -> State:  # noqa: ARG003 - the signature of Enum
         return cls.UNKNOWN
 
 
 @dataclass(frozen=True)
 class MachineConfig:
     """
-    What a machine is made from: its image, its environment, its labels and its size.
+    Configuration of a machine: image, environment, metadata and size.
 
-    `idle_timeout` is how long Fly's proxy keeps a silent connection to the machine, in whole seconds.
+    `idle_timeout` is the time in whole seconds after which Fly's proxy closes a silent connection to the
+    machine.
     """
 
     image: str
@@ -56,9 +57,9 @@ class Machine:
     """
     A machine as the API last described it.
 
-    `instance_id` changes with every version of its config. `created_at` is in seconds since the epoch.
-    `url` is where its worker listens when that is known to the provider (local machines); a Fly
-    machine is reached through the proxy of its app instead, and has none.
+    `instance_id` changes with every version of the machine's config. `created_at` is in seconds since the
+    epoch. `url` is the address of the worker of a local machine. It is None for a Fly machine, which is
+    reached through the proxy of its app.
     """
 
     id: str
@@ -75,7 +76,7 @@ class Machine:
 @dataclass(frozen=True)
 class Lease:
     """
-    The right to change a machine, held by whoever knows the nonce.
+    The exclusive right to change a machine. Calls prove it by the nonce.
 
     `expires_at` is in seconds since the epoch, by the API's clock.
     """
@@ -91,7 +92,7 @@ _FAILED = frozenset({State.FAILED, State.LAUNCH_FAILED})
 
 
 def has_ended(state: State, wanted: State) -> bool:
-    """Return whether a machine in a state, once told to reach another, has ended before it did."""
+    """Return whether a machine in `state` has stopped or failed on its way to `wanted`."""
     if wanted in (State.STARTED, State.SUSPENDED):
         return state in _STOPPED
     return wanted is State.STOPPED and state in _FAILED
@@ -101,83 +102,83 @@ class MachinesAPI(Protocol):
     """
     Machines of one app, and their leases.
 
-    A call that changes a machine needs the nonce of its lease while one is held, and fails with
-    `LeaseHeldError` otherwise. Durations are seconds. Every method may raise `MachinesError`.
+    While a machine is leased, a call that changes it needs the nonce of the lease; otherwise it raises
+    `LeaseHeldError`. Durations are in seconds. Every method may raise `MachinesError`.
     """
 
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
         """
-        Make a machine under a unique name, leased at once; it starts by itself.
+        Create a machine with a unique name and a lease. It starts without a further call.
 
-        Raises `NameTakenError` when a live machine has that name, `CapacityError` when there is no room.
+        Raises `NameTakenError` if a live machine has that name, `CapacityError` if no host has room.
         """
         ...
 
     async def list(self) -> list[Machine]:
         """
-        Tell every machine of the app that is not destroyed; the answer may be stale.
+        Return every machine of the app that is not destroyed. The list may be stale.
 
-        What comes from a machine's configuration, its image and metadata, may be left out.
+        `image` and `metadata`, which come from a machine's configuration, may be empty.
         """
         ...
 
     async def get(self, machine_id: str) -> Machine:
-        """Look at one machine. Raises `NotFoundError`."""
+        """Return one machine. Raises `NotFoundError`."""
         ...
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
         """
-        Start it. Return True if what is known of the machine is stale and `get` is needed.
+        Start or resume a machine. Return True if the caller's `Machine` is stale, so that it needs `get`.
 
-        That is so when the start moved it to another host, which gives it another `instance_id`, or when an
-        earlier call, whose answer may be lost, had started it. Raises `NotReadyError` while the machine
-        cannot be started, as in the moment after a stop.
+        It is stale if the start moved the machine to another host, which changes its `instance_id`, or if an
+        earlier call, whose response may be lost, had started the machine already. Raises `NotReadyError`
+        while the machine cannot be started, such as immediately after a stop.
         """
         ...
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
-        """Ask for its end by SIGKILL, without grace; right also when it is stopped already."""
+        """Begin to stop a machine, with SIGKILL and without a grace period. A stopped machine is no error."""
         ...
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
-        """Ask to freeze it, memory and all; `start` thaws it. Raises `NotReadyError` unless it runs."""
+        """Begin to suspend a machine with its memory. Raises `NotReadyError` unless it is started."""
         ...
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
         """
-        Return when it has reached the state.
+        Wait until a machine reaches the state.
 
-        Raises `WaitTimeoutError` after `timeout`, and before that `EndedError` when it is in a state that
-        does not lead there, `NotFoundError` when it is destroyed.
+        Raises `WaitTimeoutError` after `timeout`, `EndedError` if the machine stopped or failed on its way to
+        the state, `NotFoundError` if it is destroyed (unless `state` is `DESTROYED`).
         """
         ...
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
-        """Destroy it in whatever state it is. Raises `NotFoundError` when it is gone already."""
+        """Destroy a machine in any state. Raises `NotFoundError` if it does not exist any more."""
         ...
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
-        """Take a free lease. Raises `LeaseHeldError` when another holds it."""
+        """Acquire the lease on a machine. Raises `LeaseHeldError` while the machine is leased."""
         ...
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
-        """Let our lease last `ttl` from now; the nonce stays. Raises `LeaseHeldError` if it is not ours."""
+        """Extend our lease to `ttl` from now; its nonce stays. Raises `LeaseHeldError` if it is not ours."""
         ...
 
     async def get_lease(self, machine_id: str) -> Lease:
-        """Tell the lease in force, nonce included. Raises `NotFoundError` when there is none."""
+        """Return the lease in force, with its nonce. Raises `NotFoundError` if there is none."""
         ...
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
-        """Give our lease back."""
+        """Release our lease."""
         ...
 
 
 @dataclass(frozen=True)
 class Call:
-    """The HTTP call that an error came of; `status` is None when there was no answer to read."""
+    """The HTTP call that caused an error. `status` is None if no response was read."""
 
     method: str
     path: str
@@ -187,7 +188,7 @@ class Call:
 
 
 class MachinesError(Exception):
-    """Something that was asked of a machine, or of the API as a whole, did not happen."""
+    """A call of the Machines API failed."""
 
     def __init__(self, message: str, call: Call | None = None) -> None:
         super().__init__(message)
@@ -195,15 +196,15 @@ class MachinesError(Exception):
 
 
 class NotFoundError(MachinesError):
-    """There is no such machine, or no lease on it."""
+    """The machine does not exist, or is not leased."""
 
 
 class LeaseHeldError(MachinesError):
-    """Another holds the lease, or ours has run out."""
+    """The lease has another owner, or ours has expired."""
 
 
 class NotReadyError(MachinesError):
-    """The machine's state does not allow it now; it may in a moment."""
+    """The state of the machine does not allow the call now. It may soon."""
 
 
 class WaitTimeoutError(MachinesError):
@@ -211,27 +212,27 @@ class WaitTimeoutError(MachinesError):
 
 
 class EndedError(MachinesError):
-    """The machine has stopped or failed: by itself, it does not reach the state that was waited for."""
+    """The machine stopped or failed, so that it will not reach the expected state without another call."""
 
 
 class CapacityError(MachinesError):
-    """There is no room for a machine, where it was asked for."""
+    """The region has no capacity for another machine."""
 
 
 class RefusedError(MachinesError):
-    """The request is wrong, or we are not allowed it; asking again does not help."""
+    """The request is invalid or not authorized. A retry does not help."""
 
 
 class UnavailableError(MachinesError):
-    """The API gave no usable answer. Whether it did what was asked is not known."""
+    """The API sent no usable response. The call may or may not have taken effect."""
 
 
 class RateLimitedError(UnavailableError):
-    """The API was asked too often. It did not do what was asked."""
+    """The API received too many calls. This one took no effect."""
 
 
 class NameTakenError(MachinesError):
-    """A live machine has this name already; `machine_id` says which one, where the API told."""
+    """A live machine has this name already. `machine_id` is its id, if the API reported it."""
 
     def __init__(self, message: str, machine_id: str | None, call: Call | None = None) -> None:
         super().__init__(message, call)

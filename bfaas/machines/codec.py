@@ -1,7 +1,7 @@
 """
-How the Machines API writes machines, configs and leases: read by its client, written by its stand-in.
+JSON documents of the Machines API: machines, configs and leases. Its client decodes, its emulator encodes.
 
-Reading is lenient where fields are unknown, null or missing, and strict where we rely on them.
+Decoding is lenient about unknown, null and missing fields, and strict about the fields that callers need.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ WORKER_PORT = 8001
 
 
 class DecodeError(Exception):
-    """Something is not as the API writes it."""
+    """A document is not in the format of the Machines API."""
 
 
 def encode_config(config: MachineConfig) -> dict[str, Any]:
     """
-    Write a machine's config.
+    Encode a machine's config.
 
-    It is never started, stopped or restarted but by us: not by traffic, not at its end. The service is
-    what the app's proxy reaches it by; the proxy would hold back what it compresses
-    (https://fly.io/docs/reference/content-encoding).
+    Only calls of the API start, stop or restart the machine; traffic and the end of its process do not. The
+    service is the address at which the app's proxy reaches the machine. Compression is off, because the proxy
+    holds back output that it compresses (https://fly.io/docs/reference/content-encoding).
     """
     http_options = {"compress": False, "idle_timeout": config.idle_timeout}
     return {
@@ -47,23 +47,30 @@ def encode_config(config: MachineConfig) -> dict[str, Any]:
     }
 
 
-def decode_config(told: object) -> MachineConfig:
-    """Read what a machine is to be made from; only its image is needed."""
-    if not isinstance(told, dict) or not isinstance(told.get("image"), str) or not told["image"]:
+def decode_config(document: object) -> MachineConfig:
+    """Decode a machine's config. Only `image` is required. Raises `DecodeError`."""
+    fields = _object(document)
+    if not _text(fields.get("image")):
         raise DecodeError("config.image is required")
-    guest = told.get("guest") or {}
-    env, metadata = told.get("env") or {}, told.get("metadata") or {}
+    guest = fields.get("guest") or {}
+    env, metadata = fields.get("env") or {}, fields.get("metadata") or {}
     for values in (env, metadata):
         if not isinstance(values, dict) or not all(isinstance(value, str) for value in values.values()):
             raise DecodeError("json: cannot unmarshal env or metadata: all values are strings")
     if not isinstance(guest, dict):
         raise DecodeError("json: cannot unmarshal guest")
-    cpus, memory_mb = guest.get("cpus") or 1, guest.get("memory_mb") or 256
-    return MachineConfig(told["image"], env, metadata, cpus, memory_mb, _idle_timeout(told))
+    return MachineConfig(
+        image=fields["image"],
+        env=env,
+        metadata=metadata,
+        cpus=guest.get("cpus") or MachineConfig.cpus,
+        memory_mb=guest.get("memory_mb") or MachineConfig.memory_mb,
+        idle_timeout=_decode_idle_timeout(fields),
+    )
 
 
-def _idle_timeout(config: dict[str, Any]) -> int:
-    """Read the idle timeout of the first port of the first service; Fly's default where there is none."""
+def _decode_idle_timeout(config: dict[str, Any]) -> int:
+    """Decode the idle timeout of the first port of the first service; the default is Fly's."""
     service, *_ = config.get("services") or [None]
     port, *_ = _object(service).get("ports") or [None]
     seconds = _object(_object(port).get("http_options")).get("idle_timeout")
@@ -78,9 +85,9 @@ def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def decode_machine(told: object) -> Machine:
-    """Read a machine. Raises `DecodeError` where id, name or state is missing."""
-    fields = _object(told)
+def decode_machine(document: object) -> Machine:
+    """Decode a machine. Raises `DecodeError` if its id, name or state is missing."""
+    fields = _object(document)
     config = _object(fields.get("config")) or _object(fields.get("incomplete_config"))
     if not (_text(fields.get("id")) and _text(fields.get("name")) and _text(fields.get("state"))):
         raise DecodeError("a machine without id, name or state")
@@ -92,56 +99,60 @@ def decode_machine(told: object) -> Machine:
         image=_text(config.get("image")),
         metadata={key: _text(value) for key, value in _object(config.get("metadata")).items()},
         instance_id=_text(fields.get("instance_id")) or _text(fields.get("version")),
-        created_at=_read_moment(fields.get("created_at")),
+        created_at=_decode_time(fields.get("created_at")),
     )
 
 
-def _read_moment(told: object) -> float:
-    """Read an RFC 3339 time as seconds since the epoch; 0 where it is none."""
+def _decode_time(value: object) -> float:
+    """Decode an RFC 3339 time to seconds since the epoch; 0 if it is invalid."""
     try:
-        return datetime.fromisoformat(_text(told)).timestamp()
+        return datetime.fromisoformat(_text(value)).timestamp()
     except ValueError:
         return 0.0
 
 
-def decode_created_machine(told: object) -> tuple[Machine, str]:
-    """Read the answer to a creation: the machine, and the nonce of its lease."""
-    nonce = _text(_object(told).get("nonce"))
+def decode_created_machine(document: object) -> tuple[Machine, str]:
+    """Decode the response to a create call: the machine, and the nonce of its lease. Raises `DecodeError`."""
+    nonce = _text(_object(document).get("nonce"))
     if not nonce:
-        raise DecodeError("a machine was created, but its nonce is not told")
-    return decode_machine(told), nonce
+        raise DecodeError("a created machine without the nonce of its lease")
+    return decode_machine(document), nonce
 
 
-def decode_list(told: object) -> list[object]:
-    """Read an array, of which anything may be an item; null is an empty one."""
-    if told is None:
+def decode_list(document: object) -> list[object]:
+    """Decode an array of any items; null is an empty array. Raises `DecodeError`."""
+    if document is None:
         return []
-    if not isinstance(told, list):
+    if not isinstance(document, list):
         raise DecodeError("not an array")
-    return told
+    return document
 
 
-def decode_object(told: object) -> dict[str, Any]:
-    """Read an object, of which nothing is known."""
-    if not isinstance(told, dict):
+def decode_object(document: object) -> dict[str, Any]:
+    """Decode an object with any fields. Raises `DecodeError`."""
+    if not isinstance(document, dict):
         raise DecodeError("not an object")
-    return told
+    return document
 
 
-def decode_lease(told: object) -> Lease:
-    """Read a lease, which is wrapped in `data` (the published schema shows it without)."""
-    envelope = _object(told)
+def decode_lease(document: object) -> Lease:
+    """
+    Decode a lease. Raises `DecodeError`.
+
+    The API wraps it in an envelope with the fields `status` and `data`, which its published schema omits.
+    """
+    envelope = _object(document)
     fields = _object(envelope.get("data"))
     nonce, expires_at = fields.get("nonce"), fields.get("expires_at")
     if envelope.get("status") != "success" or not _text(nonce) or not isinstance(expires_at, int | float):
-        raise DecodeError("an answer that is no lease")
+        raise DecodeError("not a lease")
     return Lease(_text(nonce), expires_at, _text(fields.get("owner")), _text(fields.get("description")))
 
 
 def encode_machine(machine: Machine, config: MachineConfig | None) -> dict[str, Any]:
-    """Write a machine; without its config, in the short form of a summary."""
-    created = _moment(machine.created_at)
-    told: dict[str, Any] = {
+    """Encode a machine; without its config, in the short form of a summary."""
+    created_at = _encode_time(machine.created_at)
+    document: dict[str, Any] = {
         "id": machine.id,
         "name": machine.name,
         "state": machine.state,
@@ -150,17 +161,21 @@ def encode_machine(machine: Machine, config: MachineConfig | None) -> dict[str, 
         "version": machine.instance_id,
         "private_ip": "::1",
         "image_ref": {"registry": "", "repository": machine.image, "tag": "", "digest": ""},
-        "created_at": created,
-        "updated_at": created,
+        "created_at": created_at,
+        "updated_at": created_at,
     }
     if config is not None:
-        echo = {**encode_config(config), "metadata": dict(machine.metadata), "init": {}}
-        told |= {"config": echo, "events": [], "checks": [], "host_status": "ok"}
-    return told
+        document |= {
+            "config": {**encode_config(config), "metadata": dict(machine.metadata), "init": {}},
+            "events": [],
+            "checks": [],
+            "host_status": "ok",
+        }
+    return document
 
 
 def encode_lease(lease: Lease) -> dict[str, Any]:
-    """Write a lease, wrapped as it is on the wire."""
+    """Encode a lease in its envelope; see `decode_lease`."""
     data = {
         "nonce": lease.nonce,
         "expires_at": int(lease.expires_at),
@@ -170,5 +185,5 @@ def encode_lease(lease: Lease) -> dict[str, Any]:
     return {"status": "success", "data": data}
 
 
-def _moment(seconds: float) -> str:
+def _encode_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

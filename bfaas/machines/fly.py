@@ -1,8 +1,4 @@
-"""
-Fly's Machines API over HTTP, with treq: https://fly.io/docs/machines/api/machines-resource/.
-
-Answers are read leniently where fields are unknown, null or missing, and strictly where we rely on them.
-"""
+"""Client of Fly's Machines API, over HTTP with treq: https://fly.io/docs/machines/api/machines-resource/."""
 
 from __future__ import annotations
 
@@ -64,20 +60,23 @@ T = TypeVar("T")
 
 NONCE_HEADER = "fly-machine-lease-nonce"
 
-_CALL_LIMIT = 15.0  # seconds for a call that needs no waiting, its repetitions included
-_CREATE_LIMIT = 60.0  # a create waits for a host
-_WAIT_SLICE = 60  # the API refuses to wait longer
-_START_SLICE = 10  # a start whose answer was lost may have made another version, which this wait does not see
-_NOT_REACHED = (408, 409, 412)
+_CALL_TIMEOUT = 15.0  # seconds for a call that does not wait for a machine, including its retries
+_CREATE_TIMEOUT = 60.0  # seconds; a create call waits for a host
+_MAX_WAIT = 60  # seconds; the API rejects longer waits
+# Seconds. A start whose response was lost may have changed the version of the machine, and a wait for the old
+# version does not notice that the new one starts: so look at the machine more often.
+_MAX_START_WAIT = 10
+_NOT_REACHED = (408, 409, 412)  # statuses of a wait that did not see the state
 _GONE = (State.DESTROYING, State.DESTROYED)
-_MAX_ANSWER = 16 << 20  # bytes; a list of ten thousand machines has about five million
-_EXCERPT = 300
+_MAX_RESPONSE = 16 << 20  # bytes; a list of ten thousand machines has about five million
+_MAX_EXCERPT = 300  # characters
 _RETRY_BACKOFF = BackoffSchedule(initial=0.1, maximum=5.0)
-_MAX_WAIT_PAUSE = 2.5  # seconds between two waits, spread evenly: most often a slice is over, none has failed
-
+# Seconds between two calls of one wait, chosen uniformly: usually the time of the first is over, and no call
+# has failed.
+_WAIT_PAUSES = (0.05, 2.5)
 
 _SCHEMES = {"flyv1": "FlyV1", "bearer": "Bearer"}
-_MACAROONS = ("fm1r", "fm1a", "fm2")
+_MACAROON_PREFIXES = ("fm1r", "fm1a", "fm2")
 
 
 class _Response(NamedTuple):
@@ -88,27 +87,27 @@ class _Response(NamedTuple):
 
 def authorization(token: str) -> str:
     """
-    Return the value of the `Authorization` header for a token, or for several separated by commas.
+    Return the value of the `Authorization` header for a token, or for several tokens separated by commas.
 
-    As in superfly/fly-go, tokens/tokens.go, macaroons are sent under `FlyV1`, without the other tokens. Other
-    tokens keep their scheme; the default is `Bearer`.
+    As in superfly/fly-go, tokens/tokens.go, macaroons are sent in the scheme `FlyV1`, without the other
+    tokens. Other tokens keep their scheme; the default is `Bearer`.
     """
     scheme = "Bearer"
     words = token.split()
     while words and words[0].lower() in _SCHEMES:
         scheme = _SCHEMES[words.pop(0).lower()]
     tokens = [each for each in "".join(words).split(",") if each]
-    if macaroons := [each for each in tokens if each.partition("_")[0] in _MACAROONS]:
+    if macaroons := [each for each in tokens if each.partition("_")[0] in _MACAROON_PREFIXES]:
         return f"FlyV1 {','.join(macaroons)}"
     return f"{scheme} {','.join(tokens)}"
 
 
 class FlyMachines(MachinesAPI):
     """
-    The machines of one Fly app.
+    Machines of one Fly app.
 
-    A call is repeated, with growing jittered pauses and within its limit, when that is safe and it was
-    not answered, or answered with 408, 429, 5xx or something that is not JSON.
+    Calls that are safe to repeat are retried, with jittered exponential backoff and within their timeout, if
+    there is no response, its status is 408, 429 or 5xx, or its body is not what the API sends.
     """
 
     _log = Logger()
@@ -125,71 +124,76 @@ class FlyMachines(MachinesAPI):
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
-        """Make a machine, leased at once. Not repeated: whoever asked must know of a lost answer."""
-        asked = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": encode_config(config)}
+        """
+        Create a machine with a lease.
+
+        Never retried: after a lost response the machine may exist, and the caller has to find out.
+        """
+        payload = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": encode_config(config)}
         machine, nonce = await self._call(
-            "POST", "", decode_created_machine, body=asked, limit=_CREATE_LIMIT, retry_on=()
+            "POST", "", decode_created_machine, body=payload, timeout=_CREATE_TIMEOUT, retry_on=()
         )
         if machine.name != name:
-            raise UnavailableError(f"asked to create {name}, the API tells of {machine.name}")
+            raise UnavailableError(f"the API created {machine.name} instead of {name}")
         return machine, Lease(nonce, machine.created_at + lease_ttl)
 
     async def list(self) -> list[Machine]:
         """
-        Tell every machine of the app that is not destroyed; the answer may be stale.
+        Return every machine of the app that is not destroyed.
 
-        In summary, which leaves configurations out: ten thousand machines are five million bytes, not twenty.
+        Summaries have no configurations: ten thousand machines have five million bytes in place of twenty.
         """
         machines = []
         for item in await self._call("GET", "?summary=true", decode_list):
             try:
                 machines.append(decode_machine(item))
             except DecodeError as error:
-                self._log.warn("a machine in the list makes no sense: {error}", error=error)
+                self._log.warn("ignoring a malformed machine in the list: {error}", error=error)
         return machines
 
     async def get(self, machine_id: str) -> Machine:
-        """Look at one machine."""
+        """Return one machine."""
         return await self._call("GET", f"/{machine_id}", decode_machine)
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
-        """Start it. Return True if it migrated, or had started before: `get` tells its version then."""
-        told = await self._call("POST", f"/{machine_id}/start", decode_object, nonce)
-        had_started = told.get("previous_state") in (State.STARTING, State.STARTED)
-        return told.get("migrated") is True or bool(told.get("new_host")) or had_started
+        """Start or resume a machine. Return True if it migrated or had started before."""
+        fields = await self._call("POST", f"/{machine_id}/start", decode_object, nonce)
+        had_started = fields.get("previous_state") in (State.STARTING, State.STARTED)
+        return fields.get("migrated") is True or bool(fields.get("new_host")) or had_started
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
-        """Stop it, without grace."""
-        # Fly waits for the end of a process at least this long; SIGKILL ends it at once.
-        asked = {"signal": "SIGKILL", "timeout": "1s"}
-        await self._call("POST", f"/{machine_id}/stop", decode_object, nonce, asked)
+        """Begin to stop a machine with SIGKILL."""
+        # The shortest timeout that the API accepts. SIGKILL ends the process at once anyway.
+        payload = {"signal": "SIGKILL", "timeout": "1s"}
+        await self._call("POST", f"/{machine_id}/stop", decode_object, nonce, payload)
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
-        """Freeze it."""
+        """Begin to suspend a machine."""
         await self._call("POST", f"/{machine_id}/suspend", decode_object, nonce)
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
         """
-        Wait, in slices that the API allows.
+        Wait until a machine reaches the state, by several calls of at most 60 s each.
 
-        The API answers 408 when a slice is over, when it is slow itself, and at once when the machine has
-        ended; and nothing that counts when the machine has another version by now. `get` tells them apart.
+        The API sends 408 when the time is over, when it is slow itself, and also at once when the machine has
+        stopped. If the machine has another version now, no response is conclusive. So after an inconclusive
+        response, look at the machine, and continue with its current version.
         """
         deadline = Deadline(self._clock, timeout)
         path, version = f"/{machine.id}/wait", machine.instance_id
-        longest = _START_SLICE if state is State.STARTED else _WAIT_SLICE
+        max_seconds = _MAX_START_WAIT if state is State.STARTED else _MAX_WAIT
         while remaining := deadline.remaining:
-            seconds = min(longest, max(1, ceil(remaining)))
+            seconds = min(max_seconds, max(1, ceil(remaining)))
             query = {"state": state.value, "timeout": str(seconds)}
             if version:
                 query["instance_id"] = version
             try:
-                told = await deadline.run(
+                fields = await deadline.run(
                     self._call(
                         "GET",
                         f"{path}?{urlencode(query)}",
                         decode_object,
-                        limit=seconds + _CALL_LIMIT,
+                        timeout=seconds + _CALL_TIMEOUT,
                         retry_on=(RateLimitedError,),
                     )
                 )
@@ -200,19 +204,23 @@ class FlyMachines(MachinesAPI):
                     return
                 raise
             except (UnavailableError, NotReadyError) as error:
-                self._log.debug("again: {error}", error=error)
-                is_doubtful = error.call is not None and error.call.status in _NOT_REACHED
+                self._log.debug("retrying: {error}", error=error)
+                inconclusive = error.call is not None and error.call.status in _NOT_REACHED
             else:
-                if told.get("ok") is True and (told.get("version") or version) == version:
+                if fields.get("ok") is True and (fields.get("version") or version) == version:
                     return
-                is_doubtful = True
-            if is_doubtful and deadline.remaining:
+                inconclusive = True
+            if inconclusive and deadline.remaining:
                 version = await self._inspect(machine.id, state, deadline) or version
-            await deferLater(self._clock, self._random.uniform(0.05, _MAX_WAIT_PAUSE))
+            await deferLater(self._clock, self._random.uniform(*_WAIT_PAUSES))
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
     async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:
-        """Return the version of a machine that is to reach a state; empty where it is not known."""
+        """
+        Return the current version of a machine that should reach a state; empty if the API fails.
+
+        Raises `EndedError` or `NotFoundError` if the machine will not reach the state.
+        """
         try:
             machine = await deadline.run(self.get(machine_id))
         except (UnavailableError, DeadlineExceededError) as error:
@@ -220,7 +228,7 @@ class FlyMachines(MachinesAPI):
             return ""
         except NotFoundError:
             if wanted is State.DESTROYED:
-                return ""  # the next wait finds it so
+                return ""  # the next wait call reports it
             raise
         if has_ended(machine.state, wanted):
             raise EndedError(f"machine {machine_id} is {machine.state} and will not be {wanted}")
@@ -229,59 +237,64 @@ class FlyMachines(MachinesAPI):
         return machine.instance_id
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
-        """Destroy it, in whatever state it is."""
+        """Destroy a machine in any state."""
         await self._call("DELETE", f"/{machine_id}?force=true", decode_object, nonce)
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
-        """Take a free lease. Not repeated: had it been ours, the second call would find it held."""
-        asked = {"ttl": ttl, "description": description}
+        """
+        Acquire the lease on a machine.
+
+        Retried only after 429: if the response of a successful call was lost, a second call would fail with
+        our own lease.
+        """
+        payload = {"ttl": ttl, "description": description}
         path = f"/{machine_id}/lease"
-        return await self._call("POST", path, decode_lease, body=asked, retry_on=(RateLimitedError,))
+        return await self._call("POST", path, decode_lease, body=payload, retry_on=(RateLimitedError,))
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
         """Extend our lease."""
         lease = await self._call("POST", f"/{machine_id}/lease", decode_lease, nonce, {"ttl": ttl})
         if lease.nonce != nonce:
-            raise LeaseHeldError(f"the lease on {machine_id} had run out: this is another")
+            raise LeaseHeldError(f"the lease on {machine_id} had expired; the API made another")
         return lease
 
     async def get_lease(self, machine_id: str) -> Lease:
-        """Tell the lease in force."""
+        """Return the lease in force."""
         return await self._call("GET", f"/{machine_id}/lease", decode_lease)
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
-        """Give our lease back."""
+        """Release our lease."""
         await self._call("DELETE", f"/{machine_id}/lease", decode_object, nonce)
 
     async def _call(
         self,
         method: str,
         path: str,
-        read: Callable[[Any], T],
+        decode: Callable[[Any], T],
         nonce: str | None = None,
         body: Mapping[str, Any] | None = None,
         *,
-        limit: float = _CALL_LIMIT,
+        timeout: float = _CALL_TIMEOUT,
         retry_on: tuple[type[UnavailableError], ...] = (UnavailableError,),
     ) -> T:
-        """Make a call, again after errors that are worth it, and read its answer. Raises `MachinesError`."""
+        """Make a call, with retries, and decode its response. Raises `MachinesError`."""
         path = self._machines + path
-        deadline = Deadline(self._clock, limit)
-        last: UnavailableError | None = None
+        deadline = Deadline(self._clock, timeout)
+        previous: UnavailableError | None = None
         failures = 0
         while True:
             try:
-                return await deadline.run(self._call_once(method, path, read, nonce, body))
+                return await deadline.run(self._call_once(method, path, decode, nonce, body))
             except DeadlineExceededError as error:
-                before = f"; before that: {last}" if last else ""
-                raise UnavailableError(f"{method} {path}: {error}{before}", Call(method, path)) from last
+                before = f"; before that: {previous}" if previous else ""
+                raise UnavailableError(f"{method} {path}: {error}{before}", Call(method, path)) from previous
             except UnavailableError as error:
-                last = error
+                previous = error
                 if not isinstance(error, retry_on) or _RETRY_BACKOFF.delay(failures) > deadline.remaining:
                     raise
                 if isinstance(root_cause(error), CertificateError):
-                    raise  # it is the same a moment later
-                self._log.debug("again: {error}", error=error)
+                    raise  # a retry would see the same certificate
+                self._log.debug("retrying: {error}", error=error)
             await deferLater(self._clock, _RETRY_BACKOFF.delay(failures, self._random))
             failures += 1
 
@@ -289,24 +302,24 @@ class FlyMachines(MachinesAPI):
         self,
         method: str,
         path: str,
-        read: Callable[[Any], T],
+        decode: Callable[[Any], T],
         nonce: str | None,
         body: Mapping[str, Any] | None,
     ) -> T:
         try:
-            answer = await self._send(method, path, nonce, body)
+            response = await self._send(method, path, nonce, body)
         except CancelledError:
             raise
         except Exception as error:
             raise UnavailableError(f"{method} {path}: {describe(error)}", Call(method, path)) from error
-        call = Call(method, path, answer.status, request_id=answer.request_id)
-        if not 200 <= answer.status < 300:  # noqa: PLR2004 - success
-            raise _error(replace(call, excerpt=_excerpt(answer.body)), answer.body)
+        call = Call(method, path, response.status, request_id=response.request_id)
+        if not 200 <= response.status < 300:  # noqa: PLR2004 - success
+            raise _response_error(replace(call, excerpt=_excerpt(response.body)), response.body)
         try:
-            return read(json.loads(answer.body))
+            return decode(json.loads(response.body))
         except (ValueError, DecodeError) as error:
-            # Without what it says: an answer may hold a nonce.
-            raise UnavailableError(f"{method} {path}: {answer.status} {error}", call) from None
+            # Without an excerpt of the body, which may contain a nonce.
+            raise UnavailableError(f"{method} {path}: {response.status} {error}", call) from None
 
     async def _send(
         self, method: str, path: str, nonce: str | None, body: Mapping[str, Any] | None
@@ -317,44 +330,51 @@ class FlyMachines(MachinesAPI):
         if body is not None:
             headers.setRawHeaders("Content-Type", ["application/json"])
         data = None if body is None else json.dumps(body).encode()
-        # A client of its own for each call: no cookie outlives it.
+        # Each call has its own client, so that no cookie is kept.
         client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
         response = await wait_for_response(
             client.request(
-                method, Towards.ANYWHERE + path, headers=headers, data=data,
-                allow_redirects=False, unbuffered=True,
-                reactor=self._clock,  # type: ignore[arg-type]  # only asked for a timeout, which we do not give
+                method,
+                Towards.ANYWHERE + path,
+                headers=headers,
+                data=data,
+                allow_redirects=False,
+                unbuffered=True,
+                reactor=self._clock,  # type: ignore[arg-type]  # treq uses it for a timeout, which is not set
             )
-        )  # fmt: skip
-        names = response.headers.getRawHeaders("fly-request-id", [None])
-        return _Response(response.code, await read_body(response, _MAX_ANSWER), names[0])
+        )
+        request_ids = response.headers.getRawHeaders("fly-request-id", [None])
+        return _Response(response.code, await read_body(response, _MAX_RESPONSE), request_ids[0])
 
 
 def _excerpt(body: bytes) -> str:
-    return " ".join(body[: 4 * _EXCERPT].decode("utf-8", "replace").split())[:_EXCERPT]
+    return " ".join(body[: 4 * _MAX_EXCERPT].decode("utf-8", "replace").split())[:_MAX_EXCERPT]
 
 
 _NAME_TAKEN = re.compile(r"unique machine name violation(?:, machine ID (\w+))?")
 _LEASE = re.compile(r"\blease\b", re.IGNORECASE)
-_CAPACITY = ("insufficient_capacity", "volume_placement_capacity")
-_NO_ROOM = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
+_CAPACITY_STATUSES = ("insufficient_capacity", "volume_placement_capacity")
+_NO_CAPACITY = re.compile(r"insufficient|could not (?:reserve|find)|no capacity")
 
 
-def _error(call: Call, body: bytes) -> MachinesError:
-    """Choose the error by status first; the text only refines it (superfly/fly-go, flaps/flaps_error.go)."""
+def _response_error(call: Call, body: bytes) -> MachinesError:
+    """
+    Return the error for a response without success.
+
+    The HTTP status decides; the text only refines it (superfly/fly-go, flaps/flaps_error.go).
+    """
     try:
-        told = decode_object(json.loads(body))
+        fields = decode_object(json.loads(body))
     except (ValueError, DecodeError):
-        told = {}
-    said = told.get("message") or told.get("error")
-    text = said if isinstance(said, str) else call.excerpt
+        fields = {}
+    reported = fields.get("message") or fields.get("error")
+    text = reported if isinstance(reported, str) else call.excerpt
     message = f"{call.method} {call.path}: {call.status} {text} (fly-request-id {call.request_id})"
     status = call.status or 0
     kind: type[MachinesError]
     if status == 409 and (taken := _NAME_TAKEN.search(text)):  # noqa: PLR2004 - conflict
         return NameTakenError(message, taken[1], call)
-    has_no_room = told.get("status") in _CAPACITY or (status in (409, 422) and _NO_ROOM.search(text))
-    if has_no_room:
+    if fields.get("status") in _CAPACITY_STATUSES or (status in (409, 422) and _NO_CAPACITY.search(text)):
         kind = CapacityError
     elif status == 409 and _LEASE.search(text):  # noqa: PLR2004 - conflict
         kind = LeaseHeldError
@@ -364,7 +384,7 @@ def _error(call: Call, body: bytes) -> MachinesError:
         kind = NotFoundError
     elif status == 429:  # noqa: PLR2004 - too many requests
         kind = RateLimitedError
-    elif status < 400 or status == 408 or status >= 500:  # noqa: PLR2004 - not the API's, or its own error
+    elif status < 400 or status == 408 or status >= 500:  # noqa: PLR2004 - a proxy's, or a server error
         kind = UnavailableError
     else:
         kind = RefusedError

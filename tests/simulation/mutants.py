@@ -354,8 +354,8 @@ MUTANTS = [
     ),
     Mutation(
         "machines.fly:FlyMachines._call_once",
-        'f"{_1} {_2}: {answer.status} {_3}"',
-        'f"{_1} {_2}: {answer.status} {answer.body!r}"',
+        'f"{_1} {_2}: {response.status} {_3}"',
+        'f"{_1} {_2}: {response.status} {response.body!r}"',
         "a nonce is logged",
     ),
     # One request.
