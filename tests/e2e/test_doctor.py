@@ -70,7 +70,7 @@ class MachineBackend(NullBackend):
         self.url: str | None = None
         self.lasts: float | None = None
 
-    def allocate_url(self) -> str | None:  # type: ignore[override]
+    def allocate_url(self) -> str | None:
         return self.url
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:

@@ -109,7 +109,7 @@ class ApiAgent:
         try:
             body: bytes = await getattr(self._server, str(name))(request, **arguments)
         except MachinesError:
-            body = self._server.failed(request, Failure())
+            body = self._server.machines_error(request, Failure())
         return body
 
     def _damaged(self, code: int, body: bytes) -> Any:

@@ -1,1 +1,1 @@
-"""The Machines API, emulated on one host."""
+"""An emulator of Fly's Machines API and of Fly's proxy, on one host."""

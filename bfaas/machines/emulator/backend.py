@@ -1,4 +1,4 @@
-"""What gives machines bodies, and the one that gives none."""
+"""Backends, which run the machines of the emulator."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ if TYPE_CHECKING:
 
 
 class MachineBackend(Protocol):
-    """Gives machines bodies."""
+    """Runs the main processes of machines."""
 
     def allocate_url(self) -> str | None:
-        """Choose the URL that a new machine will have; None for none."""
+        """Return the URL at which a new machine will listen; None if it will not listen."""
         ...
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
-        """Start a body; call `exited` if it ends by itself. Raises `OSError`."""
+        """Start the process of a machine, and call `exited` when it ends. Raises `OSError`."""
         ...
 
     async def kill(self, machine_id: str) -> None:
-        """End the body at once, with all that it left; right also where there is none."""
+        """Kill the process of a machine, with its descendants. Do nothing if none runs."""
         ...
 
     async def pause(self, machine_id: str) -> None:
-        """Let the body stand still, where it is."""
+        """Pause a running process."""
         ...
 
     async def resume(self, machine_id: str) -> None:
-        """Let the body go on."""
+        """Resume a paused process. Raises `OSError` if its state was lost."""
         ...
 
 
 class NullBackend(MachineBackend):
-    """Machines that are only told of."""
+    """Runs no processes: machines have states only."""
 
-    def allocate_url(self) -> None:
-        """Be nowhere."""
+    def allocate_url(self) -> str | None:
+        """Return no URL."""
+        return None
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
-        """Start nothing."""
+        """Do nothing."""
 
     async def kill(self, machine_id: str) -> None:
-        """End nothing."""
+        """Do nothing."""
 
     async def pause(self, machine_id: str) -> None:
         """Do nothing."""

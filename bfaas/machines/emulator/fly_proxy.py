@@ -1,5 +1,5 @@
 """
-The part of Fly's proxy that a coordinator uses: requests to an app go to the machine that they name.
+The part of Fly's proxy that a coordinator uses: it forwards a request to the machine that a header names.
 
 See https://fly.io/docs/networking/dynamic-request-routing/.
 """
@@ -22,17 +22,27 @@ from bfaas.machines.api import MachinesAPI, NotFoundError, State
 if TYPE_CHECKING:
     from twisted.web.iweb import IAgent
 
-FORCE_INSTANCE = "fly-force-instance-id"
+# Not imported from bfaas.protocol.formats, where the coordinator's name of the header is defined: if that
+# name is wrong, end-to-end tests against the emulator fail.
+_FORCE_INSTANCE = "fly-force-instance-id"
 
-# What is of one connection alone (RFC 9110, 7.6.1), or tells its framing.
-_HOP_BY_HOP = {
-    b"connection", b"content-length", b"keep-alive", b"proxy-connection", b"te", b"trailer",
-    b"transfer-encoding", b"upgrade",
-}  # fmt: skip
+# Headers of one connection (RFC 9110, 7.6.1) or of its framing.
+_HOP_BY_HOP = frozenset(
+    {
+        b"connection",
+        b"content-length",
+        b"keep-alive",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+    }
+)
 
 
 class FlyProxy(Resource):
-    """Passes each request to the started machine that its header names, and the answer back as it comes."""
+    """Forwards each request to the started machine that its header names, and streams the response back."""
 
     isLeaf = True
     _log = Logger()
@@ -43,41 +53,43 @@ class FlyProxy(Resource):
         self._agent = agent
 
     def render(self, request: Request) -> int:
-        """Begin to pass a request on; one that goes away is let go."""
-        passing = Deferred.fromCoroutine(self._pass_on(request))
-        request.notifyFinish().addErrback(lambda _: passing.cancel())
-        passing.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        passing.addErrback(lambda failure: self._log.failure("in passing a request on", failure))
+        """Forward a request, until its client disconnects."""
+        forwarding = Deferred.fromCoroutine(self._forward(request))
+        request.notifyFinish().addErrback(lambda _: forwarding.cancel())
+        forwarding.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        forwarding.addErrback(lambda failure: self._log.failure("while forwarding a request", failure))
         return NOT_DONE_YET
 
-    async def _pass_on(self, request: Request) -> None:
-        if not request.uri.startswith(b"/"):  # behind an address, "@elsewhere" would lead elsewhere
-            request.write(error_response(request, 400, "a request names a path"))
-            request.finish()
+    async def _forward(self, request: Request) -> None:
+        if not request.uri.startswith(b"/"):  # appended to an address, "@host/path" would lead to that host
+            self._send_error(request, 400, "the request target is not a path")
             return
-        address = await self._address(request.getHeader(FORCE_INSTANCE))
+        address = await self._address(request.getHeader(_FORCE_INSTANCE))
         if address is None:
-            request.write(error_response(request, 503, "no such machine is started"))
-            request.finish()
+            self._send_error(request, 503, "no such machine is started")
             return
         try:
             response = await wait_for_response(
                 self._agent.request(
                     request.method,
                     address.encode() + request.uri,
-                    Headers(dict(_passed(request.requestHeaders))),
+                    Headers(dict(_end_to_end(request.requestHeaders))),
                     BytesProducer(read_body(request)),
                 )
             )
         except CancelledError:
             raise
-        except Exception:  # noqa: BLE001 - a machine that boots does not listen yet
-            request.write(error_response(request, 502, "the machine does not answer"))
-            request.finish()
+        except Exception:  # noqa: BLE001 - any failure means 502, such as that the worker does not listen yet
+            self._send_error(request, 502, "the machine does not respond")
             return
-        await self._answer(request, response)
+        await self._send_response(request, response)
+
+    def _send_error(self, request: Request, status: int, message: str) -> None:
+        request.write(error_response(request, status, message))
+        request.finish()
 
     async def _address(self, machine_id: str | None) -> str | None:
+        """Return the scheme and authority of a started machine's URL; None if it cannot be reached."""
         if machine_id is None:
             return None
         try:
@@ -89,9 +101,9 @@ class FlyProxy(Resource):
         split = urlsplit(machine.url)
         return f"{split.scheme}://{split.netloc}"
 
-    async def _answer(self, request: Request, response: Any) -> None:
+    async def _send_response(self, request: Request, response: Any) -> None:
         request.setResponseCode(response.code)
-        for name, values in _passed(response.headers):
+        for name, values in _end_to_end(response.headers):
             request.responseHeaders.setRawHeaders(name, values)
         request.responseHeaders.addRawHeader("Via", "1.1 fly.io")
 
@@ -99,13 +111,13 @@ class FlyProxy(Resource):
             request.write(b"")
             request.registerProducer(producer, True)
 
-        received = BodyReceiver(request.write, begin)
-        response.deliverBody(received)
+        receiver = BodyReceiver(request.write, begin)
+        response.deliverBody(receiver)
         try:
-            await received.done
+            await receiver.done
         except CancelledError:
             raise
-        except Exception:  # noqa: BLE001 - however it broke off, the client is to see that it did
+        except Exception:  # noqa: BLE001 - the client has to see every incomplete response as incomplete
             request.unregisterProducer()
             transport: Any = request.transport
             transport.abortConnection()
@@ -114,15 +126,15 @@ class FlyProxy(Resource):
             request.finish()
 
 
-def _passed(headers: Headers) -> list[tuple[bytes, list[bytes]]]:
-    """Choose the headers that go on to the next hop."""
-    named = {
-        word.strip().lower()
+def _end_to_end(headers: Headers) -> list[tuple[bytes, list[bytes]]]:
+    """Return the headers to forward."""
+    connection_options = {
+        option.strip().lower()
         for value in headers.getRawHeaders(b"connection", [])
-        for word in value.split(b",")
+        for option in value.split(b",")
     }
     return [
         (name, list(values))
         for name, values in headers.getAllRawHeaders()
-        if name.lower() not in _HOP_BY_HOP | named | {b"host"}
+        if name.lower() not in _HOP_BY_HOP | connection_options | {b"host"}
     ]

@@ -1,13 +1,14 @@
 """
-How often the Machines API may be asked.
+Rate limits of the Machines API.
 
-For each action and machine (for creations and lists: the app), once a second and three times in a burst; to
-look at a machine more often (https://fly.io/docs/machines/api/working-with-machines-api/#rate-limits).
+Each action on each machine (for create and list: on the app) has its own limit: one call a second, in
+bursts of up to three; for get, five a second, in bursts of up to ten
+(https://fly.io/docs/machines/api/working-with-machines-api/#rate-limits).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bfaas.machines.api import RateLimitedError
 
@@ -15,31 +16,35 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
 
-_USUALLY = (1.0, 3.0)
-_RATES = {"get": (5.0, 10.0)}
-"""Calls a second, and in a burst, by action."""
+class _Rate(NamedTuple):
+    per_second: float
+    burst: float
+
+
+_DEFAULT_RATE = _Rate(1.0, 3.0)
+_RATES = {"get": _Rate(5.0, 10.0)}
 
 
 class Unlimited:
-    """Lets everything through."""
+    """Allows every call."""
 
     def acquire(self, action: str, machine_id: str = "") -> None:
-        """Let it through."""
+        """Allow a call."""
 
 
 class RateLimiter(Unlimited):
-    """A token bucket for each action and machine."""
+    """Token buckets, one for each action and machine."""
 
     def __init__(self, clock: IReactorTime) -> None:
         self._clock = clock
-        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}
+        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # tokens, and when they were counted
 
     def acquire(self, action: str, machine_id: str = "") -> None:
-        """Take a token. Raises `RateLimitedError` where there is none."""
-        rate, burst = _RATES.get(action, _USUALLY)
+        """Take a token for a call. Raises `RateLimitedError` if none is left."""
+        rate = _RATES.get(action, _DEFAULT_RATE)
         now = self._clock.seconds()
-        tokens, since = self._buckets.get((action, machine_id), (burst, now))
-        tokens = min(burst, tokens + rate * (now - since))
+        tokens, counted_at = self._buckets.get((action, machine_id), (rate.burst, now))
+        tokens = min(rate.burst, tokens + rate.per_second * (now - counted_at))
         allowed = tokens >= 1
         self._buckets[action, machine_id] = (tokens - 1 if allowed else tokens, now)
         if not allowed:

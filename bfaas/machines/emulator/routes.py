@@ -1,8 +1,8 @@
 """
-The Machines API on this host: its URLs, status codes and error texts, in front of local machines.
+HTTP routes of the emulated Machines API: its URLs, status codes and error texts.
 
-With it, a coordinator on a laptop takes the very path that it takes on Fly. The texts are those that clients
-of the real API have recorded.
+With it, a coordinator on a laptop runs the same code as on Fly. The texts are those that clients of the real
+API have recorded.
 """
 
 from __future__ import annotations
@@ -40,51 +40,49 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.server import Request
 
-# The emulator names these itself, so that it notices a mistake of the client.
-_NONCE = "fly-machine-lease-nonce"
+# Not imported from bfaas.machines.fly: if a name is wrong in the client, tests against the emulator fail.
+_NONCE_HEADER = "fly-machine-lease-nonce"
 _SCHEMES = ("bearer", "flyv1")  # without regard to case: RFC 9110, 11.1
 
 ROOT = "/v1/apps/<app>/machines"
 _WAITABLE = ("started", "stopped", "suspended", "destroyed", "failed", "settled")
 _SETTLED = (State.STARTED, State.STOPPED, State.SUSPENDED, State.DESTROYED, State.FAILED)
 _MAX_WAIT = 60
-_GONE_QUIET = (State.STOPPED, State.SUSPENDED, State.FAILED, State.CREATED)
+_DESTROYABLE = (State.STOPPED, State.SUSPENDED, State.FAILED, State.CREATED)
 
 
-class HostedMachines(MachinesAPI, Protocol):
-    """Machines that can be put behind the API: their configs and metadata can be told and changed."""
+class ServedMachines(MachinesAPI, Protocol):
+    """Machines that the emulator can serve: they also have readable configs and writable metadata."""
 
     def config_of(self, machine_id: str) -> MachineConfig:
-        """Tell what a machine was made from. Raises `NotFoundError`."""
+        """Return the configuration of a machine. Raises `NotFoundError`."""
         ...
 
     def set_metadata(self, machine_id: str, key: str, value: str | None) -> None:
-        """Change one key of its metadata; None removes it. Raises `NotFoundError`."""
+        """Set one key of a machine's metadata; None removes it. Raises `NotFoundError`."""
         ...
 
 
 class BadRequestError(Exception):
-    """The request cannot be understood."""
+    """The request is malformed; the response is 400."""
 
 
 class MachinesServer:
-    """The API of one app. Requests need the token, where one is given, and any where none is."""
+    """The API of one app. Requests need its token; without one, every token is accepted."""
 
     app = Klein()
     _log = Logger()
 
-    def __init__(self, machines: HostedMachines, app_name: str, token: str | None) -> None:
+    def __init__(self, machines: ServedMachines, app_name: str, token: str | None) -> None:
         self._machines = machines
         self._app_name = app_name
         self._tokens = _tokens(token) if token else None
 
-    # Errors.
-
     @app.handle_errors(MachinesError)
-    def failed(self, request: Any, failure: Failure) -> bytes:
-        """Answer as the API does when it cannot do what is asked."""
+    def machines_error(self, request: Any, failure: Failure) -> bytes:
+        """Send the status and the text of an error, as the API does."""
         error = failure.value
-        assert isinstance(error, MachinesError)  # noqa: S101 - what klein dispatched on
+        assert isinstance(error, MachinesError)  # noqa: S101 - Klein dispatches on the type
         status, text = next((status, text) for kind, status, text in _ERRORS if isinstance(error, kind))
         message = text.format(error=error)
         if request.path.endswith(b"/lease") and isinstance(error, LeaseHeldError):
@@ -92,23 +90,24 @@ class MachinesServer:
         return self._reply(request, {"error": message}, status)
 
     @app.handle_errors(BadRequestError, DecodeError)
-    def misunderstood(self, request: Any, failure: Failure) -> bytes:
-        """Answer 400."""
+    def bad_request(self, request: Any, failure: Failure) -> bytes:
+        """Respond with 400."""
         return self._reply(request, {"error": f"invalid_argument: {failure.value}"}, 400)
 
     @app.handle_errors(PermissionError)
-    def unauthorized(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - klein's
-        """Answer 401."""
+    def unauthorized(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - Klein's signature
+        """Respond with 401."""
         return self._reply(request, {"error": "Authenticate: token validation error"}, 401)
 
     @app.handle_errors(HTTPException)
-    def no_route(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - klein's
-        """Answer an unknown path as the API does: in plain text."""
+    def no_route(self, request: Any, failure: Failure) -> bytes:  # noqa: ARG002 - Klein's signature
+        """Respond with 404 to an unknown path, in plain text as the API does."""
         request.setResponseCode(404)
         request.setHeader("Content-Type", "text/plain; charset=utf-8")
         return b"404 page not found"
 
-    def _check(self, request: Request, app: str) -> None:
+    def _authorize(self, request: Request, app: str) -> None:
+        """Check the token and the app's name. Raises `PermissionError` or `NotFoundError`."""
         scheme, _, rest = (request.getHeader("Authorization") or "").strip().partition(" ")
         given = _tokens(rest) if scheme.lower() in _SCHEMES else frozenset()
         if not given or (self._tokens is not None and not given <= self._tokens):
@@ -116,64 +115,62 @@ class MachinesServer:
         if app != self._app_name:
             raise NotFoundError("app not found")
 
-    def _reply(self, request: Request, told: object, status: int = 200) -> bytes:
+    def _reply(self, request: Request, document: object, status: int = 200) -> bytes:
         request.setResponseCode(status)
         request.setHeader("Content-Type", "application/json; charset=utf-8")
         request.setHeader("fly-request-id", f"{secrets.token_hex(13).upper()}-local")
-        return b"" if status == 204 else json.dumps(told).encode()  # noqa: PLR2004 - no content
-
-    # Machines.
+        return b"" if status == 204 else json.dumps(document).encode()  # noqa: PLR2004 - no content
 
     @app.route(ROOT, methods=["GET"])
     async def list(self, request: Request, app: str) -> bytes:
-        """Tell the machines, filtered by region, state and metadata."""
-        self._check(request, app)
+        """Return the machines, filtered by region, state and metadata."""
+        self._authorize(request, app)
         states = set(_query(request, "state").split(",")) - {""}
         region = _query(request, "region")
-        wanted = {
+        metadata_filter = {
             _text(name).removeprefix("metadata."): _text(values[-1])
             for name, values in request.args.items()
             if name.startswith(b"metadata.")
         }
         summary = _query(request, "summary") == "true"
-        told = [
+        documents = [
             encode_machine(machine, None if summary else self._machines.config_of(machine.id))
             for machine in await self._machines.list()
             if (not states or machine.state in states)
             and (not region or machine.region == region)
-            and all(machine.metadata.get(key) == value for key, value in wanted.items())
+            and all(machine.metadata.get(key) == value for key, value in metadata_filter.items())
         ]
-        return self._reply(request, told)
+        return self._reply(request, documents)
 
     @app.route(ROOT, methods=["POST"])
     async def create(self, request: Request, app: str) -> bytes:
-        """Make a machine."""
-        self._check(request, app)
-        asked = _json(request)
-        config = decode_config(asked.get("config"))
-        name = asked.get("name") or f"local-machine-{secrets.randbelow(10_000):04}"
-        ttl = asked.get("lease_ttl") or 0
+        """Create a machine."""
+        self._authorize(request, app)
+        payload = _json(request)
+        config = decode_config(payload.get("config"))
+        name = payload.get("name") or f"local-machine-{secrets.randbelow(10_000):04}"
+        ttl = payload.get("lease_ttl") or 0
         if not isinstance(name, str) or not isinstance(ttl, int) or ttl < 0:
             raise BadRequestError("json: cannot unmarshal name or lease_ttl")
-        region = asked.get("region") or "local"
+        region = payload.get("region") or "local"
         machine, lease = await self._machines.create(name, str(region), config, ttl)
-        told = self._tell(machine)
+        document = self._encode(machine)
         if ttl:
-            told["nonce"] = lease.nonce
-        return self._reply(request, told)
+            document["nonce"] = lease.nonce
+        return self._reply(request, document)
 
     @app.route(f"{ROOT}/<machine_id>", methods=["GET"])
     async def get(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Tell one machine."""
-        self._check(request, app)
-        return self._reply(request, self._tell(await self._machines.get(machine_id)))
+        """Return one machine."""
+        self._authorize(request, app)
+        return self._reply(request, self._encode(await self._machines.get(machine_id)))
 
     @app.route(f"{ROOT}/<machine_id>", methods=["DELETE"])
     async def destroy(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Destroy a machine; one that runs only if forced."""
-        self._check(request, app)
+        """Destroy a machine; a running machine only with `force`."""
+        self._authorize(request, app)
         forced = "true" in (_query(request, "force"), _query(request, "kill"))
-        if not forced and (await self._machines.get(machine_id)).state not in _GONE_QUIET:
+        if not forced and (await self._machines.get(machine_id)).state not in _DESTROYABLE:
             raise NotReadyError(
                 "unable to destroy machine, not currently stopped, suspended, failed or created"
             )
@@ -183,34 +180,34 @@ class MachinesServer:
     @app.route(f"{ROOT}/<machine_id>/start", methods=["POST"])
     async def start(self, request: Request, app: str, machine_id: str) -> bytes:
         """Start a machine."""
-        self._check(request, app)
+        self._authorize(request, app)
         before = await self._machines.get(machine_id)
         is_stale = await self._machines.start(machine_id, _nonce(request))
         migrated = is_stale and before.state is not State.STARTED
-        told = {"previous_state": before.state, "migrated": migrated, "new_host": "local" if migrated else ""}
-        return self._reply(request, told)
+        new_host = "local" if migrated else ""
+        return self._reply(
+            request, {"previous_state": before.state, "migrated": migrated, "new_host": new_host}
+        )
 
     @app.route(f"{ROOT}/<machine_id>/stop", methods=["POST"])
     async def stop(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Stop a machine; local ones know no grace, whatever signal and timeout say."""
-        self._check(request, app)
-        if read_body(request):
-            request.content.seek(0)  # type: ignore[union-attr]
-            _check_stop(_json(request))
+        """Stop a machine, without a grace period: signal and timeout are validated and ignored."""
+        self._authorize(request, app)
+        _check_stop(_json(request))
         await self._machines.stop(machine_id, _nonce(request))
         return self._reply(request, {"ok": True})
 
     @app.route(f"{ROOT}/<machine_id>/suspend", methods=["POST"])
     async def suspend(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Freeze a machine."""
-        self._check(request, app)
+        """Suspend a machine."""
+        self._authorize(request, app)
         await self._machines.suspend(machine_id, _nonce(request))
         return self._reply(request, {"ok": True})
 
     @app.route(f"{ROOT}/<machine_id>/wait", methods=["GET"])
     async def wait(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Wait until a machine is in one of some states, for 1 to 60 seconds; until a version of it is."""
-        self._check(request, app)
+        """Wait 1 to 60 seconds until a machine, or a version of it, is in one of the given states."""
+        self._authorize(request, app)
         words = ",".join(map(_text, request.args.get(b"state", [b"started"]))).split(",")
         if not set(words) <= set(_WAITABLE):
             raise BadRequestError("invalid WaitMachineRequest.State")
@@ -229,23 +226,21 @@ class MachinesServer:
                 group.failures[0].raiseException()
             now = (await self._machines.get(machine_id)).state
             raise WaitTimeoutError(f"{','.join(words)}, currently {now}") from None
-        told = {"ok": True, "state": (await self._machines.get(machine_id)).state}
-        return self._reply(request, {**told, "version": machine.instance_id})
-
-    # Leases.
+        now = (await self._machines.get(machine_id)).state
+        return self._reply(request, {"ok": True, "state": now, "version": machine.instance_id})
 
     @app.route(f"{ROOT}/<machine_id>/lease", methods=["GET"])
     async def get_lease(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Tell the lease, nonce included."""
-        self._check(request, app)
+        """Return the lease, with its nonce."""
+        self._authorize(request, app)
         return self._reply(request, encode_lease(await self._machines.get_lease(machine_id)))
 
     @app.route(f"{ROOT}/<machine_id>/lease", methods=["POST"])
     async def acquire_lease(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Take a lease, or with its nonce make it last longer."""
-        self._check(request, app)
-        asked = _json(request)
-        ttl = asked.get("ttl") or _query(request, "ttl")
+        """Acquire a lease, or extend the one whose nonce the request has."""
+        self._authorize(request, app)
+        payload = _json(request)
+        ttl = payload.get("ttl") or _query(request, "ttl")
         if isinstance(ttl, str) and re.fullmatch("[0-9]{1,9}", ttl):
             ttl = int(ttl)
         if not isinstance(ttl, int) or ttl <= 0:
@@ -254,32 +249,32 @@ class MachinesServer:
         if nonce is not None:
             lease = await self._machines.refresh_lease(machine_id, nonce, ttl)
             return self._reply(request, encode_lease(lease))
-        description = str(asked.get("description") or "")
+        description = str(payload.get("description") or "")
         lease = await self._machines.acquire_lease(machine_id, ttl, description)
         return self._reply(request, encode_lease(lease), 201)
 
     @app.route(f"{ROOT}/<machine_id>/lease", methods=["DELETE"])
     async def release_lease(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Give a lease back."""
-        self._check(request, app)
+        """Release a lease."""
+        self._authorize(request, app)
         nonce = _nonce(request)
         if nonce is None:
             raise BadRequestError("missing lease nonce")
         await self._machines.release_lease(machine_id, nonce)
         return self._reply(request, {"status": "success", "data": {"ok": True}})
 
-    # Metadata: open to the machine itself, and guarded by no lease.
+    # Metadata can be changed without the lease, because machines change their own.
 
     @app.route(f"{ROOT}/<machine_id>/metadata", methods=["GET"])
     async def get_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Tell all keys."""
-        self._check(request, app)
+        """Return all keys."""
+        self._authorize(request, app)
         return self._reply(request, dict((await self._machines.get(machine_id)).metadata))
 
     @app.route(f"{ROOT}/<machine_id>/metadata", methods=["PATCH", "PUT"])
     async def patch_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
-        """Merge keys in; null or nothing removes one."""
-        self._check(request, app)
+        """Merge keys; null or an empty value removes one."""
+        self._authorize(request, app)
         changes = _json(request).get("metadata")
         if not isinstance(changes, dict):
             raise BadRequestError("metadata is required")
@@ -289,8 +284,8 @@ class MachinesServer:
 
     @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["GET"])
     async def get_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
-        """Tell one key."""
-        self._check(request, app)
+        """Return one key."""
+        self._authorize(request, app)
         metadata = (await self._machines.get(machine_id)).metadata
         if key not in metadata:
             raise NotFoundError("metadata key not found")
@@ -299,7 +294,7 @@ class MachinesServer:
     @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["POST"])
     async def set_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
         """Set one key."""
-        self._check(request, app)
+        self._authorize(request, app)
         value = _json(request).get("value")
         if not isinstance(value, str):
             raise BadRequestError("value is required")
@@ -309,11 +304,11 @@ class MachinesServer:
     @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["DELETE"])
     async def delete_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
         """Remove one key."""
-        self._check(request, app)
+        self._authorize(request, app)
         self._machines.set_metadata(machine_id, key, None)
         return self._reply(request, None, 204)
 
-    def _tell(self, machine: Machine) -> dict[str, Any]:
+    def _encode(self, machine: Machine) -> dict[str, Any]:
         return encode_machine(machine, self._machines.config_of(machine.id))
 
 
@@ -335,16 +330,16 @@ def _query(request: Request, name: str) -> str:
     return _text(values[-1])
 
 
-def _text(told: bytes) -> str:
-    return told.decode("utf-8", "replace")
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")
 
 
 def _nonce(request: Request) -> str | None:
-    return request.getHeader(_NONCE)
+    return request.getHeader(_NONCE_HEADER)
 
 
 def _tokens(text: str) -> frozenset[str]:
-    """Read tokens separated by commas, whose scheme may precede them."""
+    """Return the tokens of a comma-separated list that may begin with their scheme."""
     words = text.split()
     while words and words[0].lower() in _SCHEMES:
         words.pop(0)
@@ -352,18 +347,19 @@ def _tokens(text: str) -> frozenset[str]:
 
 
 def _json(request: Request) -> dict[str, Any]:
+    """Return the JSON object in a request's body; an empty object without a body."""
     try:
-        told = json.loads(read_body(request) or b"{}")
+        payload = json.loads(read_body(request) or b"{}")
     except ValueError as error:
         raise BadRequestError(str(error)) from None
-    if not isinstance(told, dict):
+    if not isinstance(payload, dict):
         raise BadRequestError("json: cannot unmarshal into an object")
-    return told
+    return payload
 
 
-def _check_stop(told: dict[str, Any]) -> None:
+def _check_stop(payload: dict[str, Any]) -> None:
     signals = ("SIGHUP", "SIGINT", "SIGQUIT", "SIGKILL", "SIGUSR1", "SIGUSR2", "SIGTERM")
-    if told.get("signal", "SIGTERM") not in signals:
+    if payload.get("signal", "SIGTERM") not in signals:
         raise BadRequestError("invalid signal")
-    if not isinstance(told.get("timeout", ""), str):
+    if not isinstance(payload.get("timeout", ""), str):
         raise BadRequestError("json: cannot unmarshal number into Go struct field timeout of type string")

@@ -1,8 +1,4 @@
-"""
-Local machines behind the Machines API's URLs, and the proxy that leads to them: Fly on one host.
-
-`twistd bfaas-machines`.
-"""
+"""The emulator as a program, `twistd bfaas-machines`: the Machines API and Fly's proxy for local machines."""
 
 from __future__ import annotations
 
@@ -26,24 +22,24 @@ from bfaas.system.runtime import RoleOptions, check_options, configure_reactor, 
 if TYPE_CHECKING:
     from twisted.application.service import IService
 
-_MAX_BODY = 16 << 20
+_MAX_BODY = 16 << 20  # bytes
 
 
 class Options(RoleOptions):
-    """Command-line options of the stand-in. A token is asked of clients if FLY_TOKEN is set."""
+    """Command-line options of the emulator. If FLY_TOKEN is set, clients need this token."""
 
     role = "bfaas-machines"
 
     optParameters: ClassVar = [
         ["listen", "l", "tcp:4280:interface=127.0.0.1", "Endpoint of the Machines API."],
-        ["proxy", "p", "tcp:4281:interface=127.0.0.1", "Endpoint of the proxy that leads to the machines."],
-        ["app", "a", "workers", "Name of the app whose machines these are."],
+        ["proxy", "p", "tcp:4281:interface=127.0.0.1", "Endpoint of the proxy in front of the machines."],
+        ["app", "a", "workers", "Name of the app that the machines belong to."],
     ]
-    optFlags: ClassVar = [["rate-limits", "r", "Refuse what comes too fast, as Fly does."]]
+    optFlags: ClassVar = [["rate-limits", "r", "Limit the rate of calls, as Fly does."]]
 
 
 class MachinesService(MultiService):
-    """The API and the proxy; all machines end with it."""
+    """The API, the proxy and the machines."""
 
     def __init__(self, machines: LocalMachines, sites: list[BoundedSite]) -> None:
         super().__init__()
@@ -51,7 +47,7 @@ class MachinesService(MultiService):
         self._sites = sites
 
     def stopService(self) -> Deferred[None]:
-        """Stop listening, end the machines."""
+        """Stop listening and kill all machines."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
@@ -62,7 +58,7 @@ class MachinesService(MultiService):
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the stand-in. Raise with one line where it cannot be."""
+    """Create the emulator. Errors in the settings or of the host have messages of one line."""
     if reactor is None:
         check_options(options)
         from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
@@ -73,10 +69,10 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         reactor, time.time, sandboxed=host.sandboxed, directory=host.directory, rate_limited=limited
     )
     server = MachinesServer(machines, options["app"], os.environ.get("FLY_TOKEN"))
-    most = min(MAX_CONNECTIONS, max_connections())
+    max_open = min(MAX_CONNECTIONS, max_connections())
     agent = single_use_agent(reactor)
-    api = BoundedSite(reactor, server.app.resource(), _MAX_BODY, max_connections=most)
-    proxy = BoundedSite(reactor, FlyProxy(machines, agent), _MAX_BODY, max_connections=most)
+    api = BoundedSite(reactor, server.app.resource(), _MAX_BODY, max_connections=max_open)
+    proxy = BoundedSite(reactor, FlyProxy(machines, agent), _MAX_BODY, max_connections=max_open)
     service = MachinesService(machines, [api, proxy])
     for option, site in (("listen", api), ("proxy", proxy)):
         Listener(reactor, f"--{option}", options[option], site).setServiceParent(service)

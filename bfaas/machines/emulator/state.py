@@ -1,8 +1,7 @@
 """
-The Machines API's rules on a clock: states, leases, limits; machines without bodies.
+The state of the emulated Machines API: machines with their states, leases and rate limits, on a clock.
 
-A body, where there is one, is given by whoever implements `MachineBackend`. Everything here happens in the
-order in which it was asked for, without a socket or a process.
+A `MachineBackend` runs the machines. Nothing here opens a socket or starts a process.
 """
 
 from __future__ import annotations
@@ -40,16 +39,16 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
 
 
-_OWNER = "local@tokens.fly.io"  # Fly has a UUID in place of "local", or a user's address
+_OWNER = "local@tokens.fly.io"  # on Fly, a UUID in place of "local", or the address of a user
 
 
 @dataclass(frozen=True)
 class Timing:
     """
-    How long things take, in seconds.
+    Durations of the emulator, in seconds.
 
-    `rest` is the time after a stop in which a start is refused. `memory` is how long a destroyed machine
-    can still be looked at.
+    `boot` and `stop` are how long these take. Within `stop_cooldown` after a stop, a start is rejected.
+    Within `tombstone_ttl` after its destruction, a machine can still be read.
     """
 
     boot: float = 0.0
@@ -60,6 +59,13 @@ class Timing:
 
 @dataclass(eq=False)
 class _Entry:
+    """
+    A machine with its hidden state.
+
+    `generation` is increased by everything that voids a start in progress. `watchers` are called at the next
+    change of its state.
+    """
+
     machine: Machine
     config: MachineConfig
     lease: Lease | None = None
@@ -73,10 +79,8 @@ class EmulatedMachines(MachinesAPI):
     """
     Machines of one app, in memory.
 
-    `clock` drives what takes time, `wall` tells the time that leases end by, in seconds since the epoch.
-    `random` makes ids and nonces.
-    With `rate_limited`, calls are refused as Fly refuses them: beyond one a second and three at once for
-    each action on each machine (on the app, for creations and lists), five and ten for looks at a machine.
+    `clock` schedules what takes time. `wall` returns the time that leases use, in seconds since the epoch.
+    `random` generates ids and nonces. With `rate_limited`, calls have Fly's rate limits.
     """
 
     _log = Logger()
@@ -100,12 +104,10 @@ class EmulatedMachines(MachinesAPI):
         self._entries: dict[str, _Entry] = {}
         self._tasks: set[Deferred[None]] = set()
 
-    # The protocol.
-
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
     ) -> tuple[Machine, Lease]:
-        """Make a machine under a unique name; it boots by itself."""
+        """Create a machine with a unique name, and begin to boot it."""
         self._limits.acquire("create")
         for entry in self._entries.values():
             if entry.machine.name == name and not _is_gone(entry):
@@ -133,17 +135,17 @@ class EmulatedMachines(MachinesAPI):
         return machine, lease
 
     async def list(self) -> list[Machine]:
-        """Tell every machine that is not destroyed."""
+        """Return every machine that is not destroyed."""
         self._limits.acquire("list")
         return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
 
     async def get(self, machine_id: str) -> Machine:
-        """Look at one machine."""
+        """Return one machine; for a while also a destroyed one."""
         self._limits.acquire("get", machine_id)
         return self._entry(machine_id).machine
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
-        """Boot a stopped machine, thaw a suspended one."""
+        """Begin to boot a stopped machine, or to resume a suspended one."""
         entry = self._require_lease("start", machine_id, nonce)
         state = entry.machine.state
         if state is State.SUSPENDED:
@@ -163,20 +165,20 @@ class EmulatedMachines(MachinesAPI):
         return False
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
-        """End a machine's body, in whatever state it is."""
+        """Begin to stop a machine, in any state."""
         entry = self._require_lease("stop", machine_id, nonce)
         if entry.machine.state not in (State.STOPPED, State.STOPPING):
             self._run_in_background(self._stop(entry))
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
-        """Freeze a machine that runs."""
+        """Begin to suspend a started machine."""
         entry = self._require_lease("suspend", machine_id, nonce)
         if entry.machine.state is not State.STARTED:
             raise NotReadyError(f"unable to suspend machine from current state: '{entry.machine.state}'")
         self._run_in_background(self._suspend(entry))
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        """Wait for a state of the version that `machine` names; that of another is not seen."""
+        """Wait for a state of the version that `machine` names; states of other versions do not count."""
         deadline = Deadline(self._clock, timeout)
         entry = self._entries.get(machine.id)
         while entry is not None and not self._has_reached(entry, machine, state) and not _is_gone(entry):
@@ -187,32 +189,32 @@ class EmulatedMachines(MachinesAPI):
             try:
                 await deadline.run(change)
             except DeadlineExceededError:
-                told = f"{state}, currently {entry.machine.state}"
-                raise WaitTimeoutError(told) from None
+                raise WaitTimeoutError(f"{state}, currently {entry.machine.state}") from None
         if state is not State.DESTROYED and (entry is None or _is_gone(entry)):
             raise NotFoundError("machine not found")
 
     async def destroy(self, machine_id: str, nonce: str | None) -> None:
-        """End a machine for good, in whatever state it is."""
+        """Begin to destroy a machine, in any state."""
         entry = self._require_lease("destroy", machine_id, nonce)
         self._run_in_background(self._destroy(entry))
 
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
-        """Take a free lease."""
+        """Acquire the lease on a machine."""
         entry = self._require_lease("lease", machine_id, None)
         entry.lease = Lease(self._hex(12), self._wall() + ttl, _OWNER, description)
         return entry.lease
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
-        """Make our lease last longer."""
+        """Extend a lease."""
         entry = self._require_lease("lease", machine_id, nonce)
-        if self._current_lease(entry) is None or entry.lease is None:
+        lease = self._current_lease(entry)
+        if lease is None:
             raise LeaseHeldError(f"machine ID {machine_id} has no lease with this nonce")
-        entry.lease = replace(entry.lease, expires_at=self._wall() + ttl)
+        entry.lease = replace(lease, expires_at=self._wall() + ttl)
         return entry.lease
 
     async def get_lease(self, machine_id: str) -> Lease:
-        """Tell the lease in force."""
+        """Return the lease in force."""
         self._limits.acquire("get-lease", machine_id)
         lease = self._current_lease(self._entry(machine_id))
         if lease is None:
@@ -220,35 +222,33 @@ class EmulatedMachines(MachinesAPI):
         return lease
 
     async def release_lease(self, machine_id: str, nonce: str) -> None:
-        """Give a lease back."""
+        """Release a lease."""
         self._require_lease("lease", machine_id, nonce).lease = None
 
-    # What a host of machines can do besides.
+    # Beyond the protocol `MachinesAPI`.
 
     def config_of(self, machine_id: str) -> MachineConfig:
-        """Tell what a machine was made from."""
+        """Return the configuration that a machine was created with."""
         return self._entry(machine_id).config
 
     def set_metadata(self, machine_id: str, key: str, value: str | None) -> None:
-        """Change one key of a machine's metadata, as the machine itself can; None removes it."""
+        """Set one key of a machine's metadata, without the lease; None removes it."""
         entry = self._entry(machine_id)
         metadata = {**entry.machine.metadata, key: value}
-        kept = {key: value for key, value in metadata.items() if value is not None}
-        entry.machine = replace(entry.machine, metadata=kept)
+        remaining = {key: value for key, value in metadata.items() if value is not None}
+        entry.machine = replace(entry.machine, metadata=remaining)
 
     def migrate_at_start(self, machine_id: str) -> None:
-        """Have the machine's next start move it to another host: it is another version from then on."""
+        """Let the next start of a machine move it to another host, which changes its version."""
         self._entry(machine_id).migrates_at_start = True
 
     async def shutdown(self) -> None:
-        """End all bodies and everything that is under way; the machines are forgotten."""
+        """Cancel everything in progress, kill all machines and forget them."""
         for deferred in list(self._tasks):
             deferred.cancel()
         for machine_id in list(self._entries):
             await self._backend.kill(machine_id)
         self._entries.clear()
-
-    # Rules.
 
     def _entry(self, machine_id: str) -> _Entry:
         entry = self._entries.get(machine_id)
@@ -257,13 +257,18 @@ class EmulatedMachines(MachinesAPI):
         return entry
 
     def _current_lease(self, entry: _Entry) -> Lease | None:
-        """Tell the lease in force; one that has run out is none."""
+        """Return the lease in force; None if there is none or it has expired."""
         return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
 
     def _has_reached(self, entry: _Entry, known: Machine, state: State) -> bool:
         return entry.machine.state is state and known.instance_id in ("", entry.machine.instance_id)
 
     def _require_lease(self, action: str, machine_id: str, nonce: str | None) -> _Entry:
+        """
+        Check that an action is allowed: by its rate limit, and by the nonce if the machine is leased.
+
+        Raises `RateLimitedError`, `NotFoundError` or `LeaseHeldError`.
+        """
         self._limits.acquire(action, machine_id)
         entry = self._entry(machine_id)
         if _is_gone(entry):
@@ -282,13 +287,15 @@ class EmulatedMachines(MachinesAPI):
     def _ulid(self) -> str:
         return "01" + "".join(self._random.choices("0123456789ABCDEFGHJKMNPQRSTVWXYZ", k=24))
 
-    # What takes time.
+    # Coroutines that take time, and run in the background.
 
     def _run_in_background(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
         deferred = Deferred.fromCoroutine(work)
         self._tasks.add(deferred)
         deferred.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        deferred.addErrback(lambda failure: self._log.failure("in a machine's life", failure))
+        deferred.addErrback(
+            lambda failure: self._log.failure("while changing the state of a machine", failure)
+        )
         deferred.addCallback(lambda _: self._tasks.discard(deferred))
 
     def _set_state(self, entry: _Entry, state: State) -> None:
@@ -298,35 +305,40 @@ class EmulatedMachines(MachinesAPI):
             watcher.callback(None)
 
     async def _boot(self, entry: _Entry) -> None:
-        """Bring a machine up; a stop, a destruction or another boot in the meantime voids this one."""
+        """Boot a machine. A stop, a destruction or another boot that begins meanwhile voids this one."""
         entry.generation += 1
-        number = entry.generation
+        generation = entry.generation
 
         def exited() -> None:
-            if entry.generation == number:
+            if entry.generation == generation:
                 self._run_in_background(self._stop(entry))
 
         if entry.machine.state is not State.CREATED:
-            self._set_state(entry, State.STARTING)  # at once, so that a stop finds something to stop
-        for state in (State.STARTING, State.STARTED):
-            if self._timing.boot:
-                await deferLater(self._clock, self._timing.boot / 2)
-            if state is State.STARTED and entry.generation == number:
-                state = await self._start_backend(entry, exited)  # noqa: PLW2901 - or what came of it
-            if entry.generation != number:
-                return
+            self._set_state(entry, State.STARTING)  # immediately, because a stop ignores stopped machines
+        if self._timing.boot:
+            await deferLater(self._clock, self._timing.boot / 2)
+        if entry.generation != generation:
+            return
+        self._set_state(entry, State.STARTING)
+        if self._timing.boot:
+            await deferLater(self._clock, self._timing.boot / 2)
+        if entry.generation != generation:
+            return
+        state = await self._start_backend(entry, exited)
+        if entry.generation == generation:
             self._set_state(entry, state)
 
     async def _start_backend(self, entry: _Entry, exited: Callable[[], None]) -> State:
+        """Start the process of a machine. Return the resulting state."""
         try:
             await self._backend.start(entry.machine, entry.config, exited)
         except OSError as error:
-            self._log.error("{name} does not boot: {error}", name=entry.machine.name, error=error)
+            self._log.error("cannot start {name}: {error}", name=entry.machine.name, error=error)
             return State.FAILED
         return State.STARTED
 
     async def _stop(self, entry: _Entry) -> None:
-        entry.generation += 1  # a boot that is under way is void
+        entry.generation += 1
         self._set_state(entry, State.STOPPING)
         await self._backend.kill(entry.machine.id)
         if self._timing.stop:
@@ -342,16 +354,17 @@ class EmulatedMachines(MachinesAPI):
             self._set_state(entry, State.SUSPENDED)
 
     async def _resume(self, entry: _Entry) -> None:
-        """Bring a machine back as it was, or, where that fails, by a cold boot."""
+        """Resume a suspended machine, or boot it if that fails."""
         self._set_state(entry, State.STARTING)
-        number = entry.generation
+        generation = entry.generation
         try:
             await self._backend.resume(entry.machine.id)
         except OSError as error:
-            self._log.warn("{name} does not resume: {error}", name=entry.machine.name, error=error)
-            entry.generation = number = number + 1  # the end of its body is not that of the machine
+            self._log.warn("cannot resume {name}, booting it: {error}", name=entry.machine.name, error=error)
+            # So that the exit of the killed process does not count as a stop of the machine.
+            entry.generation = generation = generation + 1
             await self._backend.kill(entry.machine.id)
-            if entry.generation == number:
+            if entry.generation == generation:
                 await self._boot(entry)
             return
         if entry.machine.state is State.STARTING:

@@ -37,7 +37,7 @@ class Placed(NullBackend):
 
     url: str | None = None
 
-    def allocate_url(self) -> str | None:  # type: ignore[override]
+    def allocate_url(self) -> str | None:
         return self.url
 
 
@@ -96,7 +96,7 @@ class AddressTests(FlycastCase):
     async def test_a_machine_that_does_not_answer_is_a_bad_gateway(self) -> None:
         dead, _ = await self.machine(End.RESET)
 
-        self.assertEqual((502, "the machine does not answer\n"), await self.ask(to(dead)))
+        self.assertEqual((502, "the machine does not respond\n"), await self.ask(to(dead)))
 
     async def test_a_request_that_names_no_path_leads_nowhere_else(self) -> None:
         elsewhere, url = self.lie(OK)
