@@ -1,1 +1,1 @@
-"""Machines on this host."""
+"""Machines as processes of this host."""

@@ -1,4 +1,4 @@
-"""A notice when something is removed from a directory: inotify(7), without what the events tell."""
+"""Notification about removals from directories, by inotify(7)."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _EVENTS = 0x40 | 0x200 | 0x800 | 0x01000000
 @implementer(IReadDescriptor)
 class RemovalWatch:
     """
-    Calls `notify` soon after entries were removed from watched directories, or these were moved.
+    Calls `notify` soon after an entry of a watched directory was removed or moved, or the directory moved.
 
-    The kernel forgets a directory that is removed itself. (Twisted's `INotify` then ends altogether.)
-    Raises `OSError` where nothing can be watched.
+    `notify` gets no arguments; it has to look for what is missing. The kernel drops the watch of a directory
+    that is removed itself; Twisted's `INotify` would then stop altogether. Raises `OSError` if the system has
+    no inotify, or no instance is left.
     """
 
     def __init__(self, reactor: Any, notify: Callable[[], object]) -> None:
@@ -40,7 +41,7 @@ class RemovalWatch:
         reactor.addReader(self)
 
     def add(self, directory: Path) -> None:
-        """Watch another directory. Raises `OSError`."""
+        """Watch a directory. Raises `OSError`."""
         self._checked(self._libc.inotify_add_watch(self._descriptor, os.fsencode(directory), _EVENTS))
 
     def close(self) -> None:
@@ -57,13 +58,13 @@ class RemovalWatch:
         return "removals"
 
     def doRead(self) -> None:
-        """Drop the events; what they are about is looked up."""
+        """Discard the events and call `notify`."""
         with suppress(BlockingIOError):
             os.read(self._descriptor, 1 << 16)
         self._notify()
 
-    def connectionLost(self, reason: Failure) -> None:  # noqa: ARG002 - the interface's signature
-        """End with the reactor."""
+    def connectionLost(self, reason: Failure) -> None:  # noqa: ARG002 - signature of IReadDescriptor
+        """Close the descriptor when the reactor stops."""
         self.close()
 
     @staticmethod

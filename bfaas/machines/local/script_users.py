@@ -1,8 +1,8 @@
 """
-User ids for the scripts of local machines, where this process may run programs as other users.
+User ids for the scripts of local machines, if this process may run programs as other users.
 
-Linux counts the processes of a user (RLIMIT_NPROC) on the whole host, and lets processes of one user signal
-and read each other. So every boot of a machine gets an id that nothing else on the host uses.
+Linux counts the processes of a user (RLIMIT_NPROC) on the whole host, and allows processes of one user to
+signal and read each other. So each start of a machine gets an id that nothing else on the host uses.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bfaas.system.confinement import User, missing_capabilities
 if TYPE_CHECKING:
     from collections.abc import Container
 
-# Neither users, nor containers, nor services get ids here: https://systemd.io/UIDS-GIDS/. The second range
-# is for containers, which often have ids below 65536 alone.
+# Ranges that are not assigned to users, containers or services: https://systemd.io/UIDS-GIDS/. The second is
+# for use inside containers, which often have only ids below 65536.
 RANGES = (range(1_900_000_000, 1_900_065_536), range(60_578, 61_184))
 
-# Bits of CapEff (linux/capability.h): to give a home to its user, and to remove it.
+# Bits of CapEff (linux/capability.h) that are needed to give a home to its user, and to remove it.
 _CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3}
 
 _SUBORDINATE = re.compile(r"[^:]*:([0-9]{1,10}):([0-9]{1,10})")
@@ -36,7 +36,7 @@ _LOCKS = Path("/run/bfaas-uids.lock")
 
 
 class NoUserError(OSError):
-    """No user id is free."""
+    """All user ids are in use."""
 
 
 def unavailable() -> str | None:
@@ -51,23 +51,23 @@ def unavailable() -> str | None:
 
 
 class ScriptUsers:
-    """Users of this host for scripts. Ids are locked for as long as they are used, and this process lives."""
+    """Users for scripts. Ids in use are locked, so that other processes of bfaas do not choose them."""
 
     def __init__(self, random: SystemRandom | None = None) -> None:
         ids = next((ids for ids in RANGES if User(ids[0], ids[0]).unavailable() is None), RANGES[0])
         self._ids = ids
         self._assigned = _assigned_ids()
-        # Where locks cannot be had, processes that start at random places seldom meet.
+        # Where ids cannot be locked, random starts make collisions between processes rare.
         self._next = (random or SystemRandom()).randrange(len(ids))
         self._used: set[int] = set()
         self._locks: int | None = None
 
     def acquire(self) -> User:
-        """Choose a user that has no processes. Raises `NoUserError`."""
+        """Reserve a user that has no processes. Raises `NoUserError`."""
         busy = _owners_of_processes() | self._used
         for _ in self._ids:
             number = self._ids[self._next]
-            # An id is used again as late as possible: what a script has left outside its home is still its.
+            # Reuse ids as late as possible: files that a script left outside its home still have its id.
             self._next = (self._next + 1) % len(self._ids)
             if number in busy or any(number in assigned for assigned in self._assigned):
                 continue

@@ -1,9 +1,10 @@
 """
-The directories of local machines, each locked by the process that owns it.
+Directories that contain the homes of local machines, each locked by the process that owns it.
 
-An exclusive flock(2) on a directory means that its owner lives, whatever its pid. It also keeps
-systemd-tmpfiles from ageing the directory and everything below it (tmpfiles.d(5)). The kernel releases the
-lock when its owner dies, even by SIGKILL; the next owner of the same user then removes the directory.
+An exclusive flock(2) on a directory shows that its owner is alive, independently of pids. It also keeps
+systemd-tmpfiles from removing old files in it (tmpfiles.d(5)). The kernel releases the lock when the owner
+dies, even by SIGKILL; the next process of the same user that runs local machines then removes the
+directory.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _ATTEMPTS = 10
 
 class StateDirectory:
     """
-    A directory that this process owns for as long as it lives.
+    A directory that this process owns until it ends.
 
-    Its mode is 0711: bubblewrap is started by the script's user, which has to reach its home below it.
+    Its mode is 0711, because the script's user, who starts bubblewrap, has to reach its home inside.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -40,41 +41,41 @@ class StateDirectory:
 
     @classmethod
     def create(cls, parent: str) -> StateDirectory:
-        """Make a new one in `parent`. Raises `OSError`."""
+        """Create a directory in `parent`. Raises `OSError`."""
         for _ in range(_ATTEMPTS):
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             path.chmod(0o711)
-            # Until it is locked, another process may take it for abandoned.
+            # Before it is locked, another process may take it for abandoned and remove it.
             if (state := _lock(path)) is not None and state.intact:
                 return state
-        raise FileExistsError(f"{parent}: new directories disappear")
+        raise FileNotFoundError(f"{parent}: new directories are removed at once")
 
     def restore(self) -> bool:
-        """Make it again, empty, under the same name if it was removed; return whether it is there."""
+        """Create the directory again, empty, if it was removed. Return whether it exists."""
         if self.intact:
             return True
         try:
             self.path.mkdir()
             self.path.chmod(0o711)
-        except OSError:  # somebody else has it now, or its parent is gone
+        except OSError:  # another process created the path, or its parent was removed
             return False
-        again = _lock(self.path)
-        if again is None:
+        created = _lock(self.path)
+        if created is None:
             return False
         os.close(self.descriptor)
-        self.descriptor = again.descriptor
+        self.descriptor = created.descriptor
         return self.intact
 
     @property
     def intact(self) -> bool:
-        """Whether the path still leads to it: a cleaner of temporary files may have removed it."""
+        """Whether the path still is this directory, not removed by a cleaner of temporary files."""
         try:
             return os.path.samestat(self.path.lstat(), os.fstat(self.descriptor))
         except OSError:
             return False
 
     def remove(self) -> None:
-        """Remove it with everything in it, and give up the lock. Blocks."""
+        """Remove the directory with its contents, and release the lock. Blocks."""
         try:
             if self.intact:
                 wipe(self.path)
@@ -82,12 +83,12 @@ class StateDirectory:
             self.abandon()
 
     def abandon(self) -> None:
-        """Give up the lock, and leave the directory to the next owner."""
+        """Release the lock, and leave the directory to the next owner."""
         os.close(self.descriptor)
 
 
 def abandoned(parents: Iterable[str]) -> list[StateDirectory]:
-    """Take over the directories of this user whose owners are dead."""
+    """Lock and return the directories of this user whose owners have died."""
     paths: list[Path] = []
     for parent in parents:
         with suppress(OSError):
@@ -96,7 +97,7 @@ def abandoned(parents: Iterable[str]) -> list[StateDirectory]:
 
 
 def _lock(path: Path) -> StateDirectory | None:
-    """Lock a directory of this user; None for anything else, and where another process holds the lock."""
+    """Lock a directory of this user. Return None for anything else, or if another process holds the lock."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
@@ -113,18 +114,23 @@ def _lock(path: Path) -> StateDirectory | None:
 
 
 def wipe(directory: Path) -> None:
-    """Remove a directory, also if a script removed its own permissions; do not follow links. Blocks."""
+    """
+    Remove a directory, including subdirectories without permissions; do not follow links.
+
+    Blocks. Raises `OSError`.
+    """
     try:
         if os.geteuid() != 0:
-            # Modes do not stop root, which must not change them either: what a path of a script leads to
-            # can change while root looks at it.
-            _grant(directory)
+            # Root needs no permissions, and must not change any: a script's process could replace a path by a
+            # link just before root changes its mode.
+            _add_permissions(directory)
         shutil.rmtree(directory)
     except (RecursionError, OSError):
         if not os.path.lexists(directory):
             return
-        # Python goes down by recursion, and by paths that can be too long; these do not, however deep a
-        # script has dug. Again: as children of ours they can be taken for what another worker has left.
+        # In a very deep tree, Python exceeds its recursion limit or the maximum length of a path; chmod and
+        # rm do not. They are repeated, because as children of this process they may be killed as orphans of
+        # a worker.
         for _ in range(_ATTEMPTS):
             if os.geteuid() != 0:
                 subprocess.run(["chmod", "-R", "u+rwx", "--", directory], check=False, capture_output=True)
@@ -134,9 +140,9 @@ def wipe(directory: Path) -> None:
         raise OSError(f"{directory} cannot be removed") from None
 
 
-def _grant(directory: Path) -> None:
+def _add_permissions(directory: Path) -> None:
     directory.chmod(0o700)
-    for place, names, _ in os.walk(directory):
-        for below in (Path(place, name) for name in names):
-            if not below.is_symlink():
-                below.chmod(0o700)
+    for parent, names, _ in os.walk(directory):
+        for subdirectory in (Path(parent, name) for name in names):
+            if not subdirectory.is_symlink():
+                subdirectory.chmod(0o700)
