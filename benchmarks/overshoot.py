@@ -40,7 +40,8 @@ from zope.interface import provider
 
 from benchmarks.report import Report, percentile
 from bfaas.protocol.formats import Reason
-from tests.e2e.coordinator import TWISTD, RunResponse, free_port, start_program, stop
+from tests.e2e.coordinator import TWISTD, RunResponse, start_program, stop
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from benchmarks.client import ask, get, post
 from benchmarks.report import ROOT
 from bfaas.machines.local.host import available_script_users, can_sandbox
-from bfaas.machines.local.processes import free_port
 from bfaas.system.confinement import sandbox_prefix
 from bfaas.tokens import Signer, genkey
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

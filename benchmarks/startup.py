@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 from benchmarks.client import get
 from benchmarks.programs import TRUST, signed
 from benchmarks.report import ROOT, Report
-from bfaas.machines.local.processes import free_port
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from benchmarks.client import begin, get, post, read_to_body
 from benchmarks.programs import coordinator, program
 from benchmarks.report import Report
-from bfaas.machines.local.processes import free_port
 from bfaas.tokens import genkey
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from benchmarks.programs import Program

@@ -26,7 +26,6 @@ from tests.e2e.coordinator import (
     Running,
     RunResponse,
     command,
-    free_port,
     marked,
     pause,
     reactor,
@@ -38,6 +37,7 @@ from tests.e2e.coordinator import (
 from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_fly, start_stand_in
 from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     import random

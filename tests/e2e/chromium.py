@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, reactor, until
+from tests.e2e.coordinator import PATIENCE, reactor
+from tests.support.waiting import wait_until
 
 PROGRAM = shutil.which("chromium")
 
@@ -72,7 +73,7 @@ class Chromium(ProcessProtocol):
 
     async def until(self, condition: str) -> None:
         """Wait until something is so."""
-        await until(lambda: self.ask(condition))
+        await wait_until(lambda: self.ask(condition))
 
     async def press(self, key: str, code: int, *, ctrl: bool = False) -> None:
         """Press a key on the keyboard, by its name and its number, and let it go."""

@@ -22,9 +22,11 @@ from twisted.web.http_headers import Headers
 from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver, BytesProducer, single_use_agent
 from bfaas.system import process_tree
+from tests.support.network import free_port
+from tests.support.waiting import TIMEOUT
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 
     from twisted.python.failure import Failure
 
@@ -32,7 +34,7 @@ T = TypeVar("T")
 
 reactor: Any = installed_reactor
 
-PATIENCE = 60.0
+PATIENCE = TIMEOUT
 """Seconds that anything may take on a busy machine before a test gives up on it."""
 
 TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile="]
@@ -225,30 +227,12 @@ def marked(mark: str) -> set[int]:
     return found
 
 
-async def until(look: Callable[[], Awaitable[T]]) -> T:
-    """Look again and again, until what is seen is true; returns it."""
-
-    async def keep_looking() -> T:
-        while not (seen := await look()):
-            await deferLater(reactor, 0.05)
-        return seen
-
-    return await Deadline(reactor, PATIENCE).run(keep_looking())
-
-
 async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:
     """Do all at once, and wait until all is done, or one of them has failed."""
     try:
         await gatherResults([Deferred.fromCoroutine(work) for work in works], consumeErrors=True)
     except FirstError as error:
         error.subFailure.raiseException()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def start(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from bfaas.machines.fly import FlyMachines
 from bfaas.pooling.config import pool_of
 from bfaas.tokens import genkey
-from tests.e2e.coordinator import Running, free_port, reactor, start_listening
+from tests.e2e.coordinator import Running, reactor, start_listening
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from bfaas.machines.api import State

@@ -25,7 +25,8 @@ from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines
 from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
-from tests.support.hostile_worker import LAST_CHUNK, End, Liar, Peer, chunk, until
+from tests.support.hostile_worker import LAST_CHUNK, End, Liar, Peer, chunk
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable
@@ -82,7 +83,7 @@ class Worker(Liar):
         self.runs: list[tuple[list[str], bytes]] = []
 
     async def _lie(self, peer: Peer, script: Script) -> None:
-        await until(lambda: peer.request() or peer.end)
+        await wait_until(lambda: peer.request() or peer.end)
         lines, body = peer.request() or ([""], b"")
         if lines[0].startswith("POST"):
             self.runs.append((lines, body))

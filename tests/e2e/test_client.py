@@ -17,7 +17,9 @@ from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessOutputAndValue
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop, until
+from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,7 +96,7 @@ class Terminal(ProcessProtocol):
         async def shows() -> bool:
             return what in self.shown
 
-        await until(shows)
+        await wait_until(shows)
 
 
 async def shell(running: Running, script: str, *words: str, **environ: str) -> tuple[int, bytes, bytes]:
@@ -275,7 +277,7 @@ async def until_full(writer: int) -> None:
     async def full() -> bool:
         return not select.select([], [writer], [], 0)[1]
 
-    await until(full)
+    await wait_until(full)
 
 
 @with_twisted

@@ -18,7 +18,8 @@ from twisted.internet.task import deferLater
 from bfaas.http.channel import Channel
 from tests.e2e.coordinator import reactor, together
 from tests.e2e.hostile import MAX_LINES, Spent, stage
-from tests.support.hostile_worker import parse_answer, post, until
+from tests.support.hostile_worker import parse_answer, post
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from tests.e2e.hostile import Stage
@@ -55,7 +56,7 @@ async def begin_to_read(there: Stage, number: int) -> Peer:
     """Ask for output without end, and stop reading it as soon as it comes."""
     asked = post("/run", b"endless", f"Fly-Client-IP: 10.1.{number // 250}.{number % 250}")
     peer = await there.call(asked)
-    await until(lambda: b"event: stdout" in peer.heard or peer.end)
+    await wait_until(lambda: b"event: stdout" in peer.heard or peer.end)
     peer.transport.pauseProducing()
     assert peer.end is None, bytes(peer.heard)
     return peer

@@ -30,9 +30,10 @@ from bfaas.machines.emulator.fly_proxy import FlyProxy
 from bfaas.machines.emulator.routes import BadRequestError, MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.tokens import genkey
-from tests.e2e.coordinator import PATIENCE, free_port, reactor, start, stop, together
+from tests.e2e.coordinator import PATIENCE, reactor, start, stop, together
 from tests.e2e.fly import start_fly
 from tests.support.faults import Fault, FaultyMachines, LoseAnswer, Refuse
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping

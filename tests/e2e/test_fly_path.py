@@ -19,17 +19,9 @@ from twisted.web.http_headers import Headers
 from bfaas.deadline import Deadline
 from bfaas.machines.api import State
 from bfaas.system import process_tree
-from tests.e2e.coordinator import (
-    PATIENCE,
-    Program,
-    RunResponse,
-    reactor,
-    start,
-    start_coordinator,
-    stop,
-    until,
-)
+from tests.e2e.coordinator import PATIENCE, Program, RunResponse, reactor, start, start_coordinator, stop
 from tests.e2e.fly import Fly, start_fly
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -106,7 +98,7 @@ async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly:
         return [machine for machine, its_state in (await fly.of_pool("s")).items() if its_state is state]
 
     for code in (3, 4, 5):
-        machine = (await until(standing_by))[0]
+        machine = (await wait_until(standing_by))[0]
         answer = await coordinator.run(SCRIPT.format(work="true", code=code))
         assert answer.exit["code"] == code
         assert "DIRTY" not in answer.output("stdout")
@@ -147,7 +139,7 @@ async def until_said(program: Program, what: bytes) -> None:
     async def said() -> bool:
         return what in program.said
 
-    await until(said)
+    await wait_until(said)
 
 
 @with_twisted
@@ -251,7 +243,7 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     async def waits() -> bool:
         return bool(json.loads((await coordinator.get("/status")).body)["queue"]["waiting"])
 
-    await until(waits)
+    await wait_until(waits)
     busy.leave()
     served = await waiting
     assert served.code == 200

@@ -21,7 +21,9 @@ from twisted.internet.threads import deferToThread
 from twisted.internet.utils import getProcessOutputAndValue
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, TWISTD, Program, free_port, reactor, start, until
+from tests.e2e.coordinator import PATIENCE, TWISTD, Program, reactor, start
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -57,7 +59,7 @@ async def listening(endpoint: str, leader: list[str] | None = None) -> AsyncIter
         assert program.status is None, program.said.decode()
         return b" starting on " in program.said
 
-    await until(listens)
+    await wait_until(listens)
     try:
         yield program
     finally:
@@ -131,14 +133,14 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
         async def started() -> bool:
             return b"begun" in client.said
 
-        await until(started)
+        await wait_until(started)
         leaving.signalProcess("KILL")
         await client.ended
 
         async def left() -> bool:
             return b": left, " in program.said
 
-        await until(left)
+        await wait_until(left)
         plain = await getProcessOutputAndValue(
             "curl", ["-s", f"http://localhost:{port}/"], env=os.environ, reactor=reactor
         )
@@ -225,7 +227,7 @@ async def test_behind_haproxy_clients_are_who_they_are(tmp_path: Path) -> None:
                         await curl(*retry, "--interface", client, url, "-d", "echo hi") == "hi\n\nexit: 0\n"
                     )
 
-                await until(served)
+                await wait_until(served)
                 assert f" of {client} on ".encode() in program.said
             # Its checks of the server come from nobody but itself, and are answered.
             assert b"is DOWN" not in proxy.said
@@ -288,7 +290,7 @@ async def test_a_unix_socket_serves_and_is_taken_again_after_a_crash(tmp_path: P
     async def there() -> bool:
         return path.exists()
 
-    await until(there)
+    await wait_until(there)
     os.kill(pid, signal.SIGKILL)
     await dead.ended
     assert path.exists()

@@ -26,14 +26,14 @@ from tests.e2e.coordinator import (
     TWISTD,
     Running,
     RunResponse,
-    free_port,
     reactor,
     start,
     start_coordinator,
     start_listening,
     stop,
-    until,
 )
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -127,7 +127,7 @@ async def kill(coordinator: Running) -> None:
     async def gone() -> bool:
         return not any(map(process_tree.is_running, processes))
 
-    await until(gone)
+    await wait_until(gone)
 
 
 @pytest.mark.parametrize("state", ["started", "suspended"])
@@ -143,7 +143,7 @@ async def test_sigkill_leaves_no_worker_that_stands_by(path: str, state: str, tm
         metrics = (await coordinator.get("/readyz")).status
         return metrics == 200 and len(coordinator.workers()) == 2
 
-    await until(stand_by)
+    await wait_until(stand_by)
     await kill(coordinator)
 
 
@@ -155,7 +155,7 @@ async def test_sigkill_leaves_no_worker_that_boots(path: str, tmp: Path) -> None
         async def begin(coordinator: Running = coordinator) -> bool:
             return coordinator.processes() != []
 
-        await until(begin)
+        await wait_until(begin)
         await deferToThread(time.sleep, delay)
         await kill(coordinator)
 
@@ -182,7 +182,7 @@ async def test_sigkill_leaves_no_worker_that_was_suspended_as_it_booted(path: st
     async def stopped() -> bool:
         return [state_of(process.pid) for process in emulator.processes()] == ["T"] * 3
 
-    await until(stopped)
+    await wait_until(stopped)
     await kill(emulator)
 
 
@@ -207,10 +207,10 @@ async def test_the_next_instance_removes_what_a_killed_one_has_left(path: str, t
         return len(directories(tmp) - kept) > 0
 
     async with running(**settings) as living:
-        await until(has_one_more)
+        await wait_until(has_one_more)
         kept |= directories(tmp)
         killed = await start_coordinator(**settings)
-        await until(has_one_more)
+        await wait_until(has_one_more)
         answer = await killed.run("mkdir -p a/b; touch a/b/c; ln -s / a/root; chmod 0 a; echo $?")
         assert answer.output("stdout") == "0\n"
         left = directories(tmp) - kept
@@ -221,7 +221,7 @@ async def test_the_next_instance_removes_what_a_killed_one_has_left(path: str, t
             async def removed() -> bool:
                 return not left & directories(tmp)
 
-            await until(removed)
+            await wait_until(removed)
             assert kept <= directories(tmp)
             assert (await living.run("touch x && echo fine")).output("stdout") == "fine\n"
     assert (outside / "precious").exists()
@@ -237,7 +237,7 @@ async def test_removed_homes_are_made_again(path: str, state: str, tmp: Path) ->
             async def stands_by() -> bool:
                 return len(coordinator.workers()) > 0 and len(homes(tmp)) > 0
 
-            await until(stands_by)
+            await wait_until(stands_by)
             for place in matching(tmp, pattern):
                 shutil.rmtree(place)
             answers = [await coordinator.run("pwd >x && ls") for _ in range(3)]
@@ -254,7 +254,7 @@ async def test_a_directory_whose_name_was_taken_is_replaced(path: str, tmp: Path
         async def stands_by() -> bool:
             return len(coordinator.workers()) > 0 and len(homes(tmp)) > 0
 
-        await until(stands_by)
+        await wait_until(stands_by)
         [name] = directories(tmp)
         (tmp / name).rename(tmp / "moved")
         (tmp / name).symlink_to("/")
@@ -262,7 +262,7 @@ async def test_a_directory_whose_name_was_taken_is_replaced(path: str, tmp: Path
         async def is_replaced() -> bool:
             return len(homes(tmp)) > 0 and directories(tmp) != {name}
 
-        await until(is_replaced)
+        await wait_until(is_replaced)
         assert (await coordinator.run("touch x && echo fine")).output("stdout") == "fine\n"
     assert (tmp / name).is_symlink()
 
@@ -281,7 +281,7 @@ async def test_systemd_tmpfiles_leaves_a_living_coordinators_directory(tmp: Path
         async def stands_by() -> bool:
             return len(directories(tmp)) > 0 and len(coordinator.workers()) > 0
 
-        await until(stands_by)
+        await wait_until(stands_by)
         [name] = directories(tmp)
         before = homes(tmp)
         assert call(tmpfiles, "--clean", str(config)) == 0
@@ -463,7 +463,7 @@ async def test_a_python_that_does_not_know_its_own_path_starts_workers(tmp: Path
             assert process.status is None, process.said
             return b"starting on" in process.said
 
-        await until(listens)
+        await wait_until(listens)
         assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
     finally:
         await stop(coordinator)

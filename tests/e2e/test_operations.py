@@ -14,17 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 
-from tests.e2e.coordinator import (
-    Running,
-    RunResponse,
-    free_port,
-    reactor,
-    start_coordinator,
-    start_listening,
-    stop,
-    until,
-)
+from tests.e2e.coordinator import Running, RunResponse, reactor, start_coordinator, start_listening, stop
 from tests.e2e.fly import start_fly
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
 
 with_twisted = pytest_twisted.ensureDeferred
 
@@ -43,7 +36,7 @@ async def readiness(coordinator: Running, code: int) -> RunResponse:
         answer = await coordinator.get("/readyz")
         return answer if answer.status == code else None
 
-    seen = await until(ask)
+    seen = await wait_until(ask)
     assert seen is not None
     return seen
 
@@ -118,7 +111,7 @@ async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> No
         async def idle() -> bool:
             return bool((await status(coordinator))["pool"]["machines"] == {"idle": 1})
 
-        await until(idle)
+        await wait_until(idle)
     os.kill(fly.machines.pid, signal.SIGKILL)
     for _ in range(2):
         assert (await coordinator.run("echo fine")).status == 503
@@ -141,7 +134,7 @@ async def test_it_is_not_ready_while_the_line_is_full() -> None:
     async def full() -> bool:
         return bool((await status(coordinator))["queue"]["waiting"])
 
-    await until(full)
+    await wait_until(full)
     refused = await coordinator.get("/readyz")
     assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
     assert int(refused.headers["retry-after"]) >= 1
@@ -160,7 +153,7 @@ async def test_a_fresh_coordinator_with_short_scripts_is_ready_and_does_not_gues
         told = await status(coordinator)
         return bool(told["queue"]["waiting"] + told["runs"]["running"] == 8)
 
-    await until(all_there)
+    await wait_until(all_there)
     assert (await coordinator.get("/readyz")).body == b"ready\n"
     refused = await coordinator.run("true")
     assert refused.status == 429

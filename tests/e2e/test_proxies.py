@@ -17,8 +17,9 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, free_port, reactor, start_coordinator, stop
+from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
 from tests.support.hostile_worker import parse_answer, post
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator

@@ -13,7 +13,8 @@ from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, free_port, reactor
+from tests.e2e.coordinator import PATIENCE, reactor
+from tests.support.network import free_port
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:

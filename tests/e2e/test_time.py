@@ -32,7 +32,6 @@ from tests.e2e.coordinator import (
     Running,
     RunResponse,
     command,
-    free_port,
     reactor,
     start_coordinator,
     start_listening,
@@ -40,9 +39,11 @@ from tests.e2e.coordinator import (
     stop,
 )
 from tests.e2e.fly import Fly, start_fly
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
 with_twisted = pytest_twisted.ensureDeferred
 
@@ -67,14 +68,6 @@ class Script:
         """Find its processes, whatever has become of their parents."""
         pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
         return [pid for pid in pids if command(pid).startswith(self._nap)]
-
-
-async def until(true: Callable[[], bool], patience: float = PATIENCE) -> None:
-    """Wait for something to come true."""
-    end = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < end, "it does not come true"
-        await deferLater(reactor, 0.05)
 
 
 def is_told(pid: int, name: str) -> bool:
@@ -118,7 +111,7 @@ async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
     coordinator = await start_program(HURRIED, free_port(), settings)
     script = Script()
     running = Deferred.fromCoroutine(coordinator.run(script.text))
-    await until(lambda: len(script.left()) >= 3)
+    await wait_until(lambda: len(script.left()) >= 3)
     [worker] = coordinator.workers()
     assert not is_told(worker, "MAXREQTIME")
 
@@ -144,14 +137,16 @@ async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> No
             script = Script()
             exchange = await coordinator.begin(script.text)
             started = time.monotonic()
-            await until(lambda: len(script.left()) >= 3)
+            await wait_until(lambda: len(script.left()) >= 3)
             coordinator.kill(number)
 
             if number is signal.SIGSTOP:  # its connections are open; nobody tells the worker that it is gone
                 while time.monotonic() < started + LIMIT - 1:
                     assert script.left()
                     await deferLater(reactor, 0.05)
-            await until(lambda: not script.left(), started + LIMIT + CLOCK_SKEW - time.monotonic())
+            await wait_until(
+                lambda: not script.left(), timeout=started + LIMIT + CLOCK_SKEW - time.monotonic()
+            )
 
             # And so the machine is stopped, which nobody asked the API for.
             end = time.monotonic() + LIMIT + CLOCK_SKEW
@@ -179,9 +174,9 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
     response.deliverBody(body)
     if not reads:
         body.transport.pauseProducing()
-    await until(lambda: len(script.left()) >= 3)
+    await wait_until(lambda: len(script.left()) >= 3)
 
-    await until(lambda: not script.left(), started + LIMIT + CLOCK_SKEW - time.monotonic())
+    await wait_until(lambda: not script.left(), timeout=started + LIMIT + CLOCK_SKEW - time.monotonic())
 
     if reads:
         await Deadline(reactor, PATIENCE).run(body.done)
@@ -209,7 +204,7 @@ async def test_the_lease_alone_ends_a_machine() -> None:
             script = Script()
             exchange = await lost.begin(script.text)
             lost.kill(signal.SIGSTOP)  # with its connections open, so that its worker waits with it
-            await until(lambda: len(script.left()) >= 3)
+            await wait_until(lambda: len(script.left()) >= 3)
             [machine_id] = await fly.of_pool("p")
             lease_end = (await fly.api.get_lease(machine_id)).expires_at
 
@@ -221,8 +216,8 @@ async def test_the_lease_alone_ends_a_machine() -> None:
 
             assert time.time() >= lease_end
             assert seen >= 10, "the other pool had no time to be wrong"
-            await until(lambda: not script.left(), CLOCK_SKEW)
+            await wait_until(lambda: not script.left(), timeout=CLOCK_SKEW)
             told = re.compile(rb"destroyed worker-p-\w+, whose lease had run out")
-            await until(lambda: told.search(other.program.said) is not None)  # after its answer
+            await wait_until(lambda: told.search(other.program.said) is not None)  # after its answer
             exchange.leave()
             assert await stop(other) == 0

@@ -16,7 +16,8 @@ from bfaas.protocol.request import RunRequest
 from bfaas.system.confinement import SEARCH_PATH, User, name_of
 from bfaas.worker.bash_process import BashRun, script_environment
 from bfaas.worker.pipes import PIECE
-from tests.support.workers import LIMIT, reactor, until, watch_for_leftovers
+from tests.support.waiting import wait_until
+from tests.support.workers import LIMIT, reactor, watch_for_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -113,7 +114,7 @@ class BashRunTests(TestCase):
 
     async def assert_killed(self, script: str, sandbox: tuple[str, ...] = ()) -> None:
         run, output = self.start(script, sandbox=sandbox)
-        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        await wait_until(lambda: output.both[0] == b"up\n", "the script is up")
         run.kill(Reason.TIMEOUT)
         exit_ = await run.when_ended()
         self.assertEqual((124, "timeout", None), (exit_.code, exit_.reason, exit_.signal))
@@ -281,7 +282,7 @@ class BashRunTests(TestCase):
     async def test_a_paused_run_waits_and_then_loses_nothing(self) -> None:
         run, output = self.start("seq 400000; echo end >&2")
         run.pauseProducing()
-        await until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
+        await wait_until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
         before = output.both
         run.resumeProducing()
         await run.when_ended()
@@ -337,7 +338,7 @@ class BashRunTests(TestCase):
     @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
     async def test_kills_what_runs_as_another_user(self) -> None:
         run, output = self.start("setsid sleep 1000 & echo up; sleep 1000", user=User(1_947_000, 1_947_000))
-        await until(lambda: output.both[0] == b"up\n", "the script is up")
+        await wait_until(lambda: output.both[0] == b"up\n", "the script is up")
         run.kill(Reason.TIMEOUT)
         self.assertEqual(124, (await run.when_ended()).code)
         self.assertEqual([], self.left())

@@ -22,7 +22,8 @@ from bfaas.system import process_tree
 from bfaas.system.confinement import BEGUN
 from bfaas.tokens import Signer, genkey
 from bfaas.worker.app import WorkerApp
-from tests.support.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket, until
+from tests.support.waiting import wait_until
+from tests.support.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket
 
 if TYPE_CHECKING:
     from twisted.internet.protocol import ProcessProtocol
@@ -207,7 +208,7 @@ class WorkerTests(TestCase):
     async def begin(self, worker: Worker) -> Reader:
         """Run a script without end, wait until all of it is there."""
         reader = await worker.stream(ENDLESS)
-        await until(lambda: b"up" in reader.data and worker.below("sleep") == 2, "the script is up")
+        await wait_until(lambda: b"up" in reader.data and worker.below("sleep") == 2, "the script is up")
         return reader
 
     async def test_runs_one_script_and_ends(self) -> None:
@@ -360,7 +361,7 @@ class WorkerTests(TestCase):
         for query, end in (("?raw=1", b"\nexit: 125 worker-lost\n"), ("", b'"reason": "worker-lost"')):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
-            await until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[misc]
+            await wait_until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[arg-type,misc]
             for process in reversed(process_tree.process_and_descendants(worker.pid)):  # as systemd does
                 os.kill(process.pid, signal.SIGTERM)
             await reader.finished
@@ -456,7 +457,7 @@ class WorkerTests(TestCase):
             largest = max(largest, worker.resident_kb)
             return not process_tree.descendants(worker.pid)
 
-        await until(killed, "the deadline")
+        await wait_until(killed, "the deadline")
         reader.resume()
         await reader.finished
         self.assertLess(largest, 120_000)

@@ -42,7 +42,9 @@ from tests.support.hostile_scripts import (
     SNOOPING,
     Hostile,
 )
-from tests.support.workers import KEYS, LIMIT, Whole, Worker, reactor, ticket, until, watch_for_leftovers
+from tests.support.network import free_port
+from tests.support.waiting import wait_until
+from tests.support.workers import KEYS, LIMIT, Whole, Worker, reactor, ticket, watch_for_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -250,7 +252,7 @@ class MachineTestCase(HostileTestCase):
 
     async def ask(self, machine: Machine, script: str) -> Whole:
         worker = Worker(urlsplit(machine.url or "").port or 0)
-        await until(lambda: worker.listens, "a worker listens")
+        await wait_until(lambda: worker.listens, "a worker listens")
         script = script.replace("PORT", str(worker.port))
         return await worker.fetch("POST", "/run", script.encode(), ticket(machine.id))
 
@@ -340,12 +342,6 @@ class CoordinatorTests(HostileTestCase):
             self.assertEqual(2, status.body.count(b'"ending": "not-started"'), status.body)
         finally:
             await service.stopService()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordService:

@@ -23,8 +23,9 @@ from bfaas.machines.local.script_users import RANGES
 from bfaas.machines.local.state_directory import wipe
 from bfaas.system import process_tree
 from tests.support import machines_contract
-from tests.support.hostile_worker import LoopbackTestCase, reactor, until
+from tests.support.hostile_worker import LoopbackTestCase, reactor
 from tests.support.machines_contract import CONFIG, TTL
+from tests.support.waiting import wait_until
 from tests.support.workers import watch_for_leftovers
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class BodyTests(LoopbackTestCase):
         """Make a machine, and wait until it has made its mess; tell its environment too."""
         config = MachineConfig("i", {"PUBLIC": "key", "LANG": "C"})
         machine, lease = await self.machines.create("m", "ams", config, TTL)
-        await until(self.told.exists)
+        await wait_until(self.told.exists)
         return machine, lease.nonce, json.loads(self.told.read_text())
 
     async def test_a_worker_has_a_home_and_its_config_and_nothing_else_in_its_environment(self) -> None:
@@ -170,7 +171,7 @@ class BodyTests(LoopbackTestCase):
             self.assertEqual([], self.left())
             # It finds an empty home, or it would fail.
             await self.machines.start(machine.id, nonce)
-            await until(self.told.exists)
+            await wait_until(self.told.exists)
 
     def test_what_a_script_closed_to_itself_is_wiped(self) -> None:
         home = Path(tempfile.mkdtemp())
@@ -201,10 +202,10 @@ class BodyTests(LoopbackTestCase):
 
         await self.machines.suspend(machine.id, nonce)
         await self.machines.wait(machine, State.SUSPENDED, 20)
-        await until(lambda: all(process.state == "T" for process in self.left()))
+        await wait_until(lambda: all(process.state == "T" for process in self.left()))
         await self.machines.start(machine.id, nonce)
         await self.machines.wait(machine, State.STARTED, 20)
-        await until(lambda: not any(process.state == "T" for process in self.left()))
+        await wait_until(lambda: not any(process.state == "T" for process in self.left()))
 
         self.assertTrue(any(map(process_tree.is_running, processes)))
 
@@ -213,7 +214,7 @@ class BodyTests(LoopbackTestCase):
         for suspended in (False, True):
             if suspended:
                 await self.machines.start(machine.id, nonce)
-                await until(self.told.exists)
+                await wait_until(self.told.exists)
                 await self.machines.suspend(machine.id, nonce)
             self.told.unlink()
             for process in self.left():

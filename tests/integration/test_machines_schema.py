@@ -42,9 +42,10 @@ from bfaas.machines.api import (
 from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import FlyMachines
-from tests.support.hostile_worker import LoopbackTestCase, reactor, until
+from tests.support.hostile_worker import LoopbackTestCase, reactor
 from tests.support.machines_contract import CONFIG
 from tests.support.paths import ROOT
+from tests.support.waiting import wait_until
 from tests.unit.machines.test_fly import LiarTestCase, M, answer
 
 if TYPE_CHECKING:
@@ -285,11 +286,11 @@ class WireTests(LoopbackTestCase):
         self.addCleanup(lambda: Deferred.fromCoroutine(self.machines.shutdown()))
         server = MachinesServer(self.machines, "workers", "FlyV1 fm2_a,fm2_b")
         site = BoundedSite(reactor, server.app.resource(), 1 << 20)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         self.recorder = Recorder(self.listen(site))
         self.port = self.listen(self.recorder)
         closed = lambda: not any(peer.is_open for peer in self.recorder.peers)  # noqa: E731
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(closed)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(closed)))
 
     def fly(self, token: str = "fm2_a,fm2_b", app: str = "workers") -> FlyMachines:
         url = f"http://127.0.0.1:{self.port}"
@@ -355,7 +356,7 @@ class WireTests(LoopbackTestCase):
     async def test_a_refusal_for_haste_is_as_fly_has_it(self) -> None:
         limited = EmulatedMachines(reactor, reactor.seconds, rate_limited=True)
         site = BoundedSite(reactor, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         self.recorder.port = self.listen(site)
         fly = self.fly()
         for _ in range(4):

@@ -22,6 +22,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 import bfaas
 from bfaas.system import process_tree
 from bfaas.tokens import genkey
+from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -62,12 +63,6 @@ os.set_inheritable(inner, True)
 
 def odd(preparation: str, command: Sequence[str]) -> list[str]:
     return [sys.executable, "-c", ODD.format(preparation), *command]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
 
 
 def run(port: int, script: str) -> str:

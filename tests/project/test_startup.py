@@ -15,7 +15,8 @@ from twisted.web.server import Site
 
 from benchmarks.startup import ROOT, measure
 from bfaas.basher import LazyResource
-from tests.support.workers import BASHER, LIMIT, TWISTD, Worker, reactor, until
+from tests.support.waiting import wait_until
+from tests.support.workers import BASHER, LIMIT, TWISTD, Worker, reactor
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
@@ -38,7 +39,7 @@ class ImportTests(TestCase):
     async def start(self, program: tuple[str, ...]) -> Worker:
         worker = await Worker.start(self, program=("-X", "importtime", *program))
         # What it told before it listened may still be on its way.
-        await until(lambda: "bfaas.http.server" in imported(worker), "its imports are told")
+        await wait_until(lambda: "bfaas.http.server" in imported(worker), "its imports are told")
         return worker
 
     async def test_what_a_run_needs_is_loaded_behind_the_first_answer(self) -> None:
@@ -48,7 +49,7 @@ class ImportTests(TestCase):
 
             health = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (health.code, health.body))
-            await until(lambda worker=worker: imported(worker) >= LATER, "the rest is loaded")  # type: ignore[misc]
+            await wait_until(lambda worker=worker: imported(worker) >= LATER, "the rest is loaded")  # type: ignore[arg-type,misc]
 
             again = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (again.code, again.body))
@@ -145,7 +146,7 @@ class SentFirstTests(TestCase):
         self.addCleanup(port.stopListening)
         client = socket.create_connection(("127.0.0.1", port.getHost().port))
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        await until(lambda: heard != b"", "it loads")
+        await wait_until(lambda: heard != b"", "it loads")
         client.close()
         self.assertTrue(heard.endswith(b"\r\n\r\nok\n"), heard)
 

@@ -12,11 +12,12 @@ from twisted.internet.defer import Deferred, DeferredQueue
 from twisted.internet.endpoints import TCP4ClientEndpoint, connectProtocol
 from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, ServerFactory
-from twisted.internet.task import deferLater
 from twisted.trial.unittest import TestCase
 
+from tests.support.waiting import wait_until
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from socket import socket
 
     from twisted.internet.interfaces import IProtocolFactory
@@ -62,12 +63,6 @@ def parse_answer(heard: bytes, method: str = "POST") -> tuple[HTTPResponse, byte
     return answer, answer.read()
 
 
-async def until(condition: Callable[[], object]) -> None:
-    """Let the reactor run until it is so; what never comes true ends with the test's time."""
-    while not condition():
-        await deferLater(reactor, 0.001)
-
-
 class Peer(Protocol):
     """One end of a connection."""
 
@@ -87,7 +82,7 @@ class Peer(Protocol):
         """Write, and wait until the kernel has it."""
         transport = self.transport
         transport.write(data)
-        await until(lambda: self.end or not (transport.dataBuffer or transport._tempDataBuffer))
+        await wait_until(lambda: self.end or not (transport.dataBuffer or transport._tempDataBuffer))
 
     @property
     def ended_in_order(self) -> bool:
@@ -95,13 +90,13 @@ class Peer(Protocol):
 
     async def hear(self, mark: bytes) -> bytes:
         """Wait for what the other end says, up to some words."""
-        await until(lambda: mark in self.heard or self.end)
+        await wait_until(lambda: mark in self.heard or self.end)
         assert mark in self.heard, f"it ended after {bytes(self.heard)!r}"
         return bytes(self.heard)
 
     async def hear_out(self) -> bytes:
         """Wait for the other end's end."""
-        await until(lambda: self.end)
+        await wait_until(lambda: self.end)
         return bytes(self.heard)
 
     def request(self) -> tuple[list[str], bytes] | None:
@@ -134,7 +129,7 @@ class Liar(ServerFactory):
         return peer
 
     async def _lie(self, peer: Peer, script: Iterable[bytes | Deferred[None] | End]) -> None:
-        await until(lambda: peer.request() or peer.end)
+        await wait_until(lambda: peer.request() or peer.end)
         self.asked.put(peer)
         for step in script:
             if isinstance(step, bytes):

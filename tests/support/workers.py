@@ -15,13 +15,14 @@ from treq.client import HTTPClient
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol, Protocol, connectionDone
-from twisted.internet.task import deferLater
 from twisted.web.client import Agent, HTTPConnectionPool
 from twisted.web.http_headers import Headers
 
 import bfaas
 from bfaas.system import process_tree
 from bfaas.tokens import Signer, genkey
+from tests.support.network import free_port
+from tests.support.waiting import TIMEOUT, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,22 +35,13 @@ reactor: Any = _reactor
 
 MACHINE = "machine-under-test"
 KEYS = genkey()
-LIMIT = 60.0
+LIMIT = TIMEOUT
 """Seconds after which something that a test waits for is taken not to happen: far more than it takes."""
 
 BASHER = ("-m", "bfaas.basher")
 TWISTD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "bfaas-basher")
 
 _ROOT = Path(bfaas.__file__).resolve().parents[1]
-
-
-async def until(true: Callable[[], bool], what: str) -> None:
-    """Wait for something to come true."""
-    limit = time.monotonic() + LIMIT
-    while not true():
-        if time.monotonic() > limit:
-            raise AssertionError(f"{what}: not within {LIMIT:g} s")
-        await deferLater(reactor, 0.02)
 
 
 def ticket(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
@@ -165,8 +157,7 @@ class Worker(ProcessProtocol):
 
         Waits until it listens, unless it is not going to be `up`.
         """
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        port = free_port()
         worker = cls(port)
         watch_for_leftovers(test)
         listen = f"tcp:{port}:interface=127.0.0.1"
@@ -182,7 +173,7 @@ class Worker(ProcessProtocol):
         worker.pid = reactor.spawnProcess(worker, command[0], command, env=usual | environment).pid
         test.addCleanup(worker._clean_up)
         if up:
-            await until(lambda: worker.listens or worker.status is not None, "a worker listens")
+            await wait_until(lambda: worker.listens or worker.status is not None, "a worker listens")
             assert worker.status is None, worker.errors.decode()
         return worker
 
@@ -225,7 +216,7 @@ class Worker(ProcessProtocol):
 
     async def ended(self) -> int:
         """Wait for the end of the process; its exit code, negative for a signal."""
-        await until(lambda: self.status is not None, "a worker ends")
+        await wait_until(lambda: self.status is not None, "a worker ends")
         assert self.status is not None
         return os.waitstatus_to_exitcode(self.status)
 

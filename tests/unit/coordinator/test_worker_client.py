@@ -26,8 +26,8 @@ from tests.support.hostile_worker import (
     parse_answer,
     post,
     reactor,
-    until,
 )
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
@@ -93,7 +93,7 @@ class ProxyTestCase(LoopbackTestCase):
         self.port = self.listen(self.site)
 
     async def forget(self) -> None:
-        await until(lambda: not self.site.protocols)
+        await wait_until(lambda: not self.site.protocols)
         self.front.relay.addErrback(lambda failure: failure.trap(CancelledError))
 
     async def start(self, format_: Format, *script: bytes | Deferred[None] | End) -> tuple[Peer, Liar]:
@@ -113,7 +113,7 @@ class ProxyTestCase(LoopbackTestCase):
 
     async def until_clean(self) -> None:
         """Wait until no timer is left but the site's own, which keeps the time for its log."""
-        await until(lambda: len(self.clock.getDelayedCalls()) == 1)
+        await wait_until(lambda: len(self.clock.getDelayedCalls()) == 1)
 
 
 class RelayTests(ProxyTestCase):
@@ -306,7 +306,7 @@ class WorkerErrorTests(ProxyTestCase):
             client, liar = await self.start(Format.EVENTS, said + chunk(EXIT))
             peer = await liar.asked.get()
             await peer.hear_out()
-            await until(lambda: self.front.relay.called)
+            await wait_until(lambda: self.front.relay.called)
             error = self.failureResultOf(self.front.relay, WorkerError).value
             self.assertIn(why, str(error), said)
             self.assertEqual(b"", bytes(client.heard))
@@ -317,7 +317,7 @@ class WorkerErrorTests(ProxyTestCase):
     async def test_a_worker_that_ends_before_it_answers_is_an_error(self) -> None:
         for script in ([End.CLOSE], [End.RESET], [b"HTTP/1.1 200 OK\r\nContent-", End.CLOSE]):
             client, liar = await self.start(Format.EVENTS, *script)
-            await until(lambda: self.front.relay.called)
+            await wait_until(lambda: self.front.relay.called)
             self.failureResultOf(self.front.relay, WorkerError)
             self.assertEqual(b"", bytes(client.heard))
             self.assertEqual(1, len(liar.peers))
@@ -325,7 +325,7 @@ class WorkerErrorTests(ProxyTestCase):
     async def test_a_worker_that_is_not_there_is_an_error(self) -> None:
         for self.front.url in ("http://127.0.0.1:1", None):
             client = await self.call(self.port, post("/run", b"script"))
-            await until(lambda: self.front.relay.called)
+            await wait_until(lambda: self.front.relay.called)
             self.failureResultOf(self.front.relay, WorkerError)
             self.assertEqual(b"", bytes(client.heard))
 
@@ -379,7 +379,7 @@ class ReadyTests(ProxyTestCase):
             self.clock.advance(0.01)
             return waiting.called
 
-        await until(passed)
+        await wait_until(passed)
         await waiting
 
     async def test_it_tries_again_until_an_answer_below_500(self) -> None:
@@ -408,7 +408,7 @@ class ReadyTests(ProxyTestCase):
         await port.stopListening()
         waiting = self.wait(f"http://127.0.0.1:{number}")
         for _ in range(3):
-            await until(lambda: len(self.clock.getDelayedCalls()) == 2)
+            await wait_until(lambda: len(self.clock.getDelayedCalls()) == 2)
             self.clock.advance(0.25)
         self.assertNoResult(waiting)
         port = reactor.listenTCP(number, liar, interface="127.0.0.1")
@@ -447,7 +447,7 @@ class ReadyTests(ProxyTestCase):
         await peer.hear_out()
         _, url = self.lie([b"HTTP/1.1 500 No\r\n\r\n"])
         pausing = self.wait(url)
-        await until(lambda: [call for call in self.clock.getDelayedCalls() if call.getTime() < 1])
+        await wait_until(lambda: [call for call in self.clock.getDelayedCalls() if call.getTime() < 1])
         pausing.cancel()
         self.failureResultOf(pausing, CancelledError)
         await self.until_clean()
@@ -499,7 +499,7 @@ class PaceTests(ProxyTestCase):
         self.front.relay.cancel()
         self.failureResultOf(self.front.relay, CancelledError)
         self.front.answer.end(Exit.forced(Reason.TIMEOUT))
-        await until(lambda: torrent.stopped)
+        await wait_until(lambda: torrent.stopped)
         client.transport.resumeProducing()
         _, body = parse_answer(await client.hear_out())
         self.assertEqual(self.front.answer.bytes_written, len(body))
@@ -526,5 +526,5 @@ class PaceTests(ProxyTestCase):
             said = torrent.said
             return quiet == 100
 
-        await until(still)
+        await wait_until(still)
         return said

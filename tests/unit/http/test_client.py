@@ -7,7 +7,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from bfaas.http.client import BodyTooLargeError, abort_body, read_body, single_use_agent, wait_for_response
 from bfaas.http.response_parser import MalformedResponseError
 from bfaas.http.strict_agent import IncompleteResponseError
-from tests.support.hostile_worker import LAST_CHUNK, End, LoopbackTestCase, chunk, reactor, until
+from tests.support.hostile_worker import LAST_CHUNK, End, LoopbackTestCase, chunk, reactor
+from tests.support.waiting import wait_until
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -114,4 +115,4 @@ class BodyTests(ExchangeTestCase):
         liar, url = self.lie([with_length(4) + b"some"], [with_length(0)])
         for _ in range(2):
             abort_body(await self.get(url))
-        await until(lambda: all(peer.end for peer in liar.peers))
+        await wait_until(lambda: all(peer.end for peer in liar.peers))

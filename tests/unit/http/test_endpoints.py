@@ -33,7 +33,8 @@ from bfaas.http.endpoints import (
 )
 from bfaas.http.strict_agent import StrictAgent
 from tests.support.certificates import Authority
-from tests.support.hostile_worker import LoopbackTestCase, Peer, reactor, until
+from tests.support.hostile_worker import LoopbackTestCase, Peer, reactor
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -104,7 +105,7 @@ class EndpointTestCase(LoopbackTestCase):
 
     async def close(self, peer: Any) -> None:
         peer.transport.abortConnection()
-        await until(lambda: peer.end and all(server.end for server in self.servers))
+        await wait_until(lambda: peer.end and all(server.end for server in self.servers))
 
 
 class NameTests(EndpointTestCase):
@@ -154,7 +155,7 @@ class NameTests(EndpointTestCase):
         self.names.answers.set()
         for peer in [await first, await third]:
             peer.transport.abortConnection()
-        await until(lambda: all(server.end for server in self.servers))
+        await wait_until(lambda: all(server.end for server in self.servers))
         self.assertEqual([b"slow"], self.names.asked)
         self.assertEqual(2, len(self.servers))
 
@@ -247,7 +248,7 @@ class RequestTests(EndpointTestCase):
         )
         self.assertEqual(200, response.code)
         lines, _ = self.servers[-1].request() or ([], b"")
-        await until(lambda: all(server.end for server in self.servers))
+        await wait_until(lambda: all(server.end for server in self.servers))
         return lines
 
     async def test_the_server_gets_its_own_name_and_the_path_as_it_is(self) -> None:
@@ -309,7 +310,7 @@ class TLSTests(EndpointTestCase):
             self.know(host, address)
             response = await self.ask(host, self.serve_tls(name, address, by=self.authority))
             self.assertEqual(200, response.code)
-            await until(lambda: all(server.end for server in self.servers))
+            await wait_until(lambda: all(server.end for server in self.servers))
             sent = None if name == address else host.rstrip(".").lower().encode()
             self.assertEqual(sent, self.asked_for[-1], host)
 
@@ -318,7 +319,7 @@ class TLSTests(EndpointTestCase):
         with self.assertRaises(Exception) as caught:
             await self.ask(host, port)
         self.assertIsInstance(root_cause(caught.exception), CertificateError)
-        await until(lambda: all(server.end for server in self.servers))
+        await wait_until(lambda: all(server.end for server in self.servers))
         self.assertEqual([], [server for server in self.servers if server.heard])
         return describe(caught.exception)
 

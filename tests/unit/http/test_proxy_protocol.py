@@ -12,7 +12,8 @@ from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.http.proxy_protocol import HeaderReader, Proxied
-from tests.support.hostile_worker import Peer, post, until
+from tests.support.hostile_worker import Peer, post
+from tests.support.waiting import wait_until
 from tests.unit.http.test_server import SiteTestCase
 
 if TYPE_CHECKING:
@@ -115,14 +116,14 @@ class ProxiedSiteTests(SiteTestCase):
 
     async def proxied(self, source: str, family: str = "TCP4") -> Peer:
         peer = await self.call(self.port, version_1(source, family, "::1" if ":" in source else "192.0.2.1"))
-        await until(lambda: peer.end or all(c._header is None for c in self.site.protocols))
+        await wait_until(lambda: peer.end or all(c._header is None for c in self.site.protocols))
         return peer
 
     async def test_the_count_goes_back_to_where_it_was_taken_from(self) -> None:
         for number in range(3 * 8):
             peer = await self.call(self.port, version_1(f"198.51.100.{number % 3}") + post("/run", b""))
             self.assertIn(b"ran", await peer.hear_out())
-            await until(lambda: not self.site.protocols)
+            await wait_until(lambda: not self.site.protocols)
         self.assertEqual({}, dict(self.site._from))
 
     async def test_connections_of_one_client_have_a_limit_and_their_proxy_has_none(self) -> None:
@@ -135,7 +136,7 @@ class ProxiedSiteTests(SiteTestCase):
         await self.proxied("2001:db8::2", "TCP6")
         self.assertEqual(8, len(self.site.protocols))
         first[0].transport.abortConnection()
-        await until(lambda: len(self.site.protocols) == 7)
+        await wait_until(lambda: len(self.site.protocols) == 7)
         await (await self.proxied("2001:db8::3", "TCP6")).hear_out()  # of the same /64
         self.assertIsNone((await self.proxied("198.51.100.7")).end)
         self.assertEqual([], self.flushLoggedErrors())
@@ -144,7 +145,7 @@ class ProxiedSiteTests(SiteTestCase):
         for data in NO_HEADERS:
             peer = await self.call(self.port, data + post("/run", b""))
             self.assertEqual(b"", await peer.hear_out())
-        await until(lambda: not self.site.protocols)
+        await wait_until(lambda: not self.site.protocols)
         self.assertEqual([], self.little.bodies)
         self.assertEqual({}, dict(self.site._from))
         self.assertEqual([], self.flushLoggedErrors())
@@ -152,7 +153,7 @@ class ProxiedSiteTests(SiteTestCase):
 
     async def test_one_that_sends_no_header_is_closed_after_a_minute(self) -> None:
         peer = await self.call(self.port, b"PRO")
-        await until(lambda: self.site.protocols)
+        await wait_until(lambda: self.site.protocols)
         self.clock.advance(60)
         self.assertEqual(b"", await peer.hear_out())
 

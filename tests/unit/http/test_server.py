@@ -22,8 +22,8 @@ from tests.support.hostile_worker import (
     parse_answer,
     post,
     reactor,
-    until,
 )
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
@@ -83,7 +83,7 @@ class SiteTestCase(LoopbackTestCase):
         self.clock = Clock()
         self.little = Little()
         self.site = BoundedSite(self.clock, self.little.app.resource(), **{"max_body": 10, **self.limits})
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not self.site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not self.site.protocols)))
         self.port = self.listen(self.site)
 
     async def ask(self, request: bytes) -> tuple[int, str, dict[str, str]]:
@@ -264,7 +264,7 @@ class ErrorTests(SiteTestCase):
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
         await peer.say(b"POST /run HTTP/1.1\r\nnonsense\r\nContent-Length: 0\r\n")
-        await until(lambda: any(wrapper.disconnecting for wrapper in self.site.protocols))
+        await wait_until(lambda: any(wrapper.disconnecting for wrapper in self.site.protocols))
         for _ in range(3):
             await peer.say(b"\r\n")
         drained = self.drain(60)
@@ -349,7 +349,7 @@ class TimeTests(SiteTestCase):
         cases = {"in its head": 30, "at its first byte": 1, "in its body": len(slow) - 3}
         for way, start in cases.items():
             peer = await self.call(self.port, slow[:start])
-            await until(lambda: self.channel()._begun)
+            await wait_until(lambda: self.channel()._begun)
             self.clock.advance(14)
             await peer.say(slow[start : start + 1])
             self.clock.advance(0.9)
@@ -358,13 +358,13 @@ class TimeTests(SiteTestCase):
             answer, content = parse_answer(await peer.hear_out())
             self.assertEqual((408, "the request was not complete within 15 s\n"),
                              (answer.status, content.decode()), way)  # fmt: skip
-            await until(lambda: not self.site.protocols)
+            await wait_until(lambda: not self.site.protocols)
             self.assert_no_timer()
         self.assertEqual([], self.little.bodies)
 
     async def test_a_connection_without_a_request_is_closed_after_a_minute_before_and_between(self) -> None:
         idle = await self.call(self.port)
-        await until(lambda: self.site.protocols)
+        await wait_until(lambda: self.site.protocols)
         self.clock.advance(59)
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(1)
@@ -380,16 +380,16 @@ class TimeTests(SiteTestCase):
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(1)
         self.assertEqual(b"", await peer.hear_out())
-        await until(lambda: not self.site.protocols)
+        await wait_until(lambda: not self.site.protocols)
         self.assert_no_timer()
 
     async def test_an_answer_may_take_its_time(self) -> None:
         peer = await self.call(self.port, post("/wait", b""))
-        await until(lambda: self.little.bodies)
+        await wait_until(lambda: self.little.bodies)
         self.clock.advance(600)
         self.assertEqual(0, self.little.cancelled)
         peer.transport.loseConnection()
-        await until(lambda: self.little.cancelled)
+        await wait_until(lambda: self.little.cancelled)
 
     def channel(self) -> Channel:
         [connection] = self.site.protocols
@@ -410,12 +410,12 @@ class PipelineTests(SiteTestCase):
 
     async def test_what_comes_during_an_answer_is_thrown_away_and_ends_it_where_it_is_much(self) -> None:
         peer = await self.call(self.port, post("/wait", b"1"))
-        await until(lambda: self.little.bodies)
+        await wait_until(lambda: self.little.bodies)
         for _ in range(64):
             await peer.say(b"x" * 1024)
         self.assertEqual(0, self.little.cancelled)
         await peer.say(b"x")
-        await until(lambda: self.little.cancelled)
+        await wait_until(lambda: self.little.cancelled)
         await peer.hear_out()
 
 
@@ -430,15 +430,15 @@ class CrowdTests(SiteTestCase):
             return peer
 
         crowd = [await call("127.0.0.2") for _ in range(2)]
-        await until(lambda: len(self.site.protocols) == 2)
+        await wait_until(lambda: len(self.site.protocols) == 2)
         await (await call("127.0.0.2")).hear_out()
         crowd.append(await call("127.0.0.3"))
-        await until(lambda: len(self.site.protocols) == 3)
+        await wait_until(lambda: len(self.site.protocols) == 3)
         await (await call("127.0.0.4")).hear_out()
         self.assertEqual([None] * 3, [peer.end for peer in crowd])
 
         crowd[0].transport.loseConnection()
-        await until(lambda: len(self.site.protocols) == 2)
+        await wait_until(lambda: len(self.site.protocols) == 2)
         again = await call("127.0.0.2")
         await again.say(post("/run", b"again"))
         await again.hear(b"ran")
@@ -448,16 +448,16 @@ class GoneTests(SiteTestCase):
     async def test_a_client_that_closes_or_half_closes_has_gone_away(self) -> None:
         closed = await self.call(self.port, post("/wait", b"1"))
         half_closed = await self.call(self.port, post("/wait", b"2"))
-        await until(lambda: len(self.little.bodies) == 2)
+        await wait_until(lambda: len(self.little.bodies) == 2)
         closed.transport.loseConnection()
         half_closed.transport.loseWriteConnection()
-        await until(lambda: self.little.cancelled == 2)
+        await wait_until(lambda: self.little.cancelled == 2)
         await half_closed.hear_out()
         self.assertEqual(b"", bytes(half_closed.heard))
 
     async def test_a_client_that_goes_away_during_its_body_is_not_served(self) -> None:
         peer = await self.call(self.port, post("/run", b"0123")[:-1])
-        await until(lambda: self.site.protocols)
+        await wait_until(lambda: self.site.protocols)
         peer.transport.loseWriteConnection()
         await peer.hear_out()
         self.assertEqual([], self.little.bodies)
@@ -494,11 +494,11 @@ class EndTests(SiteTestCase):
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
         await peer.say(post("/run", b""))
-        await until(lambda: [wrapper for wrapper in self.site.protocols if wrapper._lingering])
+        await wait_until(lambda: [wrapper for wrapper in self.site.protocols if wrapper._lingering])
         self.clock.advance(59.9)
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(0.1)
-        await until(lambda: not self.site.protocols)
+        await wait_until(lambda: not self.site.protocols)
         self.assert_no_timer()
 
     async def test_an_idle_connection_is_closed_and_its_next_request_not_heard(self) -> None:

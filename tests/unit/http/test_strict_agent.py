@@ -10,7 +10,8 @@ from twisted.web.iweb import UNKNOWN_LENGTH
 
 from bfaas.http.client import BodyReceiver, BytesProducer, read_body, single_use_agent, wait_for_response
 from bfaas.http.response_parser import MalformedResponseError
-from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, reactor, until
+from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, reactor
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,7 +42,7 @@ class AgentTests(LoopbackTestCase):
         port = self.listen(Factory.forProtocol(lambda: peer))
         url = f"http://127.0.0.1:{port}/".encode()
         answer = self.agent.request(b"POST", url, None, BytesProducer(LARGE))
-        await until(lambda: peer.connected)
+        await wait_until(lambda: peer.connected)
         return Deferred.fromCoroutine(wait_for_response(answer)), peer
 
     async def test_a_request_is_written_from_scratch(self) -> None:

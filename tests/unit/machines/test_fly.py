@@ -31,8 +31,9 @@ from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import FlyMachines, authorization
 from tests.support import machines_contract
-from tests.support.hostile_worker import End, LoopbackTestCase, reactor, until
+from tests.support.hostile_worker import End, LoopbackTestCase, reactor
 from tests.support.machines_contract import CONFIG
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
@@ -51,7 +52,7 @@ class FlyMachinesContract(machines_contract.MachinesContract):
         machines = EmulatedMachines(reactor, self.wall, timing=Timing(boot=0.02, stop=0.01))
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         site = BoundedSite(reactor, MachinesServer(machines, "workers", "t").app.resource(), 1 << 20)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         url = f"http://127.0.0.1:{self.listen(site)}"
         self.api = FlyMachines(reactor, single_use_agent(reactor), Random(1), url, "workers", "t")
 

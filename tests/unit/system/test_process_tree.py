@@ -5,16 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.system import process_tree
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.support.waiting import block_until
 
 # The process at the top of each tree keeps orphans below itself, as a worker does.
 _TOP = """
@@ -43,16 +39,10 @@ class TreeTests(SynchronousTestCase):
         return top
 
     def fell(self, top: subprocess.Popen[bytes]) -> None:
-        self.until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
+        block_until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
         top.kill()
         with top:
             pass
-
-    def until(self, true: Callable[[], bool]) -> None:
-        limit = time.monotonic() + 20
-        while not true():
-            self.assertLess(time.monotonic(), limit, "it never came true")
-            time.sleep(0.005)
 
     def names_below(self, pid: int) -> list[str]:
         names = []
@@ -63,12 +53,12 @@ class TreeTests(SynchronousTestCase):
 
     def assert_killed(self, script: str, sleeps: int) -> None:
         top = self.grow(script)
-        self.until(lambda: self.names_below(top.pid).count("sleep") == sleeps)
+        block_until(lambda: self.names_below(top.pid).count("sleep") == sleeps)
         family = process_tree.kill_tree(top.pid)
         self.assertEqual(family[0].pid, top.pid)
         self.assertGreater(len(family), sleeps)
         top.wait(20)
-        self.until(lambda: not any(map(process_tree.is_running, family)))
+        block_until(lambda: not any(map(process_tree.is_running, family)))
         self.assertEqual(top.returncode, -signal.SIGKILL)
 
     def test_kills_a_plain_child(self) -> None:
@@ -85,28 +75,28 @@ class TreeTests(SynchronousTestCase):
 
     def test_kill_below_spares_the_top_and_the_spared(self) -> None:
         top = self.grow("setsid sleep 1000 & sleep 1000; true")
-        self.until(lambda: self.names_below(top.pid) == ["bash", "sleep", "sleep"])
+        block_until(lambda: self.names_below(top.pid) == ["bash", "sleep", "sleep"])
         (bash,) = process_tree.children(top.pid)
         self.assertEqual(process_tree.kill_descendants_once(top.pid, {bash}), 0)
         self.assertEqual(self.names_below(top.pid), ["bash", "sleep", "sleep"])
         self.assertEqual(process_tree.kill_descendants_once(top.pid), 3)
-        self.until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
+        block_until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
         self.assertIsNone(top.poll())
 
     def test_outruns_a_process_that_keeps_forking(self) -> None:
         # Each generation starts the next and ends, so that a list of numbers is out of date when it is read.
         top = self.grow("f() { sleep 0.001; ((SECONDS > 5)) || f & }; f & f & f")
-        self.until(lambda: len(process_tree.descendants(top.pid)) > 3)
-        self.until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
+        block_until(lambda: len(process_tree.descendants(top.pid)) > 3)
+        block_until(lambda: process_tree.kill_descendants_once(top.pid) == 0)
         self.assertEqual([], [p for p in process_tree.descendants(top.pid) if not p.dead])
 
     def test_freezes_and_thaws(self) -> None:
         top = self.grow("while true; do :; done")
-        self.until(lambda: self.names_below(top.pid) == ["bash"])
+        block_until(lambda: self.names_below(top.pid) == ["bash"])
         process_tree.stop_tree(top.pid)
-        self.until(lambda: [p.state for p in process_tree.process_and_descendants(top.pid)] == ["T", "T"])
+        block_until(lambda: [p.state for p in process_tree.process_and_descendants(top.pid)] == ["T", "T"])
         process_tree.continue_tree(top.pid)
-        self.until(lambda: "T" not in [p.state for p in process_tree.process_and_descendants(top.pid)])
+        block_until(lambda: "T" not in [p.state for p in process_tree.process_and_descendants(top.pid)])
 
     def test_never_signals_another_process_of_the_same_number(self) -> None:
         top = subprocess.Popen(["sleep", "1000"])
@@ -127,7 +117,7 @@ class TreeTests(SynchronousTestCase):
 
     def test_a_name_with_brackets_does_not_confuse(self) -> None:
         top = self.grow("cp /bin/sleep '/tmp/) Z 1 ('$$ && exec -a x '/tmp/) Z 1 ('$$ 1000")
-        self.until(lambda: self.names_below(top.pid)[0].startswith(")"))
+        block_until(lambda: self.names_below(top.pid)[0].startswith(")"))
         (process,) = process_tree.descendants(top.pid)
         self.addCleanup(os.remove, f"/tmp/) Z 1 ({process.pid}")
         self.assertEqual(process.parent, top.pid)
@@ -138,7 +128,7 @@ class TreeTests(SynchronousTestCase):
         mine = subprocess.Popen(["true"])
         self.addCleanup(mine.wait)
         other = os.spawnlp(os.P_NOWAIT, "true", "true")
-        self.until(
+        block_until(
             lambda: {mine.pid, other} <= {p.pid for p in process_tree.descendants(os.getpid()) if p.dead}
         )
         self.assertGreaterEqual(process_tree.reap_orphans({mine.pid}), 1)
@@ -148,7 +138,7 @@ class TreeTests(SynchronousTestCase):
     def test_a_zombie_of_ours_counts_as_left(self) -> None:
         known = set(process_tree.children(os.getpid()))
         pid = os.spawnlp(os.P_NOWAIT, "true", "true")
-        self.until(lambda: pid in {p.pid for p in process_tree.descendants(os.getpid()) if p.dead})
+        block_until(lambda: pid in {p.pid for p in process_tree.descendants(os.getpid()) if p.dead})
         self.assertEqual(process_tree.kill_descendants_once(os.getpid(), known), 1)
         self.assertEqual(process_tree.reap_orphans(known), 1)
         self.assertEqual(process_tree.kill_descendants_once(os.getpid(), known), 0)

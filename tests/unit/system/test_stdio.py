@@ -18,6 +18,7 @@ from bfaas import __version__
 from bfaas.cli.run import base_url
 from bfaas.tokens import genkey
 from tests.support.paths import ROOT
+from tests.support.waiting import block_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -247,18 +248,11 @@ class SignalTests(SynchronousTestCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        wait_until(lambda: children.read_text() != "")
+        block_until(lambda: children.read_text() != "")
         until_it_reads(int(children.read_text()))
         os.write(ours, b"\x03")
         self.assertEqual(-signal.SIGINT, wait_for(process))
         self.assertNotIn(b"again", os.read(ours, 4096))
-
-
-def wait_until(is_true: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT
-    while not is_true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def until_it_reads(pid: int) -> None:
@@ -272,7 +266,7 @@ def until_it_reads(pid: int) -> None:
         is_input = (call in ("0", "63") and first == "0x0") or call in ("257", "56")
         return sleeps and is_input and b"bfaas.cli.main" in (process / "cmdline").read_bytes()
 
-    wait_until(reads)
+    block_until(reads)
 
 
 class UrlTests(SynchronousTestCase):

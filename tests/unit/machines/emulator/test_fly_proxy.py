@@ -25,8 +25,8 @@ from tests.support.hostile_worker import (
     parse_answer,
     post,
     reactor,
-    until,
 )
+from tests.support.waiting import wait_until
 
 HEAD = b"HTTP/1.1 200 Fine\r\nTransfer-Encoding: chunked\r\n\r\n"
 OK: list[bytes | Deferred[None] | End] = [HEAD + LAST_CHUNK, End.CLOSE]
@@ -49,7 +49,7 @@ class FlycastCase(LoopbackTestCase):
 
     def serve(self, agent: IAgent) -> int:
         site = BoundedSite(reactor, FlyProxy(self.machines, agent), 1 << 20)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         return self.listen(site)
 
     async def machine(self, *script: bytes | Deferred[None] | End) -> tuple[str, Liar]:
@@ -194,18 +194,18 @@ class StreamTests(FlycastCase):
         agent = Tap()
         self.port = self.serve(agent)
         peer = await self.call(self.port, post("/run", b"", to(machine_id)))
-        await until(lambda: agent.receiver)
+        await wait_until(lambda: agent.receiver)
         peer.transport.pauseProducing()
 
         for _ in range(1000):  # a gigabyte, more than any buffer takes
             if agent.paused:
                 break
             agent.receiver.dataReceived(b"x" * (1 << 20))
-            await until(lambda: True)
+            await wait_until(lambda: True)
         self.assertTrue(agent.paused)
         peer.transport.resumeProducing()
 
-        await until(lambda: not agent.paused)
+        await wait_until(lambda: not agent.paused)
 
 
 @implementer(IAgent)

@@ -12,8 +12,9 @@ from bfaas.http.server import BoundedSite
 from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import authorization
-from tests.support.hostile_worker import LoopbackTestCase, parse_answer, until
+from tests.support.hostile_worker import LoopbackTestCase, parse_answer
 from tests.support.machines_contract import CONFIG
+from tests.support.waiting import wait_until
 
 EPOCH = 1_700_000_000.0
 BASE = "/v1/apps/workers/machines"
@@ -40,7 +41,7 @@ class RoutesTestCase(LoopbackTestCase):
             self.clock, MachinesServer(self.machines, "workers", "fo1_t").app.resource(), 1 << 20
         )
         self.port = self.listen(site)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
 
     async def ask(
         self,
@@ -103,8 +104,8 @@ class ErrorTests(RoutesTestCase):
             }.items():
                 self.assertEqual(status, (await self.ask("GET ", token=token)).status, (held, token))
 
-    def close(self, site: BoundedSite) -> Deferred[None]:
-        return Deferred.fromCoroutine(until(lambda: not site.protocols))
+    def close(self, site: BoundedSite) -> Deferred[object]:
+        return Deferred.fromCoroutine(wait_until(lambda: not site.protocols))
 
     async def test_an_unknown_route_is_answered_in_plain_text(self) -> None:
         for line, root in (("GET /1/2/3", BASE), ("PUT ", BASE), ("GET /v2", "")):
@@ -198,7 +199,7 @@ class ErrorTests(RoutesTestCase):
         limited = EmulatedMachines(self.clock, lambda: EPOCH, rate_limited=True)
         site = BoundedSite(self.clock, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
         self.port = self.listen(site)
-        self.addCleanup(lambda: Deferred.fromCoroutine(until(lambda: not site.protocols)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
 
         self.assertEqual([200] * 3, [(await self.ask("GET ")).status for _ in range(3)])
         await self.assert_refused(429, "rate limit exceeded", "GET ")
@@ -244,7 +245,7 @@ class AnswerTests(RoutesTestCase):
             if expected == "stopped":
                 await self.ask(f"POST /{machine_id}/stop")
             asking = Deferred.fromCoroutine(self.ask(path + query))
-            await until(lambda: asking.called or self.machines._entries[machine_id].watchers)  # noqa: B023
+            await wait_until(lambda: asking.called or self.machines._entries[machine_id].watchers)  # noqa: B023
             self.boot()
             reply = await asking
             version = (await self.machines.get(machine_id)).instance_id
@@ -254,7 +255,7 @@ class AnswerTests(RoutesTestCase):
         self.assertEqual([], self.machines._entries[machine_id].watchers)
 
         late = Deferred.fromCoroutine(self.ask(f"{path}?state=failed,suspended&timeout=1"))
-        await until(lambda: len(self.machines._entries[machine_id].watchers) == 2)
+        await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 2)
         self.clock.advance(1)
         reply = await late
         error = (
@@ -265,7 +266,7 @@ class AnswerTests(RoutesTestCase):
     async def test_a_wait_for_the_start_of_a_machine_that_has_ended_is_over_at_once(self) -> None:
         machine_id = await self.create("m")
         starting = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?timeout=60"))
-        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
         await self.ask(f"POST /{machine_id}/stop")
         self.clock.advance(1)
         error = "deadline_exceeded: machine failed to reach desired state, started, currently stopped"
@@ -292,7 +293,7 @@ class AnswerTests(RoutesTestCase):
             reply = await self.ask(f"GET /{machine_id}/wait?{name}={version}")
             self.assertEqual((200, after), (reply.status, reply.told["version"]))
         stale = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?instance_id={before}&timeout=1"))
-        await until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
+        await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
         self.clock.advance(1)
         self.assertEqual(408, (await stale).status)
 
@@ -301,11 +302,11 @@ class AnswerTests(RoutesTestCase):
         watchers = self.machines._entries[machine_id].watchers
         head = f"GET {BASE}/{machine_id}/wait?state=settled HTTP/1.1\r\nHost: there\r\n"
         peer = await self.call(self.port, f"{head}Authorization: Bearer fo1_t\r\n\r\n".encode())
-        await until(lambda: len(watchers) == 5)
+        await wait_until(lambda: len(watchers) == 5)
 
         peer.transport.abortConnection()
 
-        await until(lambda: not watchers)
+        await wait_until(lambda: not watchers)
 
     async def test_metadata_is_merged_and_guarded_by_no_lease(self) -> None:
         machine_id = await self.create("m", ttl=60, metadata={"a": "1", "b": "2", "c": "3"})
