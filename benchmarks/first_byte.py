@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from benchmarks.client import ask, begin, post, read_to_body
 from benchmarks.programs import confined, coordinator, worker
 from benchmarks.report import Report
-from bfaas.system.confinement import command_prefix
+from bfaas.system.confinement import Confinement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,7 +77,7 @@ def _in_turn(samples: int) -> tuple[dict[str, list[float]], list[tuple[float, fl
                 _settle(ours)
                 bare["bash"].append(_spawn(()))
                 with confined() as (_, user, sandbox):
-                    bare["confined"].append(_spawn(command_prefix(user, sandbox)))
+                    bare["confined"].append(_spawn(Confinement(user, sandbox).command_prefix()))
                 # Whoever is first leaves something behind that ends while the other is asked.
                 theirs = direct.run(_SCRIPT).check(_EXIT).first_ms
                 direct.end()

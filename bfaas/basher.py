@@ -1,10 +1,10 @@
 """
-The worker: takes one authenticated script in its life, runs it, streams its output, then ends.
+The worker: runs one authenticated script, streams its output, then exits.
 
-`twistd bfaas-basher`, or `python -m bfaas.basher` without twistd's start-up.
+Started by `twistd bfaas-basher`, or by `python -m bfaas.basher`, which skips twistd's start-up.
 
-A machine boots for every run, and somebody may wait for it. So it listens as soon as it can, and what only a
-run needs (`bfaas.worker.app`, klein) is loaded once it has told that it listens.
+A machine boots for each run while a client may be waiting. So the worker listens as early as possible, and
+loads what only a run needs (`bfaas.worker.app`, klein) after its first health check response.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ if __name__ == "__main__":
     from bfaas.system.startup import prepare_role
 
     prepare_role("bfaas-basher")
-    # Imports leave next to no garbage; looking for it takes some 10 ms.
+    # Imports create almost no garbage, and collections during them take about 10 ms.
     gc.disable()
-    # A worker speaks no TLS. Twisted can do without; with it, the reactor takes a third longer to load.
-    sys.modules["OpenSSL"] = sys.modules["ssl"] = None  # type: ignore[assignment]  # how to say "not here"
+    # A worker does not use TLS, and Twisted works without it. With TLS, importing the reactor takes a third
+    # longer. None makes these imports fail.
+    sys.modules["OpenSSL"] = sys.modules["ssl"] = None  # type: ignore[assignment]
 
 import gc
 import os
@@ -34,7 +35,7 @@ from bfaas.http.server import MAX_CONNECTIONS, BoundedSite, text_response
 from bfaas.protocol import formats
 from bfaas.settings import BasherSettings
 from bfaas.system import process_tree
-from bfaas.system.confinement import check_programs
+from bfaas.system.confinement import Confinement, check_programs
 from bfaas.system.listener import Listener
 from bfaas.system.logs import LOG_FORMAT, with_logging
 from bfaas.system.runtime import (
@@ -49,7 +50,7 @@ from bfaas.system.runtime import (
 from bfaas.system.startup import StartError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from twisted.application.service import IService
     from twisted.internet.interfaces import IReactorTime
@@ -60,10 +61,10 @@ if TYPE_CHECKING:
 
 class LazyResource(Resource):
     """
-    Stands before a resource that takes its time to load, and tells meanwhile that we listen.
+    A resource that is loaded on first use, and that answers health checks before it is loaded.
 
-    It is loaded behind the answer to the first `GET /healthz`, after which a run is to be expected; or for
-    the first request that is anything else.
+    It is loaded after the response to the first `GET /healthz`, since a run is then likely to follow, or for
+    the first request of any other kind.
     """
 
     isLeaf = True
@@ -76,15 +77,15 @@ class LazyResource(Resource):
         self._loaded: Resource | None = None
 
     def render(self, request: Request) -> Any:
-        """Answer that we listen, or have the resource answer."""
+        """Answer a health check, or pass the request to the loaded resource."""
         if self._loaded is None and (request.method, request.path) == (b"GET", formats.HEALTH_PATH.encode()):
-            request.notifyFinish().addBoth(self._answered)
+            request.notifyFinish().addBoth(self._on_response_finished)
             request.setHeader(formats.WORKER, self._machine_id)
             return text_response(request, "ok")
         return self._resource().render(request)
 
-    def _answered(self, _: object) -> None:
-        # The reactor sends what was written at the end of its next turn: load in the one after that.
+    def _on_response_finished(self, _: object) -> None:
+        # The reactor sends the response at the end of its next iteration: load in the one after that.
         self._clock.callLater(0, self._clock.callLater, 0, self._resource)
 
     def _resource(self) -> Resource:
@@ -94,42 +95,47 @@ class LazyResource(Resource):
 
 
 class Worker(Service):
-    """The worker as a service: listens until its run is over and delivered, then stops the reactor."""
+    """The worker as a service: listens until its run has ended and is delivered, then stops the reactor."""
 
-    _FLUSH_LIMIT = 60.0
+    _FLUSH_TIMEOUT = 60.0
+    """Seconds that responses have to be delivered after shutdown, if runs have no time limit."""
 
-    def __init__(self, reactor: Any, settings: BasherSettings, endpoint: str) -> None:
+    def __init__(
+        self, reactor: Any, settings: BasherSettings, confinement: Confinement, endpoint: str
+    ) -> None:
         self._reactor = reactor
         self._settings = settings
-        self._runner: WorkerApp | None = None
-        front = LazyResource(reactor, self._load, settings.machine_id)
-        most = min(MAX_CONNECTIONS, max_connections())
-        self._site = BoundedSite(reactor, front, settings.max_body, max_connections=most)
+        self._confinement = confinement
+        self._app: WorkerApp | None = None
+        resource = LazyResource(reactor, self._load, settings.machine_id)
+        connections = min(MAX_CONNECTIONS, max_connections())
+        self._site = BoundedSite(reactor, resource, settings.max_body, max_connections=connections)
         self._listener = Listener(reactor, "--listen", endpoint, self._site)
 
     def _load(self) -> Resource:
         try:
-            resource = self._load_runner()
+            resource = self._load_app()
         except Exception:
-            # It has told that it listens, but it cannot run anything: a machine that stops is soon seen.
-            self._end()
+            # It listens but cannot run anything. Exit, so that the coordinator soon sees its machine stop.
+            self._stop_reactor()
             raise
-        # All of this stays, so nobody needs to look for garbage in it.
+        # All of this lives until exit: the garbage collector does not need to traverse it.
         gc.freeze()
         gc.enable()
         return resource
 
-    def _load_runner(self) -> Resource:
-        from bfaas.worker.app import WorkerApp  # noqa: PLC0415 - see above
+    def _load_app(self) -> Resource:
+        from bfaas.worker.app import WorkerApp  # noqa: PLC0415 - loaded after the first health check
 
-        self._runner = WorkerApp(self._reactor, self._settings, time.time, self._end)
-        resource: Resource = self._runner.app.resource()
-        # The first look for a route sorts them all, and imports an encoding.
-        self._runner.app.url_map.bind("localhost").match(formats.HEALTH_PATH)
+        app = WorkerApp(self._reactor, self._settings, self._confinement, time.time, self._stop_reactor)
+        self._app = app
+        resource: Resource = app.app.resource()
+        # The first match sorts the routes and imports an encoding: do that before the run comes.
+        app.app.url_map.bind("localhost").match(formats.HEALTH_PATH)
         return resource
 
     def startService(self) -> None:
-        """Begin to listen; raise `StartError` where that cannot be."""
+        """Start to listen. Raises `StartError`."""
         try:
             os.chdir(self._settings.home)
         except (OSError, ValueError) as error:
@@ -140,47 +146,52 @@ class Worker(Service):
         self._listener.startService()
 
     def stopService(self) -> Deferred[None]:
-        """Stop listening, kill what runs, deliver what was written."""
+        """Kill the run, stop listening, and wait until all output is delivered."""
         return Deferred.fromCoroutine(self._stop())
 
-    def _end(self) -> None:
+    def _stop_reactor(self) -> None:
         if self.running:
             self._reactor.callLater(0, self._reactor.stop)
 
     async def _stop(self) -> None:
         super().stopService()
-        # First of all: a signal may have been sent to the script as well, whose end is not its own then.
-        ended = None if self._runner is None else Deferred.fromCoroutine(self._runner.stop())
+        # First of all: the script may have received the same signal, and then its end is not its own.
+        run_ended = None if self._app is None else Deferred.fromCoroutine(self._app.stop())
         await self._listener.stopService()
-        if ended is not None:
-            await ended
-        # A client that reads slowly still gets everything, for as long as its run may take.
-        await self._site.drain(self._settings.max_req_time or self._FLUSH_LIMIT)
+        if run_ended is not None:
+            await run_ended
+        # A slow client still receives everything, for as long as a run may take.
+        await self._site.drain(self._settings.max_req_time or self._FLUSH_TIMEOUT)
 
 
 class Options(RoleOptions):
-    """Command-line options of the worker; everything else is in its environment."""
+    """Command-line options of the worker; all other settings are environment variables."""
 
     role = "bfaas-basher"
 
     optParameters: ClassVar = [
-        ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint to take requests on (IPv4: Fly's proxy)."],
+        ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint for requests (IPv4: Fly's proxy)."],
         LOG_FORMAT,
     ]
     optFlags: ClassVar = [["exit-on-stdin-eof", None, "Stop and kill the run when standard input ends."]]
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the worker from the environment. Raise, or exit, with one line where it cannot be."""
+    """Build the worker from the environment. Raise, or exit with 1, with one line for each error."""
     if reactor is None:
         check_options(options)
-        from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
-    settings = settings_or_exit("bfaas-basher", BasherSettings.from_environment)
+        from twisted.internet import reactor  # noqa: PLC0415 - twistd has chosen the reactor by now
+    settings, confinement = settings_or_exit(options.role, _load_settings)
     check_programs()
     configure_reactor(reactor)
     if options["exit-on-stdin-eof"]:
         stop_at_end_of_input(reactor)
-    return with_logging(Worker(reactor, settings, options["listen"]), options, reactor)
+    return with_logging(Worker(reactor, settings, confinement, options["listen"]), options, reactor)
+
+
+def _load_settings(environ: Mapping[str, str]) -> tuple[BasherSettings, Confinement]:
+    settings = BasherSettings.from_environment(environ)
+    return settings, Confinement.resolve(settings.run_as, settings.sandbox)
 
 
 if __name__ == "__main__":

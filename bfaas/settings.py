@@ -1,20 +1,19 @@
 """
-The environment, read once into frozen settings.
+Settings of each role, read once from environment variables into frozen dataclasses.
 
-A value is read without the whitespace around it, and an empty one counts as missing.
+Values are stripped of surrounding whitespace, and an empty value counts as missing. Only text is checked
+here; what depends on the host, such as users and programs, is resolved by `bfaas.system`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from bfaas.system.confinement import MissingProgramError, User, find_program
 from bfaas.tokens import Signer, Verifier, genkey
 from bfaas.units import parse_duration, parse_size
 
@@ -28,20 +27,20 @@ _MOCK = "mock"
 
 _MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
 _FLY_IDLE_TIMEOUT = 60.0
-"""Seconds of silence after which Fly's proxy ends a connection, where `idle_timeout` is not set."""
+"""Seconds without data after which Fly's proxy closes a connection, unless `idle_timeout` is set."""
 
 _MAX_SUSPENDED_MB = 2048
-"""Memory that a machine may have to be suspended (https://fly.io/docs/reference/suspend-resume/)."""
+"""Largest memory of a machine that can be suspended (https://fly.io/docs/reference/suspend-resume/)."""
 
-_WHOLE = re.compile(r"-?[0-9]{1,18}")
+_INTEGER = re.compile(r"-?[0-9]{1,18}")
 _URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
 _MACHINE_ID = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
-_quoted = json.dumps  # one line of ASCII, whatever the value holds
+_quoted = json.dumps  # always one line of ASCII
 
 
 class SettingsError(Exception):
-    """What is wrong with an environment: a line for each problem, beginning with the variable's name."""
+    """Invalid settings: one line for each problem, which starts with the variable's name."""
 
     def __init__(self, problems: tuple[str, ...]) -> None:
         super().__init__("\n".join(problems))
@@ -50,7 +49,7 @@ class SettingsError(Exception):
 
 @dataclass(frozen=True)
 class ApiSettings:
-    """What it takes to ask the Machines API about an app."""
+    """Access to the Machines API for one app."""
 
     worker_app: str
     url: str
@@ -58,14 +57,14 @@ class ApiSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> ApiSettings:
-        """Read the settings; raise `SettingsError` with all that is wrong."""
+        """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
-            return _api(read, read.required("WORKER_APP", str, "the Fly app whose machines are meant"))
+            return _api(read, read.required("WORKER_APP", str, "the Fly app of the machines"))
 
 
 @dataclass(frozen=True)
 class FlySettings:
-    """What it takes to have workers on Fly: the API, their image, and the URL that leads to them."""
+    """Workers on Fly: access to the API, the worker's image, and the URL that reaches workers."""
 
     api: ApiSettings
     worker_image: str
@@ -75,10 +74,10 @@ class FlySettings:
 @dataclass(frozen=True)
 class CoordSettings:
     """
-    What a coordinator is told, in seconds and bytes; `fly` is None where workers are local processes.
+    Settings of the coordinator. Durations are in seconds, sizes in bytes.
 
-    `proxy_idle_timeout` is how long the proxy before the coordinator keeps a silent connection; None where
-    that is Fly's default, or there is no proxy.
+    `fly` is None if workers are local processes. `proxy_idle_timeout` is how long the proxy in front of the
+    coordinator keeps a connection without data; None means Fly's default, or no proxy for local workers.
     """
 
     max_req_time: float
@@ -102,18 +101,23 @@ class CoordSettings:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """Read the settings; raise `SettingsError` with all that is wrong."""
+        """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
             worker_app = read.required("WORKER_APP", str, "a Fly app, or mock for local machines")
             mock = worker_app == _MOCK
+            pool_size = read.optional("POOLSIZE", _positive(_integer), 2)
+            standby_suspended = read.optional("POOL_STANDBY_STATE", _is_suspended, default=False)
+            parse_memory: Callable[[str], int] = _integer
+            if standby_suspended and not mock:
+                parse_memory = _at_most(_MAX_SUSPENDED_MB, "the maximum for suspended machines on Fly")
             return cls(
                 max_req_time=read.required("MAXREQTIME", _positive(parse_duration), "a duration such as 10s"),
                 fly=None if mock else _fly(read, worker_app),
-                replay=read.optional("FLY_REPLAY", _switch, default=False),
+                replay=read.optional("FLY_REPLAY", _boolean, default=False),
                 signer=(
                     read.optional("PRIVATE", Signer, Signer(genkey().private))
                     if mock
-                    else read.required("PRIVATE", Signer, "a key that `bfaas genkey` made")
+                    else read.required("PRIVATE", Signer, "a private key from `bfaas genkey`")
                 ),
                 machine_id=(
                     read.optional("FLY_MACHINE_ID", _machine_id, _MOCK)
@@ -125,22 +129,14 @@ class CoordSettings:
                     if mock
                     else read.required("FLY_REGION", str, "a region such as ams")
                 ),
-                pool_size=(pool_size := read.optional("POOLSIZE", _positive(_whole), 2)),
+                pool_size=pool_size,
                 standby=read.optional("POOL_STANDBY", _at_most(pool_size, "POOLSIZE"), 0),
-                standby_suspended=(
-                    suspends := read.optional("POOL_STANDBY_STATE", _is_suspended, default=False)
-                ),
-                worker_cpus=read.optional("WORKER_CPUS", _positive(_whole), 1),
-                worker_memory_mb=read.optional(
-                    "WORKER_MEMORY_MB",
-                    _positive(
-                        _at_most(_MAX_SUSPENDED_MB, "Fly suspends") if suspends and not mock else _whole
-                    ),
-                    256,
-                ),
+                standby_suspended=standby_suspended,
+                worker_cpus=read.optional("WORKER_CPUS", _positive(_integer), 1),
+                worker_memory_mb=read.optional("WORKER_MEMORY_MB", _positive(parse_memory), 256),
                 max_wait=read.optional("MAXWAIT", _positive(parse_duration), 30.0),
-                max_queue=read.optional("MAXQUEUE", _natural, 100),
-                max_per_client=read.optional("MAXPERCLIENT", _positive(_whole), 20),
+                max_queue=read.optional("MAXQUEUE", _non_negative, 100),
+                max_per_client=read.optional("MAXPERCLIENT", _positive(_integer), 20),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
                 destroy_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
@@ -149,27 +145,28 @@ class CoordSettings:
 
     @property
     def idle_timeout_warnings(self) -> tuple[str, ...]:
-        """What makes an answer silent for so long that the proxy before us ends it: a line for each."""
-        idle = self.proxy_idle_timeout or (_FLY_IDLE_TIMEOUT if self.fly else None)
-        lines = (
-            ("MAXWAIT", self.max_wait, "a request that waits for a worker"),
-            ("MAXREQTIME", self.max_req_time, "a raw answer, which has no heartbeats,"),
+        """One line for each limit that lets a response stay idle until the proxy closes its connection."""
+        idle_timeout = self.proxy_idle_timeout or (_FLY_IDLE_TIMEOUT if self.fly else None)
+        idle_periods = (
+            ("MAXWAIT", self.max_wait, "a queued request"),
+            ("MAXREQTIME", self.max_req_time, "a raw response, which has no heartbeats,"),
         )
         return tuple(
-            f"{name} is {seconds:g} s: {what} may be silent for so long, and the proxy closes a connection "
-            f"after {idle:g} s of silence (PROXY_IDLE_TIMEOUT; idle_timeout in fly.toml)"
-            for name, seconds, what in lines
-            if idle is not None and seconds >= idle
+            f"{name} is {seconds:g} s: {subject} can be idle for that long, but the proxy closes connections "
+            f"after {idle_timeout:g} s without data (PROXY_IDLE_TIMEOUT; idle_timeout in fly.toml)"
+            for name, seconds, subject in idle_periods
+            if idle_timeout is not None and seconds >= idle_timeout
         )
 
 
 @dataclass(frozen=True)
 class BasherSettings:
     """
-    What a worker is told. Spans of time are in seconds, sizes in bytes.
+    Settings of a worker. Durations are in seconds, sizes in bytes.
 
-    `max_req_time` is None where the worker has no limit of its own. `sandbox` are the first words of every
-    command that runs a script. `run_as` is None where scripts run as the worker's own user.
+    `max_req_time` is None if the worker has no limit of its own. `sandbox` is the command prefix of a sandbox
+    for scripts, and may be empty. `run_as` is the name or number of the user that scripts run as, and empty
+    for the worker's own user; see `bfaas.system.confinement.Confinement.resolve`.
     """
 
     verifier: Verifier
@@ -179,24 +176,22 @@ class BasherSettings:
     max_body: int
     max_output: int
     sandbox: tuple[str, ...]
-    run_as: User | None
+    run_as: str
     home: str
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
-        """Read the settings; raise `SettingsError` with all that is wrong."""
+        """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
             return cls(
-                verifier=read.required(
-                    "PUBLIC", Verifier, "the key that goes with the coordinator's PRIVATE"
-                ),
+                verifier=read.required("PUBLIC", Verifier, "the public key of the coordinator's PRIVATE"),
                 machine_id=read.required("FLY_MACHINE_ID", _machine_id, "this machine's name"),
                 region=read.optional("FLY_REGION", str, ""),
                 max_req_time=read.optional("MAXREQTIME", _positive(parse_duration), None),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
-                sandbox=read.optional("SANDBOX", _command, ()),
-                run_as=read.optional("RUN_AS", _other_user, None),
+                sandbox=read.optional("SANDBOX", _shell_words, ()),
+                run_as=read.optional("RUN_AS", str, ""),
                 home=read.optional("HOME", str, "/"),
             )
 
@@ -204,7 +199,7 @@ class BasherSettings:
 def _fly(read: _Reader, worker_app: str) -> FlySettings:
     return FlySettings(
         api=_api(read, worker_app),
-        worker_image=read.required("WORKER_IMAGE", str, "the image that workers run"),
+        worker_image=read.required("WORKER_IMAGE", str, "the image of workers"),
         worker_url=read.optional("WORKER_URL", _url, f"http://{worker_app}.flycast"),
     )
 
@@ -213,15 +208,15 @@ def _api(read: _Reader, worker_app: str) -> ApiSettings:
     return ApiSettings(
         worker_app=worker_app,
         url=read.optional("FLY_FLAPS_BASE_URL", _url, "http://_api.internal:4280"),
-        token=read.required("FLY_TOKEN", str, "a token that may manage the worker app"),
+        token=read.required("FLY_TOKEN", str, "an API token that can manage the worker app"),
     )
 
 
 class _Reader:
     """
-    Reads variables one by one, and raises all their problems together where its `with` ends.
+    Reads variables one by one; at the end of its `with` block, raises all their problems together.
 
-    Until then a variable with a problem reads as None, whatever its type: nobody gets to see it.
+    Until then a variable with a problem reads as None, whatever its type: the caller never sees the result.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -235,12 +230,12 @@ class _Reader:
         if kind is None and self._problems:
             raise SettingsError(tuple(self._problems))
 
-    def required(self, name: str, parse: Callable[[str], T], what: str) -> T:
-        """Read a variable that must be there; `what` tells a reader of the problem what to give."""
+    def required(self, name: str, parse: Callable[[str], T], description: str) -> T:
+        """Read a required variable; if it is missing, the problem includes the description of its value."""
 
         def parse_given(text: str) -> T:
             if not text:
-                raise ValueError(f"missing; {what}")
+                raise ValueError(f"missing; {description}")
             return parse(text)
 
         return self._read(name, parse_given)
@@ -257,26 +252,38 @@ class _Reader:
             return cast("T", None)
 
 
-def _whole(text: str) -> int:
-    if not _WHOLE.fullmatch(text):
+def _integer(text: str) -> int:
+    if not _INTEGER.fullmatch(text):
         raise ValueError(f"{_quoted(text)} is not a whole number")
     return int(text)
 
 
-def _natural(text: str) -> int:
-    if _whole(text) < 0:
+def _non_negative(text: str) -> int:
+    if _integer(text) < 0:
         raise ValueError(f"{_quoted(text)} is below zero")
-    return _whole(text)
+    return _integer(text)
 
 
-def _at_most(limit: int | None, what: str) -> Callable[[str], int]:
+def _at_most(limit: int | None, limit_name: str) -> Callable[[str], int]:
+    """Return a parser of numbers from 0 to `limit`. It is None if the limit itself is invalid."""
+
     def parse(text: str) -> int:
-        number = _natural(text)
+        number = _non_negative(text)
         if limit is None or number <= limit:
             return number
-        raise ValueError(f"{_quoted(text)} is more than {what}, {limit}")
+        raise ValueError(f"{_quoted(text)} is more than {limit} ({limit_name})")
 
     return parse
+
+
+def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:
+    def parse_positive(text: str) -> N:
+        number = parse(text)
+        if number <= 0:
+            raise ValueError(f"{_quoted(text)} is not above zero")
+        return number
+
+    return parse_positive
 
 
 def _is_suspended(text: str) -> bool:
@@ -291,14 +298,10 @@ def _is_destroy(text: str) -> bool:
     raise ValueError(f"{_quoted(text)} is neither stop nor destroy")
 
 
-def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:
-    def parse_positive(text: str) -> N:
-        number = parse(text)
-        if number <= 0:
-            raise ValueError(f"{_quoted(text)} is not above zero")
-        return number
-
-    return parse_positive
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("1", "0", "true", "false", "on", "off", "yes", "no"):
+        raise ValueError(f"{_quoted(text)} is neither on nor off")
+    return text.lower() in ("1", "true", "on", "yes")
 
 
 def _machine_id(text: str) -> str:
@@ -307,14 +310,8 @@ def _machine_id(text: str) -> str:
     return text
 
 
-def _switch(text: str) -> bool:
-    if text.lower() not in ("1", "0", "true", "false", "on", "off", "yes", "no"):
-        raise ValueError(f'"{text}" is neither on nor off')
-    return text.lower() in ("1", "true", "on", "yes")
-
-
 def _url(text: str) -> str:
-    """Read a URL that has no more than a scheme, a host and perhaps a port."""
+    """Parse a URL of a scheme, a host and optionally a port, without a path."""
     match = _URL.fullmatch(text)
     if match is None:
         raise ValueError(f"{_quoted(text)} is not a URL such as http://host:port")
@@ -322,27 +319,14 @@ def _url(text: str) -> str:
         try:
             IPv6Address(match["address"])
         except ValueError as error:
-            raise ValueError(f"{_quoted(text)} has no IPv6 address in its brackets: {error}") from None
+            raise ValueError(f"{_quoted(text)} has an invalid IPv6 address: {error}") from None
     if match["port"] is not None and not 0 < int(match["port"]) < 1 << 16:
-        raise ValueError(f"{_quoted(text)} has no port from 1 to 65535")
+        raise ValueError(f"{_quoted(text)} has an invalid port: 1 to 65535")
     return text.rstrip("/")
 
 
-def _other_user(text: str) -> User | None:
-    user = User.parse(text)
-    # Without privileges nothing has to change, and groups could not be dropped.
-    return None if user.uid == os.geteuid() != 0 else user
-
-
-def _command(text: str) -> tuple[str, ...]:
+def _shell_words(text: str) -> tuple[str, ...]:
     try:
-        words = shlex.split(text)
+        return tuple(shlex.split(text))
     except ValueError as error:
         raise ValueError(f"{_quoted(text)} is not a shell command: {error}") from None
-    if not words:
-        return ()
-    try:
-        # What starts a script must not depend on the PATH of the script.
-        return find_program(words[0]), *words[1:]
-    except MissingProgramError as error:
-        raise ValueError(str(error)) from None

@@ -203,7 +203,7 @@ def _genauth(arguments: Namespace, environ: Mapping[str, str]) -> int:
 
     private = environ.get("PRIVATE", "").strip()
     if not private:
-        raise CommandError("PRIVATE: missing; a key that `bfaas genkey` made")
+        raise CommandError("PRIVATE: missing; a private key from `bfaas genkey`")
     try:
         signer = Signer(private)
     except KeyFormatError as error:

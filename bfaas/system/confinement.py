@@ -1,9 +1,10 @@
 """
-What a script is held by: the user that it runs as, its limits, and being the first that dies of want.
+What confines a script: its user, its limits, a sandbox, and its place as the first victim of low memory.
 
-All of it is done by the words that its command begins with. Twisted starts a process fast only where it has
-nothing to change in it, and each of these programs changes one thing and becomes the next. The last one is
-a bash that sets limits, reports that everything before it has worked, and becomes the script's.
+All of it is done by a command prefix: a chain of programs (setsid, choom, setpriv, bwrap), each of which
+changes one thing and executes the next. Twisted is only fast at starting a process if nothing in it has to be
+changed before it executes. The last program of the chain is a bash that sets limits, reports that everything
+before it has worked, and executes the script's command.
 """
 
 from __future__ import annotations
@@ -13,17 +14,23 @@ import pwd
 import re
 import resource
 import shutil
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from bfaas.settings import SettingsError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-"""The PATH that scripts get. Programs that confine them are searched along it, then along our own PATH."""
-
 BASH = "/bin/bash"
+
+SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+"""PATH of scripts."""
+
+STARTED_FD = 4
+"""Descriptor to which the command prefix writes a line once all of its programs have worked."""
 
 SANDBOX_HOME = "/home/worker"
 """The home of a script inside a sandbox."""
@@ -31,40 +38,99 @@ SANDBOX_HOME = "/home/worker"
 SANDBOX_ACCOUNT = "worker"
 """The name of a script's user inside a sandbox, where its id has no name on the host."""
 
-_READ_ONLY = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
-_PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - empty and private in each sandbox
+_OOM_SCORE_ADJ = "1000"
+"""The highest value: when memory runs out, Linux kills the script before the worker, however small it is."""
 
-_UTIL_LINUX = ("setsid", "choom", "setpriv")
 
-_NUMBER = re.compile(r"[0-9]{1,10}")
+@dataclass(frozen=True)
+class Confinement:
+    """
+    How the scripts of a worker are confined.
+
+    They run as `user`, or as the worker's own user if that is None. `sandbox` is a command prefix, such as
+    bubblewrap's with its options, and may be empty.
+    """
+
+    user: User | None = None
+    sandbox: tuple[str, ...] = ()
+
+    @classmethod
+    def resolve(cls, run_as: str, sandbox: Sequence[str]) -> Self:
+        """
+        Find the user and the program that the settings RUN_AS and SANDBOX name; both may be empty.
+
+        Raises `SettingsError`.
+        """
+        problems: list[str] = []
+        user = None
+        program = list(sandbox[:1])
+        try:
+            # An absolute path: what is executed must not depend on the PATH of the script.
+            program = [find_program(word) for word in program]
+        except MissingProgramError as error:
+            problems.append(f"SANDBOX: {error}")
+        try:
+            user = User.parse(run_as) if run_as else None
+        except ValueError as error:
+            problems.append(f"RUN_AS: {error}")
+        if problems:
+            raise SettingsError(tuple(problems))
+        # A worker that is not root is that user already, and could not drop its groups.
+        if user is not None and user.uid == os.geteuid() != 0:
+            user = None
+        return cls(user, (*program, *sandbox[1:]))
+
+    @property
+    def user_name(self) -> str:
+        """The name of the user that scripts run as, or its number if it has no name."""
+        uid = os.geteuid() if self.user is None else self.user.uid
+        try:
+            return pwd.getpwuid(uid).pw_name
+        except KeyError:
+            return str(uid)
+
+    @property
+    def uses_bubblewrap(self) -> bool:
+        """Whether the sandbox is bubblewrap."""
+        return any(Path(word).name == "bwrap" for word in self.sandbox)
+
+    def command_prefix(self) -> list[str]:
+        """
+        Return the words to put before a command, so that it runs confined in a session of its own.
+
+        Immediately before the command is executed, a line is written to `STARTED_FD`, if that is open, and
+        the descriptor is closed. Without that line the command was never executed, whatever the exit status.
+
+        Linux counts processes by user, and since 5.14 also by user namespace. Their number is limited only if
+        the script does not share that count with the worker. No limit is raised above that of this process.
+        Raises `MissingProgramError`.
+        """
+        words = [find_program("setsid"), find_program("choom"), "-n", _OOM_SCORE_ADJ, "--"]
+        if self.user is not None:
+            words += [find_program("setpriv"), f"--reuid={self.user.uid}", f"--regid={self.user.gid}"]
+            words += ["--clear-groups", "--no-new-privs", "--"]
+        words += self.sandbox
+        limits = [*_LIMITS]
+        if self.uses_bubblewrap:
+            # Bubblewrap forks: without another session, the script's process group would include bwrap.
+            words.append(find_program("setsid"))
+        if self.user is not None or self.uses_bubblewrap:
+            limits.append(_PROCESS_LIMIT)
+        # Inside the sandbox, because the counts of its namespaces start there.
+        return [*words, BASH, "-c", _last_step(limits), "bfaas"]
+
+
+_USER_NUMBER = re.compile(r"[0-9]{1,10}")
+
 _MAX_ID = (1 << 32) - 2
-"""The last user id of Linux; the one after it is "no change" to setresuid(2)."""
+"""The highest user id of Linux; the next number means "no change" to setresuid(2)."""
 
-# Bits of CapEff (linux/capability.h) that it takes to run a process as another user, and to kill it.
 _CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
-
-# The option of bash's `ulimit`, the limit, its value, and the unit in which bash counts it.
-_LIMITS: tuple[tuple[str, int, int, int], ...] = (
-    # A dump would hold what the script had in memory, and fill the disk.
-    ("c", resource.RLIMIT_CORE, 0, 1024),
-    # Linux's usual number; programs that close all they might have open take long with more.
-    ("n", resource.RLIMIT_NOFILE, 1024, 1),
-    # Far more than a run can deliver, and less than a Fly Machine's disk of 8 GB: one runaway file ends by
-    # SIGXFSZ, not by filling it.
-    ("f", resource.RLIMIT_FSIZE, 1 << 30, 1024),
-)
-# About half of what Linux itself allows all users on a machine of 256 MB, so that root always finds a pid.
-_PROCESSES = ("u", resource.RLIMIT_NPROC, 512, 1)
-
-BEGUN = 4
-"""The descriptor on which a line is written once all that confines a command has worked."""
-
-_KILL_FIRST = "1000"
-"""The highest oom_score_adj: out of memory, Linux kills the script before the worker, however small it is."""
+"""Bits of CapEff (linux/capability.h) that are needed to run a process as another user and to kill it."""
 
 
 class User(NamedTuple):
-    """A user that scripts can run as, and its group; it has no others."""
+    """A user that scripts can run as, with its only group."""
 
     uid: int
     gid: int
@@ -72,14 +138,14 @@ class User(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> Self:
         """
-        Find a user by name, or by number, which need not have a name; raise `ValueError` where it cannot be.
+        Find a user by name or number. A number does not need to have a name, and is then its group, too.
 
-        Only root can become another.
+        Raises `ValueError` if there is no such user, or if this process cannot run programs as that user.
         """
         try:
-            entry = pwd.getpwuid(int(text)) if _NUMBER.fullmatch(text) else pwd.getpwnam(text)
-        except (KeyError, OverflowError):  # the latter for numbers that no user can have
-            if not _NUMBER.fullmatch(text) or int(text) > _MAX_ID:
+            entry = pwd.getpwuid(int(text)) if _USER_NUMBER.fullmatch(text) else pwd.getpwnam(text)
+        except (KeyError, OverflowError):  # OverflowError: larger than any user id
+            if not _USER_NUMBER.fullmatch(text) or int(text) > _MAX_ID:
                 raise ValueError(f"there is no user {text!a}") from None
             user = cls(int(text), int(text))
         else:
@@ -92,9 +158,9 @@ class User(NamedTuple):
 
     def unavailable(self) -> str | None:
         """Return why this process cannot run programs as the user, or None if it can."""
-        lacking = missing_capabilities(_CAPABILITIES)
-        if lacking:
-            return f"cannot change the user without {', '.join(lacking)}"
+        missing = missing_capabilities(_CAPABILITIES)
+        if missing:
+            return f"cannot change the user without {', '.join(missing)}"
         for kind, number in (("uid", self.uid), ("gid", self.gid)):
             if not _is_mapped(kind, number):
                 return f"{kind} {number} does not exist in this user namespace"
@@ -103,16 +169,16 @@ class User(NamedTuple):
         return None
 
 
-def missing_capabilities(needed: dict[str, int]) -> list[str]:
-    """Return the names of capabilities, by their bits, that are not effective in this process."""
+def missing_capabilities(required: dict[str, int]) -> list[str]:
+    """Return those names of capabilities whose bits are not set in this process's effective set."""
     line = re.search(r"^CapEff:\s*([0-9a-f]+)", _read("/proc/self/status"), re.MULTILINE)
     if line is None:  # not Linux
         return []
-    return [name for name, bit in needed.items() if not int(line[1], 16) >> bit & 1]
+    return [name for name, bit in required.items() if not int(line[1], 16) >> bit & 1]
 
 
 def _is_mapped(kind: str, number: int) -> bool:
-    # Lines of "first inside, first outside, count" (user_namespaces(7)).
+    # Lines of "first id inside, first id outside, count" (user_namespaces(7)).
     lines = [[int(word) for word in line.split()] for line in _read(f"/proc/self/{kind}_map").splitlines()]
     return not lines or any(first <= number < first + count for first, _, count in lines)
 
@@ -124,17 +190,20 @@ def _read(path: str) -> str:
         return ""
 
 
+_UTIL_LINUX = ("setsid", "choom", "setpriv")
+
+
 class MissingProgramError(Exception):
-    """A program that confining a script takes is not installed."""
+    """A program that is needed to confine scripts is not installed."""
 
 
 def find_program(name: str) -> str:
     """
-    Return the absolute path of a program that confines scripts; look for it once, and then use it always.
+    Return the absolute path of a program that confines scripts. Each is looked up only once.
 
-    Standard directories come first for util-linux: the script's user can enter them, and they exist in a
-    sandbox. Others, such as a newer bubblewrap, are searched along our own PATH first.
-    Raises `MissingProgramError`.
+    Programs of util-linux are searched along `SEARCH_PATH` first: the script's user can read those
+    directories, and they exist in a sandbox. Others, such as a newer bubblewrap, are searched along this
+    process's PATH first. Raises `MissingProgramError`.
     """
     return _find_program(name, os.environ.get("PATH", os.defpath))
 
@@ -150,63 +219,54 @@ def _find_program(name: str, path: str) -> str:
 
 
 def check_programs() -> None:
-    """Find everything that a script's command begins with. Raises `MissingProgramError`."""
+    """Look up the programs that every command prefix needs. Raises `MissingProgramError`."""
     for name in _UTIL_LINUX:
         find_program(name)
     if not os.access(BASH, os.X_OK):
         raise MissingProgramError(f"{BASH} is not installed")
 
 
-def in_bubblewrap(sandbox: Sequence[str]) -> bool:
-    """Tell whether a sandbox's command prefix is bubblewrap's."""
-    return any(Path(word).name == "bwrap" for word in sandbox)
+class _Limit(NamedTuple):
+    """A resource limit; `option` and `unit` are those of bash's `ulimit`."""
+
+    option: str
+    kind: int
+    value: int
+    unit: int
+
+    @property
+    def argument(self) -> str:
+        hard = resource.getrlimit(self.kind)[1]
+        value = self.value if hard == resource.RLIM_INFINITY else min(self.value, hard)
+        return f"-{self.option} {value // self.unit}"
 
 
-def name_of(user: User | None) -> str:
-    """Return a user's name, or its number where it has no name; None is the user that we run as."""
-    uid = os.geteuid() if user is None else user.uid
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
-
-
-def command_prefix(user: User | None, sandbox: Sequence[str]) -> list[str]:
-    """
-    Make the first words of a script's command: a session of its own, `user` if any, the sandbox, limits.
-
-    Before the command proper begins, a line is written to the descriptor `BEGUN`, if it is open, and the
-    descriptor is closed. A run without that line has not begun, whatever its exit code.
-
-    Processes are counted by user, and (since Linux 5.14) by user namespace: they have a limit only where the
-    script does not share the count with the worker's user. No limit is raised above our own.
-    Raises `MissingProgramError`.
-    """
-    words = [find_program("setsid"), find_program("choom"), "-n", _KILL_FIRST, "--"]
-    if user is not None:
-        words += [find_program("setpriv"), f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups"]
-        words += ["--no-new-privs", "--"]
-    words += sandbox
-    limits = _LIMITS
-    if in_bubblewrap(sandbox):
-        # Bubblewrap forks: without a session inside of it, its own processes are in the script's group.
-        words.append(find_program("setsid"))
-    if user is not None or in_bubblewrap(sandbox):
-        limits = (*limits, _PROCESSES)
-    # Inside the sandbox: what its namespaces count begins there.
-    options = " ".join(f"-{name} {_at_most(kind, limit) // unit}" for name, kind, limit, unit in limits)
-    return [*words, BASH, "-c", _LAST_STEP.format(options=options), "bfaas"]
-
-
-# Without a process of its own: the shell becomes the command. A twistd in the background has a umask of 077.
-_LAST_STEP = (
-    f'umask 022 && ulimit {{options}} || exit; {{{{ echo >&{BEGUN}; }}}} 2>/dev/null; exec {BEGUN}>&- "$@"'
+_LIMITS = (
+    # A core dump would hold the script's memory, and fill the disk.
+    _Limit("c", resource.RLIMIT_CORE, 0, 1024),
+    # Linux's usual value. Programs that close all possible descriptors take long with a larger one.
+    _Limit("n", resource.RLIMIT_NOFILE, 1024, 1),
+    # Far more than a run can deliver, and less than the 8 GB disk of a Fly Machine: a script that writes a
+    # file without end is killed by SIGXFSZ before the disk is full.
+    _Limit("f", resource.RLIMIT_FSIZE, 1 << 30, 1024),
 )
 
+_PROCESS_LIMIT = _Limit("u", resource.RLIMIT_NPROC, 512, 1)
+"""About half of what Linux allows all users of a machine with 256 MB, so that root can always fork."""
 
-def _at_most(kind: int, limit: int) -> int:
-    hard = resource.getrlimit(kind)[1]
-    return limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+
+def _last_step(limits: Sequence[_Limit]) -> str:
+    """Return a bash script that sets limits, writes to `STARTED_FD`, and executes its arguments."""
+    options = " ".join(limit.argument for limit in limits)
+    # A daemon of twistd has the umask 077; scripts get the usual one.
+    return (
+        f"umask 022 && ulimit {options} || exit; "
+        f'{{ echo >&{STARTED_FD}; }} 2>/dev/null; exec {STARTED_FD}>&- "$@"'
+    )
+
+
+_READ_ONLY = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
+_PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - empty and private in each sandbox
 
 
 def sandbox_prefix(home: str, accounts: str | None = None) -> tuple[str, ...]:

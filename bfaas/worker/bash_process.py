@@ -1,10 +1,10 @@
 """
-One bash run as a process: its tree, its pipes, its end.
+One run of a script as a bash process: its command, its pipes, its descendants, its exit.
 
-The run is over when bash exits. What it left running is then killed, whatever session it moved to, what is
-in the pipes is delivered, and only then is the exit told. For that, the process that this is in must be
-the subreaper of its descendants (see `bfaas.system.process_tree.become_subreaper`), and have no other use
-for children.
+A run is over when bash exits. Then all processes that it left behind are killed, in whatever session they
+are, the rest of the output is read from the pipes, and only then is the exit reported. This process must be
+the subreaper of its descendants (`bfaas.system.process_tree.become_subreaper`), and must start no other
+children during a run.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import resource
 import signal
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.process import ProcessWriter
 from twisted.internet.protocol import ProcessProtocol
@@ -26,49 +26,55 @@ from zope.interface import implementer
 
 from bfaas.protocol.formats import Exit, Reason, Stream
 from bfaas.system import process_tree
-from bfaas.system.confinement import BASH, BEGUN, SEARCH_PATH, command_prefix, in_bubblewrap, name_of
+from bfaas.system.confinement import BASH, SEARCH_PATH, STARTED_FD
 from bfaas.worker.pipes import OutputReader, Pipes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Mapping
 
     from twisted.internet.interfaces import IDelayedCall, IReactorProcess, IReactorTime
     from twisted.python.failure import Failure
 
     from bfaas.protocol.request import RunRequest
-    from bfaas.system.confinement import User
+    from bfaas.system.confinement import Confinement
 
     class BashReactor(IReactorProcess, IReactorTime):
-        """What a run needs of the reactor."""
+        """The parts of a reactor that a run needs."""
 
-
-_MAX_ARGUMENT = 128 * 1024 - 1
-"""Bytes that Linux takes as one argument of a program (MAX_ARG_STRLEN in linux/binfmts.h, less the NUL)."""
-
-# Expansion comes first, so descriptor 3 is closed with the whole script read, and lines keep their numbers.
-# By its path, since PATH can be the client's.
-_LONG_SCRIPT = 'eval "exec 3<&-; $(/bin/cat <&3)"'
-
-_STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
-
-_SHUTDOWN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
-"""
-What service managers and terminals send to all processes at once. The script can be the first to notice, so
-a death by one of these is told a moment later, in which we may learn that we are shut down too.
-"""
-
-_MAX_COMPLAINT = 1000
-"""Bytes that are kept of what the confining programs write."""
-
-_CERTAINTY = 1.25
-"""How many times our own memory a run must have had, to be surely not ours: the kernel counts in batches."""
 
 T = TypeVar("T")
 
+_STREAMS = {1: Stream.STDOUT, 2: Stream.STDERR}
 
-def script_environment(home: str, machine_id: str, region: str, user: User | None = None) -> dict[str, str]:
-    """Make a script's whole environment; nothing is inherited. `SHELL` is what runs the script."""
-    name = name_of(user)
+_MAX_ARGUMENT = 128 * 1024 - 1
+"""Largest argument of a program on Linux in bytes (MAX_ARG_STRLEN in linux/binfmts.h), without its NUL."""
+
+_SCRIPT_FD = 3
+"""Descriptor of a script that is too long for an argument."""
+
+# The expansion comes before the `exec`, so that the script is read before its descriptor is closed; and it
+# starts on the first line, so that line numbers are right. `cat` has its path, as the client can set PATH.
+_LONG_SCRIPT = f'eval "exec {_SCRIPT_FD}<&-; $(/bin/cat <&{_SCRIPT_FD})"'.encode()
+
+_SHUTDOWN_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
+"""
+Signals that service managers and terminals send to all processes of a service. The script may receive one
+before the worker does, so its death by one of them is reported after `BashRun._SHUTDOWN_DELAY`, in which the
+worker may find out that it is being shut down.
+"""
+
+_MAX_STARTUP_ERRORS = 1000
+"""Bytes that are kept of what the confining programs write."""
+
+_RSS_MARGIN = 1.25
+"""
+The factor by which a run's peak memory has to exceed the worker's to be certain: Linux counts in batches.
+"""
+
+
+def script_environment(home: str, machine_id: str, region: str, confinement: Confinement) -> dict[str, str]:
+    """Return the complete default environment of a script: it inherits nothing from the worker."""
+    name = confinement.user_name
     return {
         "PATH": SEARCH_PATH,
         "HOME": home,
@@ -84,306 +90,326 @@ def script_environment(home: str, machine_id: str, region: str, user: User | Non
 @implementer(IPushProducer)
 class BashRun(ProcessProtocol):
     """
-    A script, running. As a producer it pauses its pipes, and so the script; stopping it kills it.
+    One run of a script, and the push producer of its output.
 
-    `on_output` is called with each piece of output, in the order of its stream, until `ended` fires.
-    Past `max_output` bytes, output is dropped and counted; the script goes on.
+    `on_output` is called with each piece of output, in order for each stream, until `wait_ended` fires. After
+    `max_output` bytes, output is dropped and counted, and the script continues. Pausing the producer leaves
+    output in the pipes, so that the script blocks once they are full; stopping it kills the run.
     """
 
-    transport: Any  # a process's transport has more than the interface tells
+    transport: Any  # uses more of a process transport than its interface declares
     _log = Logger()
-    _DRAIN_LIMIT = 1.0
-    _REAP_PERIOD = 0.1
-    _SHUTDOWN_PAUSE = 0.1
+    _DRAIN_TIMEOUT = 1.0
+    _REAP_INTERVAL = 0.1
+    _SHUTDOWN_DELAY = 0.1
 
     def __init__(
-        self, clock: IReactorTime, on_output: Callable[[Stream, bytes], None], max_output: int
+        self, reactor: BashReactor, on_output: Callable[[Stream, bytes], None], max_output: int
     ) -> None:
-        self._clock = clock
+        self._reactor = reactor
         self._on_output = on_output
-        self._room = max_output
-        self._dropped = 0
-        self._reason: Reason | None = None
+        self._output_budget = max_output
+        self._dropped_bytes = 0
+
+        self._script_started: _OneShot[bool] = _OneShot()
+        self._ended: _OneShot[Exit] = _OneShot()
+        self._startup_errors = b""
         self._killed = False
+        self._reason: Reason | None = None
+        self._signals_are_exit_codes = False
+
+        # The run ends once all three have come, in any order.
         self._status: int | None = None
-        self._swept = False
+        self._descendants_killed = False
         self._pipes_closed = False
+
         self._drain_timer: IDelayedCall | None = None
-        self._reaping: IDelayedCall | None = None
-        self._begun: _Once[bool] = _Once()
-        self._ended: _Once[Exit] = _Once()
-        self._complaint = b""
-        self._signals_are_codes = False
+        self._reap_timer: IDelayedCall | None = None
         self._preexisting_children = frozenset(process_tree.children(os.getpid()))
-        self._started = self._exited = clock.seconds()
-        self._usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._started_at = self._exited_at = reactor.seconds()
+        self._initial_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     def start(
         self,
-        reactor: BashReactor,
-        ask: RunRequest,
+        request: RunRequest,
         environment: Mapping[str, str],
-        sandbox: Sequence[str] = (),
-        user: User | None = None,
+        confinement: Confinement,
         *,
-        merged: bool = False,
+        merge_output: bool = False,
     ) -> None:
         """
-        Start bash, in a session of its own, behind the sandbox's command prefix, as a user or as ourselves.
+        Start bash, confined, in a session of its own.
 
-        The client's variables come over `environment` as the last step: set any earlier, PATH or LD_PRELOAD
-        would have the programs that confine the script (the first of them root's) do the client's bidding.
+        The request's variables override `environment` in the last step before bash. Any earlier, its PATH or
+        LD_PRELOAD would control the programs that confine the script, the first of which may run as root.
 
-        Where output is `merged`, both streams are one pipe, so that they keep their order, and come as
+        With `merge_output`, both output streams are one pipe, which keeps their order, and are reported as
         standard output.
 
-        Raises `OSError` when it cannot be started, `ValueError` for a script with a NUL in it.
+        Raises `OSError` if bash cannot be started, and `ValueError` if the script contains a NUL.
         """
-        # bwrap tells the death of what it runs as 128+n, and no other way.
-        self._signals_are_codes = in_bubblewrap(sandbox)
-        self._reactor = reactor
+        # Bubblewrap reports the death of its child only as exit code 128+n.
+        self._signals_are_exit_codes = confinement.uses_bubblewrap
+        prefix = confinement.command_prefix()
+        variables = [f"{name}={value}".encode() for name, value in request.env.items()]
+        set_variables = [b"/usr/bin/env", *variables] if variables else []
         with ExitStack() as files:
-            pipes = self._pipes = Pipes(user)
+            self._pipes = pipes = Pipes(confinement.user)
             files.callback(pipes.close)
-            descriptors = {}
-            for number in (1, BEGUN) if merged else (1, 2, BEGUN):
-                pipes.make(number)
-            if ask.stdin:
-                pipes.make(0, writable=False)
+            child_files: dict[int, int] = {}
+
+            pipes.add_output(1)
+            if not merge_output:
+                pipes.add_output(2)
+            pipes.add_output(STARTED_FD)
+
+            if request.stdin:
+                pipes.add_input(0)
             else:
-                descriptors[0] = null = os.open(os.devnull, os.O_RDONLY)
+                child_files[0] = null = os.open(os.devnull, os.O_RDONLY)
                 files.callback(os.close, null)
-            command = ask.script
-            if len(command) > _MAX_ARGUMENT:
-                descriptors[3] = memory = _in_memory(command)
+
+            script = request.script
+            if len(script) > _MAX_ARGUMENT:
+                child_files[_SCRIPT_FD] = memory = _memory_file(script)
                 files.callback(os.close, memory)
-                command = _LONG_SCRIPT.encode()
-            descriptors |= pipes.theirs
-            descriptors.setdefault(2, pipes.theirs[1])
-            variables = [f"{name}={value}".encode() for name, value in ask.env.items()]
-            setting = [b"/usr/bin/env", *variables] if variables else []
-            prefix = command_prefix(user, sandbox)
-            words: list[bytes | str] = [*prefix, *setting, BASH, "-c", "--", command]
-            reactor.spawnProcess(self, prefix[0], words, env=environment, childFDs=descriptors)
-            pipes.ours = {}  # the transport's now
-        if self._status is None:  # it may have ended already
-            if ask.stdin:
-                # Written as the script reads, beside its output; what it never reads goes with the pipe.
-                self.transport.write(ask.stdin)
+                script = _LONG_SCRIPT
+
+            child_files |= pipes.child_ends
+            child_files.setdefault(2, pipes.child_ends[1])
+            command: list[bytes | str] = [*prefix, *set_variables, BASH, "-c", "--", script]
+            self._reactor.spawnProcess(self, prefix[0], command, env=environment, childFDs=child_files)
+            pipes.release_parent_ends()  # the transport closes them
+        # Bash may have exited already: Twisted tries to reap a process as soon as it is started.
+        if self._status is None:
+            if request.stdin:
+                # Written while the script reads; what it never reads is dropped with the pipe.
+                self.transport.write(request.stdin)
                 self.transport.closeStdin()
-            self._reap()
+            self._reap_orphans()
 
-    def when_begun(self) -> Deferred[bool]:
+    def wait_started(self) -> Deferred[bool]:
         """
-        Wait until bash itself has begun: True. False where the run ended before.
+        Wait until the script has started. Fires with False if the run ended before that.
 
-        Then its exit has a reason: `NOT_STARTED` unless we ended it; and `complaint` tells more.
+        In that case its exit has a reason: `NOT_STARTED`, unless the run was killed. See `startup_errors`.
         """
-        return self._begun.wait()
+        return self._script_started.wait()
 
-    def when_ended(self) -> Deferred[Exit]:
-        """Wait for the end of the run: nothing of it is left then, and all its output has been given."""
+    def wait_ended(self) -> Deferred[Exit]:
+        """Wait until all processes of the run are dead and all of its output has been passed on."""
         return self._ended.wait()
 
     @property
-    def complaint(self) -> str:
-        """What the programs that confine the script wrote before bash began, its beginning, as one line."""
-        return "; ".join(self._complaint.decode("utf-8", "replace").split("\n")).strip("; ")
+    def startup_errors(self) -> str:
+        """The beginning of what the confining programs wrote before the script started, in one line."""
+        return "; ".join(self._startup_errors.decode("utf-8", "replace").split("\n")).strip("; ")
 
     def kill(self, reason: Reason | None = None) -> None:
         """
-        End the run now, for a reason that its exit will tell. Without effect once bash has exited.
+        Kill the run, and report `reason` in its exit. After bash has exited, this usually does nothing.
 
-        But where the worker is shut down, bash may just have died of a signal that was sent to both, as
-        systemd does: that is the shutdown as well.
+        The exception is `WORKER_LOST`: a signal that was sent to all processes of a service, as systemd does,
+        may have killed bash just before the worker received it. The exit then reports the shutdown.
         """
-        if self._killed or self._ended.happened:
+        if self._killed or self._ended.is_set:
             return
         if self._status is not None:
             if reason is Reason.WORKER_LOST and self._signal_number():
                 self._reason = reason
             return
-        self._killed, self._reason = True, reason
-        pid = self.transport.pid
-        # Bash is not reaped yet, so its number is still its own; setsid may not have made the group yet.
+        self._killed = True
+        self._reason = reason
+        # Bash is not reaped yet, so its pid is still valid. Its group may not exist yet: setsid creates it.
         with suppress(ProcessLookupError, PermissionError):
-            os.killpg(pid, signal.SIGKILL)
+            os.killpg(self.transport.pid, signal.SIGKILL)
         self.transport.signalProcess("KILL")
 
-    # The producer, which the client's pace drives.
+    # IPushProducer, called at the client's pace
 
     def pauseProducing(self) -> None:
-        """Leave output in the pipes, until they are full and the script waits."""
+        """Leave output in the pipes, so that the script blocks once they are full."""
         if self._status is None:
             self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
-        """Read on."""
+        """Read output again."""
         if self._status is None:
             self.transport.resumeProducing()
 
     def stopProducing(self) -> None:
-        """Nobody reads any more: kill the run."""
+        """Kill the run, whose client has disconnected."""
         self.kill()
 
-    # The process.
+    # ProcessProtocol, in the order of the calls
 
     def connectionMade(self) -> None:
-        """Have the transport use our pipes: those that it makes could not be opened again by the script."""
-        for number, end in self._pipes.ours.items():
+        """Install the pipes of `start`, in place of Twisted's own, which the script could not open again."""
+        for number, end in self._pipes.parent_ends.items():
             kind = ProcessWriter if number == 0 else OutputReader
             self.transport.pipes[number] = kind(self._reactor, self.transport, number, end)
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        """Pass a piece of output on, as far as there is room for it."""
-        if childFD == BEGUN:
-            self._begun.happen(True)
+        """Note that the script has started, or pass on output within the limit."""
+        if childFD == STARTED_FD:
+            self._script_started.set(True)
             return
-        self._look_whether_begun()
-        if not self._begun.is_true:  # also where it is known that it never will: output can come last
-            self._complaint += data[: _MAX_COMPLAINT - len(self._complaint)]
+        self._check_started()
+        if not self._script_started.value:  # unknown, or False: the confining programs wrote it
+            self._startup_errors += data[: _MAX_STARTUP_ERRORS - len(self._startup_errors)]
             return
-        kept = data[: self._room]
-        self._room -= len(kept)
-        self._dropped += len(data) - len(kept)
-        if kept:
-            self._on_output(_STREAMS[childFD], kept)
+        output = data[: self._output_budget]
+        self._output_budget -= len(output)
+        self._dropped_bytes += len(data) - len(output)
+        if output:
+            self._on_output(_STREAMS[childFD], output)
 
-    def _look_whether_begun(self) -> None:
-        # The line is written before any output, but the reactor may come to the output first.
-        if not self._begun.happened and BEGUN in self.transport.pipes:
-            self.transport.pipes[BEGUN].doRead()
+    def _check_started(self) -> None:
+        # The line on STARTED_FD is written before any output, but the reactor may read the output first.
+        if not self._script_started.is_set and STARTED_FD in self.transport.pipes:
+            self.transport.pipes[STARTED_FD].doRead()
 
     def processExited(self, reason: Failure) -> None:
-        """Bash has ended, so the run is over: read what is left in the pipes, kill what is left of it."""
+        """Bash has exited, so the run is over: kill its other processes, and read the rest of the output."""
         self._status = getattr(reason.value, "status", 0)
-        self._exited = self._clock.seconds()
-        self._look_whether_begun()
-        if not self._begun.happened:
+        self._exited_at = self._reactor.seconds()
+        self._check_started()
+        if not self._script_started.is_set:
             if not self._killed:
                 self._reason = Reason.NOT_STARTED
-            self._begun.happen(False)
-        if self._reaping is not None:
-            self._reaping.cancel()
-        # Whatever the client's pace: with its writers gone, what a pipe holds has an end, at a megabyte.
+            self._script_started.set(False)
+        if self._reap_timer is not None:
+            self._reap_timer.cancel()
+        # At any client's pace: without writers, the pipes hold no more than their capacity.
         self.transport.resumeProducing()
-        sweep = Deferred.fromCoroutine(self._sweep())
-        sweep.addErrback(lambda failure: self._log.failure("while killing what a script left", failure))
-        sweep.addCallback(lambda _: self._note_swept())
+        killing = Deferred.fromCoroutine(self._kill_descendants())
+        killing.addErrback(lambda failure: self._log.failure("cannot kill a script's processes", failure))
+        killing.addCallback(lambda _: self._on_descendants_killed())
+
+    async def _kill_descendants(self) -> None:
+        """Kill and reap all descendants of this process that did not exist before the run."""
+        survivors = await process_tree.kill_descendants(self._reactor, lambda: self._preexisting_children)
+        if survivors:
+            self._log.error("{count} processes of a script survive SIGKILL", count=survivors)
+        if not self._killed and self._signal_number() in _SHUTDOWN_SIGNALS:
+            await deferLater(self._reactor, self._SHUTDOWN_DELAY)
+
+    def _on_descendants_killed(self) -> None:
+        self._descendants_killed = True
+        if not self._pipes_closed:
+            self._drain_timer = self._reactor.callLater(self._DRAIN_TIMEOUT, self._close_pipes)
+        self._maybe_finish()
+
+    def _close_pipes(self) -> None:
+        self._log.warn("closing a script's pipes: a process outside of the run holds them open")
+        for number in list(self.transport.pipes):
+            self.transport.closeChildFD(number)
 
     def processEnded(self, _: Failure) -> None:
-        """Note that the pipes are read to their end."""
+        """All pipes have been read to their end, or closed."""
         self._pipes_closed = True
         if self._drain_timer is not None and self._drain_timer.active():
             self._drain_timer.cancel()
         self._maybe_finish()
 
-    def _reap(self) -> None:
-        # Orphans fall to us. Dead ones would count as the script's processes until its end, and be its last.
-        process_tree.reap_dead_until(self._preexisting_children | {self.transport.pid})
-        self._reaping = self._clock.callLater(self._REAP_PERIOD, self._reap)
-
-    async def _sweep(self) -> None:
-        """Kill and reap until nothing is left that descends from us and was not there before the run."""
-        left = await process_tree.kill_descendants(self._clock, lambda: self._preexisting_children)
-        if left:
-            self._log.error("{count} processes of a script survive SIGKILL", count=left)
-        if not self._killed and self._signal_number() in _SHUTDOWN_SIGNALS:
-            await deferLater(self._clock, self._SHUTDOWN_PAUSE)
-
-    def _note_swept(self) -> None:
-        self._swept = True
-        if not self._pipes_closed:
-            self._drain_timer = self._clock.callLater(self._DRAIN_LIMIT, self._give_up_on_pipes)
-        self._maybe_finish()
-
-    def _give_up_on_pipes(self) -> None:
-        self._log.warn("a script's pipes are held open by a process that is not its own")
-        for number in list(self.transport.pipes):
-            self.transport.closeChildFD(number)
-
     def _maybe_finish(self) -> None:
-        if not self._ended.happened and self._swept and self._pipes_closed:
-            self._ended.happen(self._tell_exit())
+        if self._status is not None and self._descendants_killed and self._pipes_closed:
+            self._ended.set(self._exit(self._status))
 
-    def _signal_number(self) -> int:
-        """Return the signal that bash died of, as far as that is known; 0 where it exited."""
-        assert self._status is not None  # noqa: S101 - processExited comes before processEnded
-        code = os.waitstatus_to_exitcode(self._status)
-        number = -code if code < 0 else code - 128 if self._signals_are_codes else 0
-        return number if _signal_name(number) else 0
+    def _reap_orphans(self) -> None:
+        # Orphans become children of this process. Dead ones that are not reaped would count towards the
+        # script's limit of processes.
+        process_tree.reap_dead_until(self._preexisting_children | {self.transport.pid})
+        self._reap_timer = self._reactor.callLater(self._REAP_INTERVAL, self._reap_orphans)
 
-    def _tell_exit(self) -> Exit:
-        assert self._status is not None  # noqa: S101 - processExited comes before processEnded
-        code = os.waitstatus_to_exitcode(self._status)
-        name = _signal_name(self._signal_number())
+    # The exit
+
+    def _exit(self, status: int) -> Exit:
+        code = os.waitstatus_to_exitcode(status)
         if code < 0:
             code = 128 - code
+        signal_name = _signal_name(self._signal_number())
         if self._reason is not None:
-            code, name = self._reason.code, None
+            code = self._reason.code
+            signal_name = None
         usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-        cpu = usage.ru_utime + usage.ru_stime - self._usage.ru_utime - self._usage.ru_stime
+        initial = self._initial_usage
+        cpu_seconds = usage.ru_utime + usage.ru_stime - initial.ru_utime - initial.ru_stime
         return Exit(
             code,
-            signal=name,
+            signal=signal_name,
             reason=self._reason,
-            wall_ms=round(1000 * (self._exited - self._started)),
-            cpu_ms=round(1000 * cpu),
+            wall_ms=round(1000 * (self._exited_at - self._started_at)),
+            cpu_ms=round(1000 * cpu_seconds),
             max_rss_kb=self._max_rss_kb(usage.ru_maxrss),
-            truncated=self._dropped > 0,
-            dropped_bytes=self._dropped,
+            truncated=self._dropped_bytes > 0,
+            dropped_bytes=self._dropped_bytes,
         )
 
-    def _max_rss_kb(self, seen: int) -> int | None:
-        """
-        Return the largest resident set of the run's processes, if it is known: if it is larger than ours.
+    def _signal_number(self) -> int:
+        """Return the signal that killed bash, as far as that is known, or 0 if it exited."""
+        if self._status is None:
+            return 0
+        code = os.waitstatus_to_exitcode(self._status)
+        number = 0
+        if code < 0:
+            number = -code
+        elif self._signals_are_exit_codes:
+            number = code - 128
+        return number if _signal_name(number) else 0
 
-        The memory of the process that starts a program counts as that program's (`exec_mmap` in Linux's
-        fs/exec.c), so that nothing smaller than us can be told from us.
+    def _max_rss_kb(self, children_peak: int) -> int | None:
         """
-        ours = _peak_kb()
-        if ours is None or seen <= max(_CERTAINTY * ours, self._usage.ru_maxrss):
+        Return the largest resident set of the run's processes in KiB, or None if it is unknown.
+
+        Linux counts the memory of the process that starts a program as that program's (`exec_mmap` in
+        fs/exec.c). So a peak that is not larger than the worker's may be the worker's own.
+        """
+        worker_peak = _peak_rss_kb()
+        if worker_peak is None:
             return None
-        return seen
+        minimum = max(_RSS_MARGIN * worker_peak, self._initial_usage.ru_maxrss)
+        return children_peak if children_peak > minimum else None
 
 
-class _Once(Generic[T]):
-    """Something that happens once, and has a value then."""
+class _OneShot(Generic[T]):
+    """A value that is set once, and that any number of callers can wait for."""
 
     def __init__(self) -> None:
-        self._values: list[T] = []
         self._waiters: list[Deferred[T]] = []
+        self.is_set = False
+        self.value: T | None = None
 
-    @property
-    def happened(self) -> bool:
-        return bool(self._values)
-
-    @property
-    def is_true(self) -> bool:
-        """Whether it has happened, and its value counts as true."""
-        return any(self._values)
-
-    def happen(self, value: T) -> None:
-        """Give it to all who wait; only the first time counts."""
-        if self._values:
+    def set(self, value: T) -> None:
+        """Set the value and pass it to all waiters, unless it is set already."""
+        if self.is_set:
             return
-        self._values.append(value)
+        self.is_set = True
+        self.value = value
         waiters, self._waiters = self._waiters, []
         for waiter in waiters:
             waiter.callback(value)
 
     def wait(self) -> Deferred[T]:
-        """Wait for the value; cancelling that leaves other waits alone."""
+        """Wait for the value. Cancelling one wait does not affect the others."""
+        if self.is_set:
+            return succeed(cast("T", self.value))
         waiter: Deferred[T] = Deferred(self._waiters.remove)
-        if self._values:
-            waiter.callback(self._values[0])
-        else:
-            self._waiters.append(waiter)
+        self._waiters.append(waiter)
         return waiter
 
 
-def _peak_kb() -> int | None:
-    """Return the largest resident set that this process has had, in KiB, where the system says so."""
+def _memory_file(content: bytes) -> int:
+    """Return the descriptor of an anonymous file with this content, open at its start."""
+    descriptor = os.memfd_create("script")
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def _peak_rss_kb() -> int | None:
+    """Return the largest resident set that this process has had, in KiB, or None if it is unknown."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -396,11 +422,3 @@ def _signal_name(number: int) -> str | None:
         return signal.Signals(number).name
     except ValueError:
         return None
-
-
-def _in_memory(script: bytes) -> int:
-    descriptor = os.memfd_create("script")
-    with open(descriptor, "wb", closefd=False) as file:
-        file.write(script)
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor

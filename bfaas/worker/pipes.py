@@ -1,9 +1,11 @@
 """
-The pipes of a script, which belong to its user: so it can open `/dev/stdout` and its like, as on any host.
+The pipes of a script's process.
 
-Output comes in large pieces: Linux makes pipes of 64 KiB, and Twisted reads 8 KiB of one at a time. Each
-piece goes through two programs on its way to a client, and where the processors are busy, each time one
-waits for the other costs milliseconds.
+They belong to the script's user, so that it can open `/dev/stdout` and the like, as on any host.
+
+Output is read in large pieces. By default, Linux pipes hold 64 KiB and Twisted reads 8 KiB at a time. Each
+piece passes through two programs on its way to the client, and on busy processors each handover costs
+milliseconds.
 """
 
 from __future__ import annotations
@@ -19,58 +21,64 @@ from twisted.internet.process import ProcessReader
 if TYPE_CHECKING:
     from bfaas.system.confinement import User
 
-PIECE = 64 * 1024
-"""Bytes of a piece at the most."""
+READ_SIZE = 64 * 1024
+"""Largest number of bytes in a piece of output."""
 
-_CAPACITY = 1024 * 1024
-"""Bytes that a pipe holds: what Linux lets everybody have (fs.pipe-max-size), as long as few do."""
+_PIPE_CAPACITY = 1024 * 1024
+"""Bytes in a pipe: the most that Linux allows every user for a few pipes (fs.pipe-max-size)."""
 
 
 class Pipes:
     """
-    The pipes of one process by the numbers that they have there: `ours` and `theirs` are the two ends.
+    The pipes of one process, by their descriptor numbers in that process.
 
-    `close_theirs` once the process has them; `close` where it could not be started.
+    `parent_ends` stay in this process, `child_ends` go to the new one.
     """
 
     def __init__(self, owner: User | None) -> None:
         self._owner = owner
-        self.ours: dict[int, int] = {}
-        self.theirs: dict[int, int] = {}
+        self.parent_ends: dict[int, int] = {}
+        self.child_ends: dict[int, int] = {}
 
-    def make(self, number: int, *, writable: bool = True) -> None:
-        """Make a pipe that the process writes, or else reads; its owner can open it again, through /proc."""
-        read, write = os.pipe()
-        self.ours[number], self.theirs[number] = (read, write) if writable else (write, read)
+    def add_input(self, number: int) -> None:
+        """Create a pipe that the process reads."""
+        self.child_ends[number], self.parent_ends[number] = self._create()
+
+    def add_output(self, number: int) -> None:
+        """Create a pipe that the process writes."""
+        self.parent_ends[number], self.child_ends[number] = self._create()
+
+    def _create(self) -> tuple[int, int]:
+        read_end, write_end = os.pipe()
         if self._owner is not None:
-            os.fchown(read, *self._owner)
+            # Both ends are one inode, whose owner can open it again through /proc.
+            os.fchown(read_end, *self._owner)
+        return read_end, write_end
 
-    def close_theirs(self) -> None:
-        """Close the ends of the process, in this process."""
-        for end in self.theirs.values():
-            os.close(end)
-        self.theirs = {}
+    def release_parent_ends(self) -> None:
+        """Leave the parent's ends open: their new owner closes them."""
+        self.parent_ends = {}
 
     def close(self) -> None:
-        """Close everything."""
-        self.close_theirs()
-        for end in self.ours.values():
+        """Close all ends in this process."""
+        for end in (*self.child_ends.values(), *self.parent_ends.values()):
             os.close(end)
-        self.ours = {}
+        self.child_ends = {}
+        self.parent_ends = {}
 
 
 class OutputReader(ProcessReader):
-    """Reads a pipe of a process, in large pieces."""
+    """Reads a pipe of a process in pieces of up to `READ_SIZE` bytes."""
 
     def __init__(self, reactor: Any, process: Any, name: int, fileno: int) -> None:
-        with suppress(OSError):  # a user that has many already gets no more
-            fcntl.fcntl(fileno, fcntl.F_SETPIPE_SZ, _CAPACITY)
+        with suppress(OSError):  # Linux refuses it to a user that already has many pipes
+            fcntl.fcntl(fileno, fcntl.F_SETPIPE_SZ, _PIPE_CAPACITY)
         super().__init__(reactor, process, name, fileno)
 
     def doRead(self) -> BaseException | None:
-        """Read a piece; what comes back is what a reactor expects of `doRead`."""
+        """Read one piece. Return the reason for a disconnection, or None, as reactors expect."""
         try:
-            piece = os.read(self.fileno(), PIECE)
+            piece = os.read(self.fileno(), READ_SIZE)
         except BlockingIOError:
             return None
         except OSError:

@@ -13,9 +13,9 @@ from twisted.trial.unittest import TestCase
 
 from bfaas.protocol.formats import Exit, Reason, Stream
 from bfaas.protocol.request import RunRequest
-from bfaas.system.confinement import SEARCH_PATH, User, name_of
+from bfaas.system.confinement import SEARCH_PATH, Confinement, User
 from bfaas.worker.bash_process import BashRun, script_environment
-from bfaas.worker.pipes import PIECE
+from bfaas.worker.pipes import READ_SIZE
 from tests.support.waiting import wait_until
 from tests.support.workers import LIMIT, reactor, watch_for_leftovers
 
@@ -88,8 +88,9 @@ class BashRunTests(TestCase):
     ) -> tuple[BashRun, Output]:
         output = Output()
         run = BashRun(reactor, output, max_output)
-        environment = script_environment("/", "machine", "ams", user)
-        run.start(reactor, RunRequest.plain(script.encode()), environment, sandbox, user)
+        confinement = Confinement(user, sandbox)
+        environment = script_environment("/", "machine", "ams", confinement)
+        run.start(RunRequest.plain(script.encode()), environment, confinement)
         return run, output
 
     async def run_script(
@@ -101,7 +102,7 @@ class BashRunTests(TestCase):
         user: User | None = None,
     ) -> tuple[Exit, bytes, bytes]:
         run, output = self.start(script, max_output=max_output, sandbox=sandbox, user=user)
-        exit_ = await run.when_ended()
+        exit_ = await run.wait_ended()
         return exit_, *output.both
 
     async def assert_ends_with_nothing_left(
@@ -116,7 +117,7 @@ class BashRunTests(TestCase):
         run, output = self.start(script, sandbox=sandbox)
         await wait_until(lambda: output.both[0] == b"up\n", "the script is up")
         run.kill(Reason.TIMEOUT)
-        exit_ = await run.when_ended()
+        exit_ = await run.wait_ended()
         self.assertEqual((124, "timeout", None), (exit_.code, exit_.reason, exit_.signal))
         self.assertEqual((b"up\n", []), (output.both[0], self.left()))
 
@@ -129,10 +130,12 @@ class BashRunTests(TestCase):
         self, script: str, sandbox: tuple[str, ...] = (), user: User | None = None, **more: object
     ) -> tuple[Exit, bytes, bytes]:
         """Run what a request in JSON asks for."""
-        ask, output = RunRequest.from_json(json.dumps({"script": script, **more}).encode()), Output()
+        request = RunRequest.from_json(json.dumps({"script": script, **more}).encode())
+        output = Output()
         run = BashRun(reactor, output, PLENTY)
-        run.start(reactor, ask, script_environment("/", "machine", "ams", user), sandbox, user)
-        return await run.when_ended(), *output.both
+        confinement = Confinement(user, sandbox)
+        run.start(request, script_environment("/", "machine", "ams", confinement), confinement)
+        return await run.wait_ended(), *output.both
 
     async def test_standard_input_is_given_whole_and_ends(self) -> None:
         much = "0123456789abcdef" * (1 << 16)
@@ -267,17 +270,17 @@ class BashRunTests(TestCase):
     async def test_a_run_killed_at_once_ends_too(self) -> None:
         run, _ = self.start("sleep 1000; true")
         run.kill()
-        exit_ = await run.when_ended()
+        exit_ = await run.wait_ended()
         self.assertEqual((137, "SIGKILL", None), (exit_.code, exit_.signal, exit_.reason))
 
     async def test_only_the_first_reason_for_a_kill_counts_and_none_after_the_end(self) -> None:
         run, _ = self.start("sleep 1000")
         run.kill(Reason.TIMEOUT)
         run.kill(Reason.OUTPUT_LIMIT)
-        exit_ = await run.when_ended()
+        exit_ = await run.wait_ended()
         run.kill(Reason.OUTPUT_LIMIT)
         self.assertEqual("timeout", exit_.reason)
-        self.assertEqual(exit_, await run.when_ended())
+        self.assertEqual(exit_, await run.wait_ended())
 
     async def test_a_paused_run_waits_and_then_loses_nothing(self) -> None:
         run, output = self.start("seq 400000; echo end >&2")
@@ -285,7 +288,7 @@ class BashRunTests(TestCase):
         await wait_until(lambda: any(p.state == "S" for p in self.left()), "the script waits")
         before = output.both
         run.resumeProducing()
-        await run.when_ended()
+        await run.wait_ended()
         self.assertEqual((b"", b""), before)
         self.assertEqual("".join(f"{n}\n" for n in range(1, 400_001)).encode(), output.both[0])
         self.assertEqual(b"end\n", output.both[1])
@@ -294,9 +297,9 @@ class BashRunTests(TestCase):
         # As much as no pipe holds that was not widened; so bash would not exit.
         run, output = self.start("head -c 1000000 /dev/zero; echo err >&2")
         run.pauseProducing()
-        await run.when_ended()
+        await run.wait_ended()
         self.assertEqual((bytes(1_000_000), b"err\n"), output.both)
-        self.assertEqual(PIECE, max(map(len, output.of[Stream.STDOUT])))
+        self.assertEqual(READ_SIZE, max(map(len, output.of[Stream.STDOUT])))
 
     async def test_bash_runs_behind_the_sandbox(self) -> None:
         _, out, _ = await self.run_script("echo $MARK", sandbox=("env", "MARK=1"))
@@ -340,7 +343,7 @@ class BashRunTests(TestCase):
         run, output = self.start("setsid sleep 1000 & echo up; sleep 1000", user=User(1_947_000, 1_947_000))
         await wait_until(lambda: output.both[0] == b"up\n", "the script is up")
         run.kill(Reason.TIMEOUT)
-        self.assertEqual(124, (await run.when_ended()).code)
+        self.assertEqual(124, (await run.wait_ended()).code)
         self.assertEqual([], self.left())
 
     @needs_bwrap
@@ -367,7 +370,7 @@ class BashRunTests(TestCase):
         script = 'set -u; echo $USER $LOGNAME $SHELL; [ "$USER" = "$(id -un 2>/dev/null)" ] && echo same'
         for user, sandbox in WAYS:
             exit_, out, err = await self.run_script(script, sandbox=sandbox, user=user)
-            name = "nobody" if user == NOBODY else str(user.uid) if user else name_of(None)
+            name = "nobody" if user == NOBODY else str(user.uid) if user else Confinement().user_name
             expected = f"{name} {name} /bin/bash\nsame\n"
             self.assertEqual((0, expected, b""), (exit_.code, out.decode(), err))
 
@@ -409,9 +412,10 @@ class BashRunTests(TestCase):
             output = Output()
             run = BashRun(reactor, output, PLENTY)
             script = "for i in {1..100}; do echo o$i; echo e$i >&2; done; echo end >/dev/stderr"
-            environment = script_environment("/", "machine", "ams", user)
-            run.start(reactor, RunRequest.plain(script.encode()), environment, sandbox, user, merged=True)
-            self.assertEqual(0, (await run.when_ended()).code)
+            confinement = Confinement(user, sandbox)
+            environment = script_environment("/", "machine", "ams", confinement)
+            run.start(RunRequest.plain(script.encode()), environment, confinement, merge_output=True)
+            self.assertEqual(0, (await run.wait_ended()).code)
             expected = "".join(f"o{i}\ne{i}\n" for i in range(1, 101)) + "end\n"
             self.assertEqual((expected.encode(), b""), output.both)
 
@@ -426,11 +430,11 @@ class BashRunTests(TestCase):
             (("bwrap", "--bind", "/usr/lib", "/usr/lib", "--"), None),
         ):
             run, output = self.start("echo never", sandbox=sandbox)
-            self.assertFalse(await run.when_begun())
-            exit_ = await run.when_ended()
+            self.assertFalse(await run.wait_started())
+            exit_ = await run.wait_ended()
             self.assertEqual((125, "not-started", None), (exit_.code, exit_.reason, exit_.signal))
             self.assertEqual((b"", b""), output.both)
-            self.assertTrue(run.complaint if complaint is None else run.complaint in complaint)
+            self.assertTrue(run.startup_errors if complaint is None else run.startup_errors in complaint)
 
     async def test_a_script_that_begins_has_its_own_fate(self) -> None:
         for script, code in (
@@ -438,13 +442,13 @@ class BashRunTests(TestCase):
             ("kill -9 $$", 137),
         ):  # fmt: skip
             run, _ = self.start(script)
-            self.assertTrue(await run.when_begun())
-            exit_ = await run.when_ended()
+            self.assertTrue(await run.wait_started())
+            exit_ = await run.wait_ended()
             self.assertEqual((code, None), (exit_.code, exit_.reason))
 
     async def test_memory_that_cannot_be_told_from_ours_is_left_out(self) -> None:
         run, _ = self.start("true")
-        self.assertIsNone((await run.when_ended()).max_rss_kb)
+        self.assertIsNone((await run.wait_ended()).max_rss_kb)
 
     async def test_a_script_with_a_nul_is_refused(self) -> None:
         with self.assertRaises(ValueError):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -19,7 +20,7 @@ from twisted.web.server import Site
 
 from bfaas.settings import BasherSettings
 from bfaas.system import process_tree
-from bfaas.system.confinement import BEGUN
+from bfaas.system.confinement import STARTED_FD, Confinement
 from bfaas.tokens import Signer, genkey
 from bfaas.worker.app import WorkerApp
 from tests.support.waiting import wait_until
@@ -66,7 +67,7 @@ class PlayedReactor(Clock):
             os.close(pipe.fileno())
         transport.pipes.clear()
         if self.begins:
-            protocol.childDataReceived(BEGUN, b"\n")
+            protocol.childDataReceived(STARTED_FD, b"\n")
 
     def addReader(self, reader: object) -> None:
         pass
@@ -79,8 +80,9 @@ class PlayedRunTests(SynchronousTestCase):
         self.clock_error = 0.0
         settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
         played: Any = self.reactor
-        runner = WorkerApp(played, settings, lambda: time.time() + self.clock_error, self.finish)
-        self.site = Site(runner.app.resource(), reactor=self.reactor)
+        confinement = Confinement()
+        app = WorkerApp(played, settings, confinement, lambda: time.time() + self.clock_error, self.finish)
+        self.site = Site(app.app.resource(), reactor=self.reactor)
 
     def finish(self) -> None:
         self.finished += 1
@@ -186,7 +188,7 @@ class PlayedRunTests(SynchronousTestCase):
         self.reactor.begins = False
         self.assertEqual("", self.post())
         self.assertEqual(b"", self.say(b"setpriv: a warning\n", 2))
-        self.reactor.process.childDataReceived(BEGUN, b"\n")
+        self.reactor.process.childDataReceived(STARTED_FD, b"\n")
         self.assertIn(b" 200 ", self.written())
         self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
         self.end()
@@ -300,7 +302,7 @@ class WorkerTests(TestCase):
         await response.content()
         await self.assert_ends(worker)
         log = (worker.output + worker.errors).decode()
-        self.assertEqual(3, log.count("refused a request"))
+        self.assertEqual(3, log.count("rejected a request"))
         for header in (good, *bad):
             self.assertNotIn(header[8:72], log)
 
@@ -363,7 +365,8 @@ class WorkerTests(TestCase):
             reader = await worker.stream("echo up; sleep 1000; :", query)
             await wait_until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[arg-type,misc]
             for process in reversed(process_tree.process_and_descendants(worker.pid)):  # as systemd does
-                os.kill(process.pid, signal.SIGTERM)
+                with contextlib.suppress(ProcessLookupError):  # the worker may have killed it by then
+                    os.kill(process.pid, signal.SIGTERM)
             await reader.finished
             self.assertIn(end, reader.data)
             await self.assert_ends(worker)
@@ -371,7 +374,7 @@ class WorkerTests(TestCase):
     async def test_a_script_that_cannot_be_started_is_told_apart_and_why_is_logged(self) -> None:
         for sandbox, why in (
             ("sh -c 'echo it is broken >&2; exit 126' sh", "it is broken"),
-            ("/no/such/program", "/no/such/program"),
+            ("env /no/such/program", "/no/such/program"),
             ("false", "no message"),
         ):
             worker = await Worker.start(self, SANDBOX=sandbox)

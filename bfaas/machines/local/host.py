@@ -22,7 +22,7 @@ from twisted.logger import Logger
 from bfaas.machines.local.script_home import ScriptHome
 from bfaas.machines.local.script_users import ScriptUsers, unavailable
 from bfaas.machines.local.state_directory import StateDirectory
-from bfaas.system.confinement import BASH, SEARCH_PATH, MissingProgramError, check_programs, command_prefix
+from bfaas.system.confinement import BASH, SEARCH_PATH, Confinement, MissingProgramError, check_programs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,7 +175,7 @@ def _run_test_script(directory: str, users: ScriptUsers | None, *, sandboxed: bo
     home = None
     try:
         home = ScriptHome(state.path / "check", users, sandboxed=sandboxed)
-        command = [*command_prefix(home.user, home.sandbox), BASH, "-c", "--", _CHECK_SCRIPT]
+        command = [*Confinement(home.user, home.sandbox).command_prefix(), BASH, "-c", "--", _CHECK_SCRIPT]
         environment = {"PATH": SEARCH_PATH, "HOME": str(home.home)}
         completed = _run(command, env=environment, cwd=str(home.home))
     finally:

@@ -46,7 +46,7 @@ class GenauthTests(SynchronousTestCase):
         self.assertRaises(AuthError, verifier.verify, output.removesuffix("\n"), "worker-2", time.time())
 
     def test_without_a_key_it_says_which_variable_is_missing(self) -> None:
-        expected = (1, "", "PRIVATE: missing; a key that `bfaas genkey` made\n")
+        expected = (1, "", "PRIVATE: missing; a private key from `bfaas genkey`\n")
         self.assertEqual(expected, run("genauth", "worker-1"))
         self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=" "))
 
