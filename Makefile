@@ -43,10 +43,10 @@ load: $(VENV)/installed-test
 soak: $(VENV)/installed-test
 	$(BIN)/python -m tests.simulation.run $(or $(SEEDS),10000)
 
-# What else the simulation can do: the small world in every way, every line of the pool, every mutant.
+# The rest of the simulation: the exhaustive search, the coverage of the pool's lines, the mutants.
 proof: $(VENV)/installed-test
-	$(BIN)/python -m tests.simulation.small 6
-	$(BIN)/python -m tests.simulation.lines
+	$(BIN)/python -m tests.simulation.exhaustive 6
+	$(BIN)/python -m tests.simulation.coverage_search
 	$(BIN)/python -m tests.simulation.mutants
 
 # A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.

@@ -1,4 +1,4 @@
-"""Clients of a simulated world: each sends one request, and checks the one ending that it gets."""
+"""Clients of a simulated world: each sends one request, and checks its one outcome."""
 
 from __future__ import annotations
 
@@ -24,36 +24,51 @@ if TYPE_CHECKING:
 
 _LINE = re.compile(r"(\w+) (\d+) (\S+) (\d+)")
 _EVENT = re.compile(r"event: (stdout|stderr|exit)\ndata: (.*)")
-REFUSALS = (429, 502, 503, 504)
-IMPOSSIBLE = (
-    "mute", "status-500", "status-303", "status-401", "lies-about-itself", "stops-short", "cuts", "floods",
+_ERROR_STATUSES = (429, 502, 503, 504)
+
+_NO_CLEAN_EXIT = (
+    "no-response",
+    "status-500",
+    "status-303",
+    "status-401",
+    "wrong-worker-header",
+    "no-exit",
+    "aborts-connection",
+    "floods",
     "endless",
-)  # fmt: skip
+)
+"""Behaviors of a worker after which an exit must have a reason."""
 
-
-HEADERS = (
-    "Content-Encoding", "Content-Type", "Cache-Control", "X-Accel-Buffering", "X-Content-Type-Options",
-    formats.RUN_ID, formats.WORKER, formats.COORD,
-)  # fmt: skip
+_RESPONSE_HEADERS = (
+    "Content-Encoding",
+    "Content-Type",
+    "Cache-Control",
+    "X-Accel-Buffering",
+    "X-Content-Type-Options",
+    formats.RUN_ID,
+    formats.WORKER,
+    formats.COORD,
+)
 
 
 class Sender(Enum):
-    """Where requests come from: what Fly's proxy says of it, and what it counts as."""
+    """Origin of a request: the value of Fly-Client-IP, and the address that it counts for."""
 
-    A_HOST = b"203.0.113.7", "203.0.113.7"
-    THE_SAME_HOST = b"::ffff:203.0.113.7", "203.0.113.7"
-    A_NETWORK = b"2001:db8::1", "2001:db8::/64"
-    THE_SAME_NETWORK = b"2001:DB8::ffff:0:0:1", "2001:db8::/64"
-    ANOTHER_NETWORK = b"2001:db8:0:1::1", "2001:db8:0:1::/64"
-    NOBODY = None, "172.16.0.1"
-    NONSENSE = b"203.0.113.7, 203.0.113.8", "172.16.0.1"
+    HOST = b"203.0.113.7", "203.0.113.7"
+    MAPPED_HOST = b"::ffff:203.0.113.7", "203.0.113.7"
+    NETWORK = b"2001:db8::1", "2001:db8::/64"
+    SAME_NETWORK = b"2001:DB8::ffff:0:0:1", "2001:db8::/64"
+    OTHER_NETWORK = b"2001:db8:0:1::1", "2001:db8:0:1::/64"
+    NO_HEADER = None, "172.16.0.1"
+    INVALID_HEADER = b"203.0.113.7, 203.0.113.8", "172.16.0.1"
 
 
 class Client:
     """
-    One request, as klein and the coordinator see it, and as its client does.
+    One request, as the server's `Request` to the coordinator, and as its client.
 
-    `ending` is None until there is one: the exit, a refusal's status, or that one side is gone.
+    `outcome` is None until the request has ended: then the exit, an error status, `client-disconnected` or
+    `coordinator-lost`.
     """
 
     def __init__(self, world: World, node: Node, script: Script, sender: Sender, *, raw: bool) -> None:
@@ -63,11 +78,11 @@ class Client:
         self._fly_client_ip, self.address = sender.value
         self.script = script
         self.machine_id: str | None = None
-        self.began = node.clock.seconds()
+        self.sent_at = node.clock.seconds()
         self.pauses = node.clock.pauses
-        self.ending: str | None = None
+        self.outcome: str | None = None
         self.ended_at: float | None = None
-        # What a request is to the coordinator.
+        # Attributes of a twisted.web request.
         self.content = BytesIO(script.encode())
         self.args = {b"raw": [b"1"]} if raw else {}
         self.requestHeaders = Headers()
@@ -75,18 +90,18 @@ class Client:
         self.code = 200
         self._body: list[bytes] = []
         self._producer: Any = None
-        self._gone: list[Deferred[None]] = []
+        self._disconnected: list[Deferred[None]] = []
         self.handling: Deferred[None] = Deferred()
 
     def send(self) -> None:
-        """Send it; from here on the coordinator has it."""
+        """Start the coordinator's handler."""
         request: Any = self
         self.handling = Deferred.fromCoroutine(self.node.coordinator.run(request))
-        self.handling.addErrback(self._refused)
-        self.handling.addErrback(self._failed)
+        self.handling.addErrback(self._on_error)
+        self.handling.addErrback(self._on_unexpected_error)
 
-    def _refused(self, failure: Failure) -> None:
-        """Do as klein does with what a handler raises."""
+    def _on_error(self, failure: Failure) -> None:
+        """Handle an exception of the handler as Klein does."""
         if self.channel is None:
             failure.trap(CancelledError)
             return
@@ -94,12 +109,15 @@ class Client:
         error: Any = failure.value
         self._end(str(error.code))
         if error.code in (429, 503):
-            self._check_retry(error.headers["Retry-After"])
-        if self._body or error.code not in REFUSALS:
-            self._world.ledger.broken(f"4: {self.script.request}: {error.code} {error}")
+            self._check_retry_after(error.headers["Retry-After"])
+        if self._body or error.code not in _ERROR_STATUSES:
+            self._report(4, f": {error.code} {error}")
 
-    def _failed(self, failure: Failure) -> None:
-        self._world.ledger.broken(f"16: {self.script.request} failed: {failure.getTraceback()}")
+    def _on_unexpected_error(self, failure: Failure) -> None:
+        self._report(16, f" failed: {failure.getTraceback()}")
+
+    def _report(self, number: int, violation: str) -> None:
+        self._world.oracle.report(f"{number}: {self.script.request}{violation}")
 
     # The coordinator's side.
 
@@ -110,17 +128,17 @@ class Client:
         return IPv4Address("TCP", "172.16.0.1", 40_000)
 
     def setHeader(self, name: str, value: str) -> None:
-        if name not in HEADERS:
-            self._world.ledger.broken(f"3: {self.script.request} gets the header {name}: {value}")
+        if name not in _RESPONSE_HEADERS:
+            self._report(3, f" gets the header {name}: {value}")
 
     def notifyFinish(self) -> Deferred[None]:
-        gone: Deferred[None] = Deferred()
-        self._gone.append(gone)
-        return gone
+        disconnected: Deferred[None] = Deferred()
+        self._disconnected.append(disconnected)
+        return disconnected
 
     def write(self, data: bytes) -> None:
-        if self.ending is not None:
-            self._world.ledger.broken(f"4: {self.script.request}: output after the end")
+        if self.outcome is not None:
+            self._report(4, ": output after the end")
         self._body.append(data)
 
     def registerProducer(self, producer: Any, streaming: bool) -> None:
@@ -134,87 +152,89 @@ class Client:
 
     def finish(self) -> None:
         if self._producer is not None or self.channel is None:
-            self._world.ledger.broken(f"4: {self.script.request} is finished though it is not done")
-        self._check_answer()
+            self._report(4, " is finished with a producer or without a connection")
+        self._check_response()
 
-    # The client's.
+    # The client's side.
 
     def pause(self) -> None:
-        """Read no more for now."""
+        """Stop reading."""
         if self._producer is not None:
             self._producer.pauseProducing()
 
     def resume(self) -> None:
-        """Read on."""
+        """Continue reading."""
         if self._producer is not None:
             self._producer.resumeProducing()
 
-    def leave(self) -> None:
-        """Go away: klein cancels the handler, Twisted tells whoever asked."""
-        if self.ending is None:
-            self._world.note("leaves", self.script.request)
+    def disconnect(self) -> None:
+        """Close the connection: Klein cancels the handler, Twisted calls `notifyFinish` errbacks."""
+        if self.outcome is None:
+            self._world.log("disconnects", self.script.request)
             self.channel = None
-            self._end("left")
+            self._end("client-disconnected")
             self.handling.cancel()
-            for gone in self._gone:
-                gone.addErrback(lambda failure: failure.trap(ConnectionLost, CancelledError) and None)
-                if not gone.called:
-                    gone.errback(Failure(ConnectionLost()))
+            for disconnected in self._disconnected:
+                disconnected.addErrback(lambda failure: failure.trap(ConnectionLost, CancelledError) and None)
+                if not disconnected.called:
+                    disconnected.errback(Failure(ConnectionLost()))
 
-    def cut(self) -> None:
-        """Find that the coordinator is gone."""
-        if self.ending is None:
-            self._end("cut")
+    def lose_coordinator(self) -> None:
+        """Handle a crash of the coordinator."""
+        if self.outcome is None:
+            self._end("coordinator-lost")
 
-    def _end(self, ending: str) -> None:
-        if self.ending is not None:
-            self._world.ledger.broken(f"4: {self.script.request} ends twice: {self.ending}, {ending}")
-        self._world.note("ends", self.script.request, ending)
-        self._world.endings[ending.split(maxsplit=1)[0]] += 1
-        self.ending = ending
+    def _end(self, outcome: str) -> None:
+        if self.outcome is not None:
+            self._report(4, f" ends twice: {self.outcome}, {outcome}")
+        self._world.log("ends", self.script.request, outcome)
+        self._world.outcomes[outcome.split(maxsplit=1)[0]] += 1
+        self.outcome = outcome
         self.ended_at = self._world.clock.now
-        self.node.forget(self)
-        self._check_time()
+        self.node.on_request_ended(self)
+        self._check_duration()
 
-    def _check_time(self) -> None:
+    def _check_duration(self) -> None:
         settings = self.node.settings
-        took = self.node.clock.seconds() - self.began
-        if took > settings.max_wait + settings.max_req_time + 0.001 and self.pauses == self.node.clock.pauses:
-            self._world.ledger.broken(f"10: {self.script.request} took {took:.3f} s: {self.ending}")
+        seconds = self.node.clock.seconds() - self.sent_at
+        limit = settings.max_wait + settings.max_req_time + 0.001
+        if seconds > limit and self.pauses == self.node.clock.pauses:
+            self._report(10, f" took {seconds:.3f} s: {self.outcome}")
 
-    def _check_retry(self, after: str) -> None:
+    def _check_retry_after(self, seconds: str) -> None:
         settings = self.node.settings
-        if not 1 <= int(after) <= ceil(settings.max_wait + settings.max_req_time):
-            self._world.ledger.broken(f"21: {self.script.request} is to come back after {after} s")
+        if not 1 <= int(seconds) <= ceil(settings.max_wait + settings.max_req_time):
+            self._report(21, f" gets Retry-After: {seconds}")
 
-    def _check_answer(self) -> None:
-        """Check that everything came, of the right run, and that the exit is the script's or the reason."""
-        whole = b"".join(self._body).decode()
+    def _check_response(self) -> None:
+        """Check that the output is complete and this run's, and that the exit is the script's or forced."""
+        body = b"".join(self._body).decode()
         if self._raw:
-            match = re.fullmatch(r"(.*)\nexit: (\d+)(?: ([a-z-]+))?\n", whole, re.DOTALL)
+            match = re.fullmatch(r"(.*)\nexit: (\d+)(?: ([a-z-]+))?\n", body, re.DOTALL)
             exit_ = formats.Exit(int(match[2]), reason=match[3]) if match else None
             text = match[1] if match else ""
         else:
-            exit_, text = self._read_events(whole)
+            exit_, text = self._parse_events(body)
         self._end(f"exit {exit_.code} {exit_.reason}" if exit_ else "no exit")
         if exit_ is None:
-            self._world.ledger.broken(f"4: {self.script.request} ends without an exit: {whole[-200:]!r}")
+            self._report(4, f" ends without an exit: {body[-200:]!r}")
             return
+        script = self.script
         lines = text.splitlines()
         if exit_.reason == "output-limit":
-            del lines[-1:]  # which is cut wherever the limit was
-        if self.script.how != "floods" and not self._are_mine(lines):
-            self._world.ledger.broken(f"3: {self.script.request} got {lines[:3]}")
-        honest = exit_.reason is None and self.script.how not in ("two-exits", "babbles")
-        if honest and (exit_.code != self.script.code or len(lines) < self.script.lines):
-            self._world.ledger.broken(f"4: {self.script.request}: {len(lines)} lines, {exit_}")
-        if exit_.reason is None and self.script.how in IMPOSSIBLE:
-            self._world.ledger.broken(f"3: {self.script.request}: {self.script.how} ends with {exit_}")
+            del lines[-1:]  # truncated at the limit
+        if script.behavior != "floods" and not self._is_own_output(lines):
+            self._report(3, f" got {lines[:3]}")
+        is_whole = exit_.reason is None and script.behavior not in ("two-exits", "malformed-events")
+        if is_whole and (exit_.code != script.code or len(lines) < script.lines):
+            self._report(4, f": {len(lines)} lines, {exit_}")
+        if exit_.reason is None and script.behavior in _NO_CLEAN_EXIT:
+            self._report(3, f": {script.behavior} ends with {exit_}")
         if exit_.reason == "worker-lost" and not self._world.may_lose_workers(self):
-            self._world.ledger.broken(f"4: {self.script.request} lost a worker that was fine")
+            self._report(4, " lost a worker that had no fault")
 
-    def _read_events(self, whole: str) -> tuple[formats.Exit | None, str]:
-        *blocks, rest = [block for block in whole.split("\n\n") if not block.startswith(":")]
+    def _parse_events(self, body: str) -> tuple[formats.Exit | None, str]:
+        *blocks, rest = [block for block in body.split("\n\n") if not block.startswith(":")]
         events = [match.groups() for block in blocks if (match := _EVENT.fullmatch(block))]
         if rest or len(events) != len(blocks) or [name for name, _ in events].count("exit") != 1:
             return None, ""
@@ -222,11 +242,11 @@ class Client:
         exit_ = formats.Exit.from_json(data.encode()) if name == "exit" else None
         return exit_, "".join(formats.read_json(data.encode()) for _, data in events)
 
-    def _are_mine(self, lines: list[str]) -> bool:
+    def _is_own_output(self, lines: list[str]) -> bool:
         boots = set()
         for number, line in enumerate(lines, 1):
             match = _LINE.fullmatch(line)
             if match is None or (match[3], int(match[4])) != (self.script.request, number):
-                return self._raw and self.script.how in ("babbles", "two-exits")
+                return self._raw and self.script.behavior in ("malformed-events", "two-exits")
             boots.add((match[1], match[2]))
         return not boots or (len(boots) == 1 and next(iter(boots))[0] == self.machine_id)

@@ -1,5 +1,5 @@
 """
-Simulated time: one heap of events for a whole world, and for each of its nodes a clock that may be wrong.
+Simulated time: one event heap for a whole world, and a clock for each of its nodes, which may be wrong.
 
 `twisted.internet.task.Clock` keeps a sorted list, which is slow with hundreds of timers.
 """
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @implementer(IDelayedCall)
 class Timer:
-    """An event that is to come."""
+    """A scheduled call."""
 
-    __slots__ = ("arguments", "call", "cancelled", "clock", "done", "due", "turn")
+    __slots__ = ("arguments", "call", "cancelled", "clock", "done", "due", "sequence")
 
     def __init__(self, clock: HeapClock, due: float, call: Callable[..., Any], arguments: Any) -> None:
         self.clock = clock
         self.due = due
-        self.turn = 0
+        self.sequence = 0
         self.call = call
         self.arguments = arguments
         self.done = False
@@ -41,9 +41,9 @@ class Timer:
     def cancel(self) -> None:
         self._check()
         self.cancelled = True
-        self.forget()
+        self.release_call()
 
-    def forget(self) -> None:
+    def release_call(self) -> None:
         self.call, self.arguments = _nothing, ()
 
     def reset(self, seconds: float) -> None:
@@ -67,15 +67,15 @@ def _nothing() -> None:
 
 class HeapClock:
     """
-    The world's time, in seconds from its beginning.
+    The world's time, in seconds since its start.
 
-    A timer that is over lets go of what it called, which mostly knows it: there are millions, and to collect
-    such circles takes long.
+    A finished timer releases its call, which usually refers to the timer: there are millions of them, and
+    collecting such reference cycles is slow.
     """
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.turns = 0
+        self._scheduled = 0
         self._heap: list[tuple[float, int, Timer]] = []
 
     def call_later(self, seconds: float, call: Callable[..., Any], *arguments: Any) -> Timer:
@@ -84,28 +84,28 @@ class HeapClock:
         return timer
 
     def push(self, timer: Timer, due: float) -> None:
-        self.turns += 1
-        timer.due, timer.turn = due, self.turns
-        heapq.heappush(self._heap, (due, self.turns, timer))
+        self._scheduled += 1
+        timer.due, timer.sequence = due, self._scheduled
+        heapq.heappush(self._heap, (due, self._scheduled, timer))
 
     def run_until(self, moment: float) -> None:
-        """Let everything happen that falls due until then."""
+        """Run all calls that are due up to a moment, in order."""
         heap = self._heap
         while heap and heap[0][0] <= moment:
-            due, turn, timer = heapq.heappop(heap)
-            if timer.cancelled or timer.done or timer.turn != turn:
+            due, sequence, timer = heapq.heappop(heap)
+            if timer.cancelled or timer.done or timer.sequence != sequence:
                 continue
             self.now = max(self.now, due)
             timer.done = True
             timer.call(*timer.arguments)
-            if timer.done:  # a node that stands still takes its timers up again
-                timer.forget()
+            if timer.done:  # a paused node reschedules its timers
+                timer.release_call()
         self.now = max(self.now, moment)
 
 
 @implementer(IDelayedCall)
 class NodeTimer:
-    """A timer of one node, by its own clock."""
+    """A timer of one node, in the time of its clock."""
 
     __slots__ = ("_clock", "_timer")
 
@@ -116,7 +116,7 @@ class NodeTimer:
     def _fire(self, call: Callable[[], Any]) -> None:
         clock, timer = self._clock, self._timer
         if clock.dead:
-            clock.grave.append(call)
+            clock.abandoned.append(call)
             return
         if clock.paused:
             timer.done = False
@@ -145,10 +145,10 @@ class NodeTimer:
 @implementer(IReactorTime)
 class NodeClock:
     """
-    The time of one node: it starts anywhere, and runs at a rate of its own.
+    The time of one node, with its own origin and rate.
 
-    A node that is paused, as by SIGSTOP, notices nothing until it goes on; one that is dead never does.
-    What waits for ever in a dead one is kept in its `grave`: were it to go, Python would run its clean-up.
+    A paused node (as by SIGSTOP) runs no calls until it resumes; a dead one never does. The calls of a dead
+    node are kept in `abandoned`: if Python collected them, it would run the cleanup of their coroutines.
     """
 
     def __init__(self, world: HeapClock, rate: float = 1.0, origin: float = 0.0) -> None:
@@ -159,8 +159,8 @@ class NodeClock:
         self.paused = False
         self.pauses = 0
         self.timers: dict[NodeTimer, None] = {}
-        self.grave: list[object] = []
-        self._missed: list[Callable[[], Any]] = []
+        self.abandoned: list[object] = []
+        self._postponed: list[Callable[[], Any]] = []
 
     def seconds(self) -> float:
         return self._origin + self.rate * self.world.now
@@ -174,16 +174,16 @@ class NodeClock:
         return list(self.timers)
 
     def deliver(self, call: Callable[..., Any], *arguments: Any) -> None:
-        """Let something that comes from outside reach the node, if and when it can."""
+        """Call something on behalf of the outside world: now, after the node resumes, or never."""
         if self.dead:
-            self.grave.append(call)
+            self.abandoned.append(call)
         elif self.paused:
             self.when_resumed(lambda: self.deliver(call, *arguments))
         else:
             call(*arguments)
 
     def when_resumed(self, call: Callable[[], Any]) -> None:
-        self._missed.append(call)
+        self._postponed.append(call)
 
     def pause(self) -> None:
         self.paused = True
@@ -192,6 +192,6 @@ class NodeClock:
     def resume(self) -> None:
         if self.paused:
             self.paused = False
-            missed, self._missed = self._missed, []
-            for call in missed:
+            postponed, self._postponed = self._postponed, []
+            for call in postponed:
                 self.deliver(call)

@@ -1,4 +1,4 @@
-"""Whether one coordinator lets its clients take turns, and holds each to its share."""
+"""Checks that one coordinator serves its clients in turn and within their quotas."""
 
 from __future__ import annotations
 
@@ -10,56 +10,56 @@ if TYPE_CHECKING:
     from tests.simulation.world import World
 
 
-class Fairness:
+class FairnessChecker:
     """
-    What the clients of a coordinator see of each other, told by address.
+    Follows the queue of one coordinator, by client address.
 
-    `_ahead` are, for each address that waits, those that may have one request served before its next.
+    `_may_precede` holds, for each queued address, the addresses that may have one request served before it.
     """
 
     def __init__(self, world: World, node: Node) -> None:
         self._world = world
         self._node = node
         self._waiting: dict[Client, None] = {}
-        self._ahead: dict[str, set[str]] = {}
+        self._may_precede: dict[str, set[str]] = {}
 
-    def joins(self, client: Client) -> None:
-        """Note a request that is about to be sent."""
-        self._ahead.setdefault(client.address, set(self._ahead))
+    def on_queued(self, client: Client) -> None:
+        """Record a request that is about to be sent."""
+        self._may_precede.setdefault(client.address, set(self._may_precede))
         self._waiting[client] = None
 
-    def is_taken(self, client: Client, under_way: int) -> None:
-        """Check a request that was taken or refused, while its address had so many others under way."""
-        most = self._node.settings.max_per_client
-        if client.ending is None and under_way >= most:
-            self._world.ledger.broken(f"20: {client.address} has {under_way + 1} requests under way")
-        if client.ending == "429" and under_way < most:
-            self._world.ledger.broken(f"20: {client.address} is refused with {under_way} under way")
+    def on_accepted(self, client: Client, under_way: int) -> None:
+        """Check a request that was accepted or rejected while its address had `under_way` others."""
+        quota = self._node.settings.max_per_client
+        if client.outcome is None and under_way >= quota:
+            self._world.oracle.report(f"20: {client.address} has {under_way + 1} requests under way")
+        if client.outcome == "429" and under_way < quota:
+            self._world.oracle.report(f"20: {client.address} is rejected with {under_way} under way")
 
-    def is_served(self, client: Client) -> None:
-        """Check a request that gets a machine: it is its client's first, and has not overtaken another's."""
+    def on_served(self, client: Client) -> None:
+        """Check that a served request is its address's oldest, and that it is the address's turn."""
         if client not in self._waiting:
             return
         address = client.address
         first = next(other for other in self._waiting if other.address == address)
         if first is not client:
-            self._world.ledger.broken(f"19: {client.script.request} is served before {first.script.request}")
-        for other, ahead in self._ahead.items():
-            if other != address and address not in ahead:
-                self._world.ledger.broken(f"19: {address} is served again before {other}")
-        self._has_had_its_turn(address)
-        self.leaves(client)
-        if address in self._ahead:
-            self._ahead[address] = set(self._ahead) - {address}
+            self._world.oracle.report(f"19: {client.script.request} is served before {first.script.request}")
+        for other, preceding in self._may_precede.items():
+            if other != address and address not in preceding:
+                self._world.oracle.report(f"19: {address} is served again before {other}")
+        self._record_turn(address)
+        self.on_left_queue(client)
+        if address in self._may_precede:
+            self._may_precede[address] = set(self._may_precede) - {address}
 
-    def leaves(self, client: Client) -> None:
-        """Note a request that does not wait any more."""
+    def on_left_queue(self, client: Client) -> None:
+        """Record a request that has left the queue."""
         if self._waiting.pop(client, client) is None and all(
             other.address != client.address for other in self._waiting
         ):
-            del self._ahead[client.address]
-            self._has_had_its_turn(client.address)
+            del self._may_precede[client.address]
+            self._record_turn(client.address)
 
-    def _has_had_its_turn(self, address: str) -> None:
-        for ahead in self._ahead.values():
-            ahead.discard(address)
+    def _record_turn(self, address: str) -> None:
+        for preceding in self._may_precede.values():
+            preceding.discard(address)

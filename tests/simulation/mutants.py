@@ -493,17 +493,17 @@ def run_mutant(mutant: Mutation, seeds: int) -> Result:
         if name not in ("tests", "tests.simulation", Mutation.__module__, __name__):
             del sys.modules[name]
     sys.meta_path.insert(0, _Importer(mutant))
-    from tests.simulation.run import quiet  # noqa: PLC0415 - imports the product with the mutant in it
+    from tests.simulation.run import prepare_process  # noqa: PLC0415 - imports the product with the mutant in it
     from tests.simulation.world import World  # noqa: PLC0415
 
-    quiet()
+    prepare_process()
     started_at = time.monotonic()
     for seed in range(seeds):
         if seed % _COLLECT_EVERY == 0:
             gc.unfreeze()
             gc.collect()
         try:
-            World(seed).live()
+            World(seed).run_episode()
         except Exception as error:  # noqa: BLE001 - a violated invariant or any other error
             failure = f"{error}".partition("\n")[0][:90]
             return Result(mutant, seed + 1, failure, time.monotonic() - started_at)

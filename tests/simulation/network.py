@@ -1,4 +1,4 @@
-"""The way from a coordinator to the Machines API, on which calls and answers are lost, late and refused."""
+"""The network between a coordinator and the Machines API: it loses, delays and rejects calls."""
 
 from __future__ import annotations
 
@@ -26,74 +26,75 @@ if TYPE_CHECKING:
     from tests.simulation.nodes import Node
     from tests.simulation.world import World
 
-_GUARDED = ("start", "stop", "suspend", "destroy", "acquire_lease", "refresh_lease", "release_lease")
+_LEASED_METHODS = ("start", "stop", "suspend", "destroy", "acquire_lease", "refresh_lease", "release_lease")
 
 
 class _Call:
-    """A call on its way. `strikes` are the faults that befall it, where they apply."""
+    """An API call on its way. `faults` befall it where they apply."""
 
-    def __init__(
-        self, world: World, method: str, arguments: tuple[Any, ...], strikes: frozenset[str]
-    ) -> None:
+    def __init__(self, world: World, method: str, arguments: tuple[Any, ...], faults: frozenset[str]) -> None:
         self.method = method
         self.arguments = arguments
-        self.user: object = None  # the request that the machine serves, of the coordinator that asks
-        self.work: Deferred[Any] | None = None
-        self.answer: Deferred[Any] = Deferred(self._cancel)
+        self.client: object = None  # of the run that the calling coordinator has on the machine
+        self.execution: Deferred[Any] | None = None
+        self.response: Deferred[Any] = Deferred(self._cancel)
         self._world = world
-        self._strikes = strikes
+        self._faults = faults
 
-    def is_struck(self, fault: str) -> bool:
-        if fault not in self._strikes or not self._world.chaos:
+    def has_fault(self, fault: str) -> bool:
+        """Return whether a fault befalls the call, and count it."""
+        if fault not in self._faults or not self._world.chaos:
             return False
-        self._world.marks[fault] += 1
+        self._world.fault_counts[fault] += 1
         return True
 
-    def tell(self, result: Any) -> None:
-        if not self.answer.called:
-            self.answer.callback(result)
+    def respond(self, result: Any) -> None:
+        """Give the caller a result, unless it has one or has cancelled the call."""
+        if not self.response.called:
+            self.response.callback(result)
 
     def _cancel(self, _: object) -> None:
-        if self.method == "wait" and self.work is not None:
-            self.work.cancel()
+        if self.method == "wait" and self.execution is not None:
+            self.execution.cancel()
 
 
 class Network(CallingMachines):
-    """The Machines API, as one coordinator sees it."""
+    """The Machines API as one coordinator reaches it."""
 
     def __init__(self, world: World, node: Node) -> None:
         self._world = world
         self._node = node
 
     def _call(self, method: str, *arguments: Any) -> Deferred[Any]:
-        """Send a call; what becomes of it is chance. Cancelling it does not call it back."""
+        """Send a call, with random faults. Cancelling does not prevent its execution."""
         world, node = self._world, self._node
-        call = _Call(world, method, arguments, world.strikes())
-        call.user = node.user_of(arguments[0]) if arguments else None
-        world.ledger.called(node, method)
+        call = _Call(world, method, arguments, world.call_faults())
+        call.client = node.client_on(arguments[0]) if arguments else None
+        world.oracle.on_call(node, method)
         delay = world.latency()
-        refusal = self._refusal(call)
-        if refusal is not None:
-            world.note(str(node), method, _short(arguments), repr(refusal))
-            world.clock.call_later(2 * delay, self._tell, call, Failure(refusal))
-            return call.answer
-        if call.is_struck("hangs"):
-            world.note(str(node), method, _short(arguments), "hangs")
-            return call.answer
-        if call.is_struck("late-call"):
+        error = self._immediate_error(call)
+        if error is not None:
+            world.log(node, method, _summary(arguments), repr(error))
+            world.clock.call_later(2 * delay, self._deliver, call, Failure(error))
+            return call.response
+        if call.has_fault("hangs"):
+            world.log(node, method, _summary(arguments), "hangs")
+            return call.response
+        if call.has_fault("late-call"):
             delay += world.random.uniform(0.5, 25.0)
-        if call.is_struck("zombie-call"):  # told as failed, done long after
-            world.clock.call_later(2 * delay, self._tell, call, Failure(UnavailableError("connection reset")))
+        if call.has_fault("late-execution"):  # reported as failed, executed much later
+            reset = Failure(UnavailableError("connection reset"))
+            world.clock.call_later(2 * delay, self._deliver, call, reset)
             delay += world.random.uniform(0.1, 25.0)
         world.clock.call_later(delay, self._arrive, call)
-        return call.answer
+        return call.response
 
-    def _refusal(self, call: _Call) -> MachinesError | None:
-        """Choose the error of a call that is not done."""
+    def _immediate_error(self, call: _Call) -> MachinesError | None:
+        """Choose the error of a call that is not executed."""
         world = self._world
         if world.outage:
             return UnavailableError("503 outage")
-        if world.denied and call.method not in ("wait", "get"):
+        if world.unauthorized and call.method not in ("wait", "get"):
             return RefusedError("401 token validation error")
         for fault, error in (
             ("500", UnavailableError("500")),
@@ -101,94 +102,95 @@ class Network(CallingMachines):
             ("reset", UnavailableError("connection reset")),
             ("429", RateLimitedError("429")),
         ):
-            if call.is_struck(fault):
+            if call.has_fault(fault):
                 return error
-        if call.method == "create" and call.is_struck("no-capacity"):
+        if call.method == "create" and call.has_fault("no-capacity"):
             return CapacityError("insufficient resources")
         return None
 
     def _arrive(self, call: _Call) -> None:
         method, arguments = call.method, call.arguments
-        if call.answer.called and method == "wait":
-            return  # nobody waits any more
-        if method in ("get", "wait") and self._is_new(arguments[0]) and call.is_struck("hidden-when-new"):
-            self._answer(call, Failure(NotFoundError("machine not found")))
+        if call.response.called and method == "wait":
             return
-        if method == "list" and call.is_struck("stale-list"):
-            self._answer(call, self._world.stale_list())
+        if method in ("get", "wait") and self._is_new(arguments[0]) and call.has_fault("hidden-when-new"):
+            self._send_response(call, Failure(NotFoundError("machine not found")))
             return
-        if method == "destroy" and self._is_nobodys(arguments[0]) and call.is_struck("lease-taken"):
-            self._world.machines.lend(arguments[0], 30)
-        call.work = Deferred.fromCoroutine(self._do(call))
-        call.work.addBoth(lambda result: self._answer(call, result))
+        if method == "list" and call.has_fault("stale-list"):
+            self._send_response(call, self._world.stale_list())
+            return
+        if method == "destroy" and self._is_orphaned(arguments[0]) and call.has_fault("lease-taken"):
+            self._world.machines.lease_to_operator(arguments[0], 30)
+        call.execution = Deferred.fromCoroutine(self._execute(call))
+        call.execution.addBoth(lambda result: self._send_response(call, result))
 
-    async def _do(self, call: _Call) -> Any:
-        """Have the call done, and keep the books."""
+    async def _execute(self, call: _Call) -> Any:
+        """Execute a call, and report its effect to the oracle."""
         world, node, method, arguments = self._world, self._node, call.method, call.arguments
-        before = world.machines.find(arguments[0]) if method in _GUARDED else None
-        used = before is not None and call.user is not None and node.user_of(before.id) is call.user
+        before = world.machines.find(arguments[0]) if method in _LEASED_METHODS else None
+        in_use = before is not None and call.client is not None and node.client_on(before.id) is call.client
         lease = world.machines.lease_of(arguments[0]) if before else None
         try:
             result = await getattr(world.machines, method)(*arguments)
         except CancelledError:
             raise
         except MachinesError as error:
-            world.note(str(node), method, _short(arguments), repr(error))
-            if isinstance(error, NameTakenError) and call.is_struck("nameless"):
+            world.log(node, method, _summary(arguments), repr(error))
+            if isinstance(error, NameTakenError) and call.has_fault("conflict-without-id"):
                 raise NameTakenError("unique machine name violation", None) from error
             raise
-        world.note(str(node), method, _short(arguments))
+        world.log(node, method, _summary(arguments))
         if before is not None:
-            world.ledger.changed(node, method, before, lease, used=used)
+            world.oracle.on_changed(node, method, before, lease, in_use=in_use)
             if method in ("acquire_lease", "refresh_lease"):
-                world.ledger.records[before.id].leased_by = node
+                world.oracle.records[before.id].leased_by = node
         if isinstance(result, Lease):
-            world.ledger.nonces.add(result.nonce)
+            world.oracle.nonces.add(result.nonce)
         if method == "create":
-            world.ledger.nonces.add(result[1].nonce)
-            world.ledger.created(node, result[0])
+            world.oracle.nonces.add(result[1].nonce)
+            world.oracle.on_created(node, result[0])
         return result
 
-    def _is_new(self, asked: Machine | str) -> bool:
-        """Tell a machine that is so new that the API may not find it yet."""
-        machine = self._world.machines.find(asked.id if isinstance(asked, Machine) else asked)
+    def _is_new(self, machine_or_id: Machine | str) -> bool:
+        """Return whether a machine is so new that the API may not find it yet."""
+        machine_id = machine_or_id.id if isinstance(machine_or_id, Machine) else machine_or_id
+        machine = self._world.machines.find(machine_id)
         return machine is not None and machine.created_at > self._world.wall() - 0.5
 
-    def _is_nobodys(self, machine_id: str) -> bool:
-        """Tell a machine whose lease has run out, of a pool that nobody runs any more."""
+    def _is_orphaned(self, machine_id: str) -> bool:
+        """Return whether a machine has no lease, and its pool no coordinator."""
         world = self._world
         machine = world.machines.find(machine_id)
         if machine is None or world.machines.lease_of(machine_id) is not None:
             return False
         return all(node.is_gone for node in world.nodes if node.pool_name == pool_of(machine.name))
 
-    def _answer(self, call: _Call, result: Any) -> None:
+    def _send_response(self, call: _Call, result: Any) -> None:
         world = self._world
         if isinstance(result, Failure) and result.check(CancelledError):
             return
         delay = world.latency()
-        if call.is_struck("lost-answer"):
-            result = Failure(UnavailableError("the answer is lost"))
-        elif call.is_struck("hangs-after"):
+        if call.has_fault("lost-response"):
+            result = Failure(UnavailableError("the response is lost"))
+        elif call.has_fault("hangs-after-execution"):
             return
-        elif call.is_struck("late-answer"):
+        elif call.has_fault("late-response"):
             delay += world.random.uniform(0.5, 25.0)
-        world.clock.call_later(delay, self._tell, call, result)
+        world.clock.call_later(delay, self._deliver, call, result)
 
-    def _tell(self, call: _Call, result: Any) -> None:
-        """Give the coordinator its answer; or let it come to grief just then."""
+    def _deliver(self, call: _Call, result: Any) -> None:
+        """Deliver a response; the coordinator may crash or be paused just before."""
         if not self._node.clock.dead:
-            if call.is_struck("crash-at-answer"):
+            if call.has_fault("crash-at-response"):
                 self._world.replace(self._node, crash=True)
-            elif call.is_struck("pause-at-answer"):
+            elif call.has_fault("pause-at-response"):
                 self._world.pause(self._node)
-        self._node.clock.deliver(call.tell, result)
+        self._node.clock.deliver(call.respond, result)
 
     def config_of(self, machine_id: str) -> MachineConfig:
         return self._world.machines.config_of(machine_id)
 
 
-def _short(arguments: tuple[Any, ...]) -> str:
-    """Tell what a call was about."""
-    told = [argument.id if isinstance(argument, Machine) else argument for argument in arguments]
-    return " ".join(str(argument) for argument in told if isinstance(argument, str | float))
+def _summary(arguments: tuple[Any, ...]) -> str:
+    """Format the arguments that identify a call for the history."""
+    values = [argument.id if isinstance(argument, Machine) else argument for argument in arguments]
+    return " ".join(str(value) for value in values if isinstance(value, str | float))

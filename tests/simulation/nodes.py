@@ -1,4 +1,4 @@
-"""A coordinator in a simulated world: the real pool, coordinator and proxy, on a clock of its own."""
+"""A coordinator in a simulated world: the real pool, app and worker client, on a clock of their own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bfaas.pool import Pool
 from bfaas.pooling.config import RECONCILE_INTERVAL, pool_config
 from bfaas.settings import ApiSettings, CoordSettings, FlySettings
 from bfaas.tokens import Signer, genkey
+from tests.simulation.api_over_http import RoutesAgent
 from tests.simulation.clock import NodeClock
-from tests.simulation.fairness import Fairness
-from tests.simulation.http import ApiAgent
+from tests.simulation.fairness import FairnessChecker
 from tests.simulation.network import Network
-from tests.simulation.worker import Workers
+from tests.simulation.worker import WorkerAgent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from tests.simulation.client import Client
     from tests.simulation.world import World
 
-_SIGNER = Signer(genkey().private)  # one pair for all: what a ticket says is what counts here
+_SIGNER = Signer(genkey().private)  # one key pair for all: generating more is slow
 
 
 class Node:
-    """A coordinator from its start to its end or its crash."""
+    """A coordinator from its start to its shutdown or crash."""
 
     def __init__(self, world: World, pool_name: str, number: int, *, size: int, image: str) -> None:
         random = world.random
@@ -55,7 +55,7 @@ class Node:
             region="ams",
             pool_size=size,
             standby=world.random.randint(0, size) if world.has("standby") else 0,
-            standby_suspended=world.has("suspended"),
+            standby_suspended=world.has("suspended-standby"),
             worker_cpus=1,
             worker_memory_mb=256,
             max_wait=world.max_wait,
@@ -65,41 +65,43 @@ class Node:
             max_output=4096,
         )
         self.requests: dict[Client, None] = {}
-        self.fairness = Fairness(world, self)
+        self.fairness = FairnessChecker(world, self)
         self.connections: list[Callable[[], None]] = []
         self.overlaps = False
         self.closing = False
         self.closed: Deferred[None] | None = None
-        proxy = WorkerClient(self.clock, "http://workers", self.settings.max_output, Workers(world, self))
+        worker_client = WorkerClient(
+            self.clock, "http://workers", self.settings.max_output, WorkerAgent(world, self)
+        )
         network = Network(world, self)
         api: MachinesAPI = network
         if world.has("over-http"):
-            agent = ApiAgent(world, self, network)
+            agent = RoutesAgent(world, self, network)
             api = FlyMachines(self.clock, agent, Random(random.getrandbits(64)), "http://api", "workers", "t")
         self.pool = Pool(
             api,
-            proxy.wait_until_ready,
+            worker_client.wait_until_ready,
             self.clock,
             Random(random.getrandbits(64)),
             replace(
                 pool_config(self.settings),
-                reconcile_interval=40.0 if world.has("cleans-often") else RECONCILE_INTERVAL,
+                reconcile_interval=40.0 if world.has("reconciles-often") else RECONCILE_INTERVAL,
             ),
         )
         if world.has("large"):
             self.pool._reconciler._MAX_PER_SWEEP = 2
         on_own_machines = self.pool._reconciler._on_own_machines
 
-        def told(machines: list[Inspected]) -> None:
-            world.ledger.told(self, [seen for _, seen in machines if seen is not None])
+        def inspect(machines: list[Inspected]) -> None:
+            world.oracle.on_inspected(self, [seen for _, seen in machines if seen is not None])
             on_own_machines(machines)
 
-        self.pool._reconciler._on_own_machines = told
+        self.pool._reconciler._on_own_machines = inspect
         self.coordinator = Coordinator(
             self.clock,
             self.settings,
             self.pool,
-            proxy,
+            worker_client,
             self._wall,
             RunTracker(self.clock, self._wall, Random(0)),
         )
@@ -112,80 +114,81 @@ class Node:
 
     @property
     def alive(self) -> bool:
-        """It runs, and takes requests."""
+        """Whether it runs and accepts requests."""
         return not self.clock.dead and not self.closing
 
     @property
     def is_gone(self) -> bool:
-        """It has crashed, or ended in order."""
+        """Whether it has crashed or shut down."""
         return self.clock.dead or (self.closed is not None and bool(self.closed.called))
 
     def start(self) -> None:
-        """Begin."""
+        """Start the pool."""
         self.pool.start()
 
-    def take(self, client: Client) -> None:
-        """Take a request."""
+    def submit(self, client: Client) -> None:
+        """Send a request to this coordinator."""
         under_way = sum(other.address == client.address for other in self.requests)
         self.requests[client] = None
-        self.fairness.joins(client)
+        self.fairness.on_queued(client)
         client.send()
-        self.fairness.is_taken(client, under_way)
+        self.fairness.on_accepted(client, under_way)
 
-    def serves(self, request: str) -> None:
-        """Note that a request has a machine, whatever has become of that."""
+    def on_served(self, request: str) -> None:
+        """Record that a request has got a machine, even if the machine has stopped since."""
         for client in self.requests:
             if client.script.request == request:
-                self.fairness.is_served(client)
+                self.fairness.on_served(client)
 
-    def begins(self, request: str, machine_id: str) -> Client | None:
-        """Note that a request is sent to a machine."""
+    def on_dispatched(self, request: str, machine_id: str) -> Client | None:
+        """Record that a request is sent to a machine; return its client."""
         for client in self.requests:
             if client.script.request == request:
                 client.machine_id = machine_id
                 return client
         return None
 
-    def user_of(self, machine_id: object) -> Client | None:
-        """Tell the request of its own that is on a machine."""
-        on_it = [client for client in self.requests if client.machine_id == machine_id]
-        return on_it[0] if on_it and not self.clock.dead else None
+    def client_on(self, machine_id: object) -> Client | None:
+        """Return the client of this coordinator's request on a machine, if any."""
+        if self.clock.dead:
+            return None
+        return next((client for client in self.requests if client.machine_id == machine_id), None)
 
-    def forget(self, client: Client) -> None:
-        """Let a request go that has ended."""
+    def on_request_ended(self, client: Client) -> None:
+        """Remove a request that has ended."""
         self.requests.pop(client, None)
-        self.fairness.leaves(client)
+        self.fairness.on_left_queue(client)
 
     def crash(self) -> None:
-        """Die, as by SIGKILL: nothing is said any more, and all connections break."""
-        self._world.note("crash", str(self))
+        """Crash, as by SIGKILL: all connections break."""
+        self._world.log("crash", self)
         self.clock.dead = True
-        self._world.ledger.died(self)
+        self._world.oracle.on_node_gone(self)
         for client in list(self.requests):
-            client.cut()
+            client.lose_coordinator()
         connections, self.connections = self.connections, []
         for close in connections:
             close()
 
     def close(self, *, destroy: bool = False) -> None:
-        """Begin to end in order, as the service does."""
-        self._world.note("close", str(self))
+        """Start an orderly shutdown, as the service does."""
+        self._world.log("close", self)
         self.closing = True
         self.closed = Deferred.fromCoroutine(self._close(destroy=destroy))
         self.closed.addErrback(self._failed)
-        self._world.clock.call_later(1.0, self._check_told, self.clock.pauses)
+        self._world.clock.call_later(1.0, self._check_queue_rejected, self.clock.pauses)
 
-    def _check_told(self, pauses: int) -> None:
-        """Whoever was in line has been told by now that nothing will come of it."""
+    def _check_queue_rejected(self, pauses: int) -> None:
+        """Check that all queued requests have been rejected."""
         waiting = [client.script.request for client in self.requests if client.machine_id is None]
         if waiting and not self.clock.dead and pauses == self.clock.pauses:
-            self._world.ledger.broken(f"14: {self} is closing, and {waiting[0]} still waits")
+            self._world.oracle.report(f"14: {self} is closing, and {waiting[0]} still waits")
 
     async def _close(self, *, destroy: bool) -> None:
         closing = Deferred.fromCoroutine(self.pool.destroy() if destroy else self.pool.close())
         await self.coordinator.drain()
         await closing
-        self._world.ledger.died(self)
+        self._world.oracle.on_node_gone(self)
 
     def _failed(self, failure: Any) -> None:
-        self._world.ledger.broken(f"14: {self} fails to close: {failure.getTraceback()}")
+        self._world.oracle.report(f"14: {self} fails to close: {failure.getTraceback()}")

@@ -24,76 +24,76 @@ from tests.simulation.world import FAULTS, World
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_BATCH = 32
-_LIFETIME = 16  # batches in one process
-_OFTEN = 5000  # episodes after which it tells how far it is
-_MANY = 300  # episodes in which every fault strikes at least once
+_BATCH_SIZE = 32  # episodes
+_BATCHES_PER_PROCESS = 16
+_REPORT_EVERY = 5000  # episodes
+_ALL_FAULTS_WITHIN = 300  # episodes in which every fault must occur at least once
 
 
 @dataclass
-class Lived:
-    """What became of some episodes."""
+class Summary:
+    """The results of some episodes."""
 
-    seeds: int = 0
+    episodes: int = 0
     hours: float = 0.0
     calls: int = 0
-    marks: Counter[str] = field(default_factory=Counter)
-    endings: Counter[str] = field(default_factory=Counter)
+    fault_counts: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
 
-    def add(self, other: Lived) -> None:
-        """Count some more."""
-        self.seeds += other.seeds
+    def add(self, other: Summary) -> None:
+        """Add the results of more episodes."""
+        self.episodes += other.episodes
         self.hours += other.hours
         self.calls += other.calls
-        self.marks += other.marks
-        self.endings += other.endings
+        self.fault_counts += other.fault_counts
+        self.outcomes += other.outcomes
         self.failures += other.failures
 
 
-def quiet() -> None:
+def prepare_process() -> None:
     """
-    Let nobody but the worlds hear the log, and collect no garbage.
+    Discard the log, except for the worlds' observers, and switch garbage collection off.
 
-    What an episode leaves is about a megabyte: a process ends before it is too much.
+    An episode leaves about a megabyte of garbage: processes are replaced before it becomes too much.
     """
     globalLogBeginner.beginLoggingTo([], discardBuffer=True, redirectStandardIO=False)
     gc.disable()
 
 
-def live(seeds: range) -> Lived:
-    """Live through some episodes."""
-    lived = Lived(len(seeds))
+def run_episodes(seeds: range) -> Summary:
+    """Run episodes one after the other."""
+    summary = Summary(len(seeds))
     for seed in seeds:
-        world = World(seed, lived.marks)
+        world = World(seed, summary.fault_counts)
         try:
-            world.live()
-        except Exception as error:  # noqa: BLE001 - a broken promise or a broken program, both are told
-            lived.failures.append(f"seed {seed}: {error!r}")
-        lived.hours += world.clock.now / 3600
-        lived.calls += world.ledger.calls
-        lived.endings += world.endings
-    return lived
+            world.run_episode()
+        except Exception as error:  # noqa: BLE001 - a violated invariant or any other error
+            summary.failures.append(f"seed {seed}: {error!r}")
+        summary.hours += world.clock.now / 3600
+        summary.calls += world.oracle.calls
+        summary.outcomes += world.outcomes
+    return summary
 
 
-def live_all(first: int, count: int) -> Iterator[Lived]:
-    """Live through many, in batches."""
+def run_batches(first: int, count: int) -> Iterator[Summary]:
+    """Run episodes in parallel; yield the results in batches."""
     seeds = range(first, first + count)
-    batches = [seeds[begin : begin + _BATCH] for begin in range(0, count, _BATCH)]
+    batches = [seeds[start : start + _BATCH_SIZE] for start in range(0, count, _BATCH_SIZE)]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(os.cpu_count(), quiet, maxtasksperchild=_LIFETIME) as pool:
-        yield from pool.imap_unordered(live, batches)
+    with context.Pool(os.cpu_count(), prepare_process, maxtasksperchild=_BATCHES_PER_PROCESS) as pool:
+        yield from pool.imap_unordered(run_episodes, batches)
 
 
 def replay(seed: int) -> int:
-    """Live through one episode, and tell its history."""
-    quiet()
+    """Run one episode and print its history; return the exit status."""
+    prepare_process()
     world = World(seed, trace=True)
     assert world.trace is not None
     status = 0
     try:
-        world.live()
-    except Exception as error:  # noqa: BLE001 - what it is is told
+        world.run_episode()
+    except Exception as error:  # noqa: BLE001 - it is printed
         world.trace.append(f"{error!r}")
         status = 1
     print("\n".join([*world.trace, f"{world}"]))
@@ -101,7 +101,7 @@ def replay(seed: int) -> int:
 
 
 def main() -> int:
-    """Tell what became of it all; the exit code is 1 where a promise was broken or a fault never struck."""
+    """Run episodes, print a summary; return 1 if one failed, or if a fault never occurred."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", type=int, nargs="?", default=300)
     parser.add_argument("--from", type=int, default=0, dest="first")
@@ -109,22 +109,25 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         return replay(arguments.seed)
-    began, lived = time.monotonic(), Lived()
-    for batch in live_all(arguments.first, arguments.count):
-        lived.add(batch)
+    started_at, summary = time.monotonic(), Summary()
+    for batch in run_batches(arguments.first, arguments.count):
+        summary.add(batch)
         for failure in batch.failures:
             print(failure, flush=True)
-        if lived.seeds // _OFTEN > (lived.seeds - batch.seeds) // _OFTEN:
-            print(f"... {lived.seeds} seeds, {len(lived.failures)} broken", flush=True)
-    unmarked = sorted(set(FAULTS) - set(lived.marks))
-    took = time.monotonic() - began
-    endings = ", ".join(f"{name} {count}" for name, count in lived.endings.most_common())
-    strikes = ", ".join(f"{name} {lived.marks[name]}" for name in FAULTS)
-    print(f"{lived.seeds} seeds, {lived.hours:,.0f} hours, {lived.calls:,} calls, {took:.0f} s")
-    print(f"endings: {endings}")
-    print(f"faults: {strikes}")
-    print(f"{len(lived.failures)} broken; never struck: {' '.join(unmarked) or 'none'}")
-    return 1 if lived.failures or (unmarked and lived.seeds >= _MANY) else 0
+        if summary.episodes // _REPORT_EVERY > (summary.episodes - batch.episodes) // _REPORT_EVERY:
+            print(f"... {summary.episodes} episodes, {len(summary.failures)} failed", flush=True)
+    missing = sorted(set(FAULTS) - set(summary.fault_counts))
+    seconds = time.monotonic() - started_at
+    outcomes = ", ".join(f"{name} {count}" for name, count in summary.outcomes.most_common())
+    faults = ", ".join(f"{name} {summary.fault_counts[name]}" for name in FAULTS)
+    print(
+        f"{summary.episodes} episodes, {summary.hours:,.0f} simulated hours, "
+        f"{summary.calls:,} API calls, {seconds:.0f} s"
+    )
+    print(f"outcomes: {outcomes}")
+    print(f"faults: {faults}")
+    print(f"{len(summary.failures)} failed; faults that never occurred: {' '.join(missing) or 'none'}")
+    return 1 if summary.failures or (missing and summary.episodes >= _ALL_FAULTS_WITHIN) else 0
 
 
 if __name__ == "__main__":

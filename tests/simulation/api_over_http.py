@@ -1,7 +1,7 @@
 """
-The Machines API over HTTP, as one coordinator sees it: real client, real routes, no sockets.
+The Machines API over HTTP, without sockets: the real client against the emulator's routes.
 
-What the network does to calls it does here too; on top of that, answers are cut, wrong or no JSON.
+The faults of `network.py` apply; in addition, responses are truncated, wrong or not JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from zope.interface import implementer
 
 from bfaas.machines.api import MachinesError
 from bfaas.machines.emulator.routes import MachinesServer
-from tests.simulation.worker import Connection, Written
+from tests.simulation.worker import BodyCollector, Connection
 
 if TYPE_CHECKING:
     from tests.simulation.nodes import Node
@@ -41,7 +41,7 @@ _ROUTES = {
 
 
 class _Request:
-    """A request, as the routes need it."""
+    """The part of a `twisted.web` request that the routes use."""
 
     def __init__(self, uri: bytes, headers: Headers, body: bytes) -> None:
         split = urlsplit(uri)
@@ -56,24 +56,24 @@ class _Request:
         return values[0] if values else None
 
     def setHeader(self, name: str, value: str) -> None:
-        """Nobody looks at them."""
+        """Ignore it: the client under test reads no such header."""
 
     def setResponseCode(self, code: int) -> None:
         self.code = code
 
 
-def _without_its_sense(body: bytes) -> bytes:
-    """Leave out what an answer about one thing has to tell."""
-    told = json.loads(body or b"{}")
-    if isinstance(told, dict):
+def _without_required_fields(body: bytes) -> bytes:
+    """Remove the fields that a response about one machine or lease must have."""
+    document = json.loads(body or b"{}")
+    if isinstance(document, dict):
         for field in ("id", "status"):
-            told.pop(field, None)
-    return json.dumps(told).encode()
+            document.pop(field, None)
+    return json.dumps(document).encode()
 
 
 @implementer(IAgent)
-class ApiAgent:
-    """Brings requests to the routes, and their answers back."""
+class RoutesAgent:
+    """An agent that calls the routes directly, and damages some responses."""
 
     def __init__(self, world: World, node: Node, network: Any) -> None:
         self._world = world
@@ -83,28 +83,28 @@ class ApiAgent:
     def request(
         self, method: bytes, uri: bytes, headers: Headers | None = None, bodyProducer: Any = None
     ) -> Deferred[Any]:
-        written = Written()
+        body = BodyCollector()
         if bodyProducer is not None:
-            bodyProducer.startProducing(written)
-        request = _Request(uri, headers or Headers(), written.data)
+            bodyProducer.startProducing(body)
+        request = _Request(uri, headers or Headers(), body.data)
         handling = Deferred.fromCoroutine(self._handle(method.decode(), request))
-        answer: Deferred[Any] = Deferred(lambda _: handling.cancel())
+        response: Deferred[Any] = Deferred(lambda _: handling.cancel())
 
-        def tell(result: Any) -> None:
+        def respond(result: Any) -> None:
             if isinstance(result, Failure):
                 if not result.check(CancelledError):
-                    self._world.ledger.broken(f"16: a route fails: {result.getTraceback()}")
-            elif not answer.called:
-                answer.callback(self._damaged(request.code, result))
+                    self._world.oracle.report(f"16: a route fails: {result.getTraceback()}")
+            elif not response.called:
+                response.callback(self._response(request.code, result))
 
-        handling.addBoth(tell)
-        return answer
+        handling.addBoth(respond)
+        return response
 
     async def _handle(self, method: str, request: _Request) -> bytes:
         match = _PATH.fullmatch(request.path.decode())
         assert match is not None, request.path
-        app, machine_id, what = match.groups()
-        name = _ROUTES.get((method, what or int(machine_id is not None)), what)
+        app, machine_id, verb = match.groups()
+        name = _ROUTES.get((method, verb or int(machine_id is not None)), verb)
         arguments = {"app": app} if machine_id is None else {"app": app, "machine_id": machine_id}
         try:
             body: bytes = await getattr(self._server, str(name))(request, **arguments)
@@ -112,17 +112,17 @@ class ApiAgent:
             body = self._server.machines_error(request, Failure())
         return body
 
-    def _damaged(self, code: int, body: bytes) -> Any:
-        """Make the answer; it may not be what it was."""
+    def _response(self, code: int, body: bytes) -> Any:
+        """Build the response, or one that the network has damaged."""
         world = self._world
-        if world.fault("http-breaks"):
+        if world.fault("http-reset"):
             return Failure(ResponseNeverReceived([Failure(ConnectionLost())]))
         if world.fault("http-html"):
             code, body = world.random.choice([200, 502, 302]), b"<html><body>Bad gateway</body></html>"
-        elif world.fault("http-cut"):
+        elif world.fault("http-truncated"):
             body = body[: int(world.random.random() * len(body))]
-        elif world.fault("http-nonsense"):
-            body = world.random.choice([b"{}", b'{"data": {}}', b"0", _without_its_sense(body)])
+        elif world.fault("http-wrong-json"):
+            body = world.random.choice([b"{}", b'{"data": {}}', b"0", _without_required_fields(body)])
         headers = Headers({"fly-request-id": ["01-ams"]})
         response = Response._construct((b"HTTP", 1, 1), code, b"", headers, Connection(lambda: None), None)
         response._bodyDataReceived(body)
