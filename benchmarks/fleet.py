@@ -73,7 +73,7 @@ class Coordinator:
             max_req_time=_MAX_REQ_TIME, lease_ttl=lease_ttl(_MAX_REQ_TIME),
             standby=fleet.size - fleet.size // 5,
         )  # fmt: skip
-        self.pool = Pool(api, self._probe, self.clock, self._random, settings)
+        self.pool = Pool(api, self, self.clock, self._random, settings)
 
     def begin_runs(self) -> None:
         """Let a fifth of the machines be in use from now on."""
@@ -86,7 +86,8 @@ class Coordinator:
             await deferLater(self.clock, self._random.uniform(0.5, 1.0) * _MAX_REQ_TIME)
             allocation.release()
 
-    async def _probe(self, _: Machine) -> None:
+    async def wait_until_ready(self, machine: Machine) -> None:  # noqa: ARG002 - the same for all
+        """Wait as a pool's probe does."""
         await deferLater(self.clock, 0.02)
 
 
@@ -216,7 +217,7 @@ def _count_warnings() -> Counter[str]:
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
-        if event.get("log_format") == "cleaning is not done: {error}":
+        if event.get("log_format") == "reconciliation failed: {error}":
             said[type(event["error"]).__name__] += 1
 
     globalLogBeginner.beginLoggingTo([observe], redirectStandardIO=False, discardBuffer=True)

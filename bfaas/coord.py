@@ -136,7 +136,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
         shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
     proxy = WorkerClient(reactor, worker_url, settings.max_output)
     metrics = Metrics()
-    pool = Pool(machines, proxy.wait_until_ready, reactor, random, pool_config(settings), metrics.passed)
+    pool = Pool(machines, proxy, reactor, random, pool_config(settings), metrics)
     runs = RunTracker(reactor, time.time, random, metrics)
     coordinator = Coordinator(reactor, settings, pool, proxy, time.time, runs)
     metrics.register_gauges(pool, coordinator)

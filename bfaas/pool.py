@@ -1,13 +1,12 @@
 """
-The pool: machines on demand, each for one request at a time, wiped in between.
+The pool: machines on demand, each for one request at a time, and wiped by a stop in between.
 
-Requests wait in line for machines, their clients taking turns; only the pool creates, starts, stops and
-destroys them, so that a request which is cancelled strands nothing. Each machine's life is one coroutine,
-`_run_lifecycle`, from its creation to its end. What a request gets is an `Allocation`, which ends exactly
-once.
+Requests wait for machines in a fair queue. Only the pool creates, starts, stops and destroys machines, so
+that a cancelled request leaves none behind. Each slot has one coroutine, `_run_lifecycle`, which manages its
+machine from creation to destruction. A request gets an `Allocation`, and releases it exactly once.
 
-A machine belongs to the pool that its name says, since a name cannot be changed from inside a machine. Its
-metadata says so too, for whoever reads it, but proves nothing.
+A machine belongs to the pool in its name, because a name cannot be changed from inside a machine. Its
+metadata names the pool as well, for people, but proves nothing.
 """
 
 from __future__ import annotations
@@ -23,154 +22,154 @@ from bfaas.pooling.backoff import Backoff, JitteredBackoff
 from bfaas.pooling.config import PoolConfig, machine_name
 from bfaas.pooling.fair_queue import FairQueue
 from bfaas.pooling.lifecycle import DestroyTimeoutError, LeaseLostError, MachineLifecycle
+from bfaas.pooling.plan import Constraints, Create, SlotState, Wake, plan
 from bfaas.pooling.reconciler import Reconciler
-from bfaas.pooling.slot import Phase, PhaseObserver, Slot
-from bfaas.pooling.standby import Standby, StandbyAction
+from bfaas.pooling.scheduler import Scheduler, StandbyAction
+from bfaas.pooling.slot import NullPhaseObserver, Phase, PhaseObserver, Slot
+from bfaas.pooling.standby import Standby
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from random import Random
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.pooling.lifecycle import Probe
-    from bfaas.pooling.reconciler import Inspected
+    from bfaas.pooling.lifecycle import ReadinessProbe
+    from bfaas.pooling.scheduler import Inspected
 
 
-_TAKEN = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
-"""Phases of machines that have to come free before they can serve a request."""
+_OCCUPIED = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
+"""Phases of slots that cannot serve a request before their present use is over."""
+
+_TURNAROUND_WINDOW = 5
+"""The latest turnaround counts for a fifth of the mean, and the first ones for more."""
 
 
 class PoolClosedError(Exception):
-    """The pool gives out no machines any more."""
+    """The pool is closed, and allocates no machines."""
 
 
 class Allocation:
-    """A machine in use: started, ready, wiped before. `release` gives it back, exactly once, at once."""
+    """A machine that is started, ready and unused, for one request. `release` returns it to the pool."""
 
     def __init__(self, machine: Machine, released: Deferred[None]) -> None:
         self.machine = machine
         self._released: Deferred[None] | None = released
 
     def release(self) -> None:
-        """Give the machine back; the pool wipes it in the background."""
+        """Return the machine; the pool wipes it in the background. Raises `RuntimeError` the second time."""
         if self._released is None:
             raise RuntimeError(f"machine {self.machine.id} was released before")
         released, self._released = self._released, None
         released.callback(None)
 
 
-class Pool:
-    """
-    Up to `size` machines, shared by the requests of one coordinator.
-
-    `probe` waits until the worker on a machine that has started takes requests. `watch` is told what phases
-    its machines go through.
-    """
+class Pool(Scheduler):
+    """Up to `config.size` machines, shared by the requests of one coordinator."""
 
     _log = Logger()
 
     def __init__(
         self,
         api: MachinesAPI,
-        probe: Probe,
+        probe: ReadinessProbe,
         clock: IReactorTime,
         random: Random,
-        settings: PoolConfig,
-        watch: PhaseObserver = lambda _left, _entered, _seconds: None,
+        config: PoolConfig,
+        observer: PhaseObserver | None = None,
     ) -> None:
-        self._settings = settings
+        self._config = config
         self._clock = clock
         self._random = random
-        self._watch = watch
-        backoff = JitteredBackoff(clock, random)
-        self._lifecycle = MachineLifecycle(api, probe, clock, backoff, settings)
-        self._reconciler = Reconciler(api, clock, random, settings, backoff, self._reconcile)
+        self._observer = observer or NullPhaseObserver()
         self._slots: dict[Slot, Deferred[None]] = {}
         self._queue: FairQueue[Allocation] = FairQueue()
-        self._mean_turnaround, self._turns = 0.0, 0
-        self._reclaimed = False
+        self._mean_turnaround = 0.0
+        self._turnarounds = 0
+        self._machines_known = False
         self._create_rate_limited = False
-        self._create_backoff = Backoff(clock, backoff, self._balance)
-        self._standby_backoff = Backoff(clock, backoff, self._balance)
-        self._standby = Standby(
-            self._lifecycle,
-            self._standby_backoff,
-            self._next_action,
-            suspend_standby=settings.suspend_standby,
-        )
+        self._rebalancing = False
+        self._rebalance_again = False
         self._closing = False
         self._destroys = False
+        delays = JitteredBackoff(clock, random)
+        self._create_backoff = Backoff(clock, delays, self.rebalance)
+        self._standby_backoff = Backoff(clock, delays, self.rebalance)
+        self._lifecycle = MachineLifecycle(api, probe, clock, delays, config)
+        self._reconciler = Reconciler(api, clock, random, config, delays, self)
+        self._standby = Standby(
+            self._lifecycle, self._standby_backoff, self, suspend_standby=config.suspend_standby
+        )
 
     def start(self) -> None:
-        """Reclaim the machines of this pool's earlier instances, then clean from time to time."""
+        """Adopt the machines of this pool's earlier instances, and reconcile periodically."""
         self._reconciler.start()
 
-    # What requests see.
+    # The interface for requests.
 
     @property
     def queue_depth_ahead(self) -> int:
-        """How many machines have to come free before one more request is served; 0 where none has to."""
-        return max(0, len(self._queue) + 1 - (self._settings.size - len(self._in_phase(*_TAKEN))))
+        """How many machines have to become free before a new request is served; 0 if none has to."""
+        return max(0, len(self._queue) + 1 - (self._config.size - len(self._in_phase(*_OCCUPIED))))
 
     @property
     def expected_wait(self) -> float:
         """
-        Estimate the seconds until so many machines have come free; 0 as long as nothing is known.
+        The estimated seconds until `queue_depth_ahead` machines are free; 0 while there is no estimate.
 
-        A machine's turn begins with a start and ends with a confirmed stop. It is taken to last as long as
-        the latest did: a mean, in which each new one counts for a fifth, and the first few for more. A turn
-        under way that has taken longer already counts with its age, so that a pool which has never finished
-        one does not guess. None counts for more than a request of full length and a stop.
+        A turnaround is the time from the start of a machine to the confirmed stop after its run, without the
+        time in standby. It is estimated as a moving average. A machine that has been in use for longer than
+        that counts with this time instead, so that there is an estimate before the first turnaround. No
+        turnaround counts for more than a run of full length and a stop.
         """
-        taken = self._in_phase(*_TAKEN)
+        occupied = self._in_phase(*_OCCUPIED)
         now = self._clock.seconds()
-        turns = [
-            max(self._mean_turnaround, min(now - slot.phase_since, self._longest_turn)) for slot in taken
+        estimates = [
+            max(self._mean_turnaround, min(now - slot.phase_since, self._max_turnaround)) for slot in occupied
         ]
-        turn = sum(turns) / len(turns) if turns else self._mean_turnaround
-        return turn * self.queue_depth_ahead / self._settings.size
+        turnaround = sum(estimates) / len(estimates) if estimates else self._mean_turnaround
+        return turnaround * self.queue_depth_ahead / self._config.size
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for a machine."""
+        """How many requests are in the queue."""
         return len(self._queue)
 
     @property
     def not_ready_reason(self) -> str | None:
-        """What speaks against a machine for a request that comes now; None where nothing is known to."""
+        """The reason why a new request could not get a machine, as far as is known; None if it could."""
         if self._in_phase(Phase.READY):
             return None
-        if not self._reclaimed:
+        if not self._machines_known:
             return "the pool has not listed its machines yet"
         if not self._reconciler.api_reachable:
             return "the Machines API is failing"
         if self._in_phase(Phase.STOPPED, Phase.SUSPENDED):
             return None
-        # A creation whose answer was lost has its place until it is known, what has failed until it is gone.
-        lost = any(slot.create_unknown_since is not None for slot in self._in_phase(Phase.CREATING))
-        overdue = self._clock.seconds() - self._settings.timeouts.inspect
-        stuck = (
-            sum(slot.phase_since < overdue for slot in self._in_phase(Phase.DESTROYING))
-            >= self._settings.size
-        )
-        return "machines cannot be started" if self._create_backoff.active or lost or stuck else None
+        # A slot is kept while a creation's outcome is unknown, and until a failed machine is destroyed.
+        uncertain = any(slot.create_unknown_since is not None for slot in self._in_phase(Phase.CREATING))
+        overdue = self._clock.seconds() - self._config.timeouts.inspect
+        stuck = sum(slot.phase_since < overdue for slot in self._in_phase(Phase.DESTROYING))
+        if self._create_backoff.active or uncertain or stuck >= self._config.size:
+            return "machines cannot be started"
+        return None
 
     def count(self, phase: Phase) -> int:
-        """How many slots are in a phase."""
+        """Return how many slots are in a phase."""
         return len(self._in_phase(phase))
 
     def allocate(self, client: str) -> Deferred[Allocation]:
         """
-        Wait in line for a machine, taking turns with other clients. Cancelling it leaves the line.
+        Wait in the queue for a machine. Cancellation leaves the queue.
 
         Fails with `PoolClosedError` when the pool closes first.
         """
-        place = self._queue.enqueue(client)
-        self._balance()
-        return place
+        entry = self._queue.enqueue(client)
+        self.rebalance()
+        return entry
 
     async def close(self) -> None:
-        """Stop every machine, and leave it for the pool's next instance; waits for those in use."""
+        """Stop every machine, for the pool's next instance to adopt. Waits for running requests."""
         self._closing = True
         self._lifecycle.close()
         self._reconciler.close()
@@ -183,92 +182,137 @@ class Pool:
 
     async def destroy(self) -> None:
         """
-        Destroy every machine of this pool, those included that it has lost sight of, instead of stopping it.
+        Close the pool, and destroy every machine of it instead of stopping it, unknown ones included.
 
-        Waits for those in use. Ends after `max_req_time` and `limits.exit` in any case.
+        Waits for running requests, but returns after `max_req_time` and `timeouts.exit` in any case.
         """
         self._destroys = True
-        limits = self._settings.timeouts
-        longest = self._settings.max_req_time + limits.exit - limits.destroy
-        await Deadline(self._clock, longest).run(self.close())  # cancelled, it waits no longer
+        timeouts = self._config.timeouts
+        close_timeout = self._config.max_req_time + timeouts.exit - timeouts.destroy
+        # When the timeout cancels `close`, the slots' coroutines continue.
+        await Deadline(self._clock, close_timeout).run(self.close())
         for slot in self._slots:
-            self._log.error("{name} is not destroyed in time", name=slot.name)
+            self._log.error("{name} was not destroyed in time", name=slot.name)
         try:
-            await Deadline(self._clock, limits.destroy).run(self._reconciler.destroy_all_own())
+            await Deadline(self._clock, timeouts.destroy).run(self._reconciler.destroy_all_own())
         except (MachinesError, DeadlineExceededError) as error:
-            self._log.error("cannot tell whether a machine is left: {error}", error=error)
+            self._log.error("cannot check that all machines are destroyed: {error}", error=error)
 
-    # The line, and what it takes to serve it.
+    # The interface for the pool's parts.
 
-    def _balance(self) -> None:
-        """Set machines on their way, as many as requests are short of."""
-        if self._closing:
+    def next_action(self, slot: Slot) -> StandbyAction:
+        """Return what a ready machine does next."""
+        if self._closing or slot.unusable:
+            return StandbyAction.RETIRE
+        others = [other for other in self._in_phase(Phase.READY, Phase.SUSPENDED) if other is not slot]
+        if len(self._queue) > 0 or len(others) >= self._config.standby:
+            return StandbyAction.SERVE
+        return StandbyAction.WAIT
+
+    def reconcile(self, machines: Sequence[Inspected]) -> None:
+        """
+        Compare the slots with all machines of this pool that exist.
+
+        Unknown machines get a slot. Machines that are unusable or could not be inspected, and surplus
+        machines, keep theirs only until they are destroyed.
+        """
+        known = {slot.name: slot for slot in self._slots}
+        unknown: list[Slot] = []
+        usable = {
+            listed.name: details is not None and self._config.metadata_matches(details)
+            for listed, details in machines
+        }
+        for listed, details in sorted(machines, key=lambda machine: not usable[machine.listed.name]):
+            slot = known.get(listed.name)
+            if slot is None:
+                surplus = len(known) + len(unknown) >= self._config.size
+                slot = Slot(listed.name, self._clock, self._observer, Phase.ADOPTING, details or listed)
+                slot.unusable = surplus or not usable[listed.name]
+                unknown.append(slot)
+            elif details is not None and not usable[listed.name]:
+                self._log.warn("the metadata of {name} was changed", name=listed.name)
+                slot.unusable = True
+                slot.wake(wanted=False)
+        self._add(*unknown)
+        self._machines_known = True
+        self.rebalance()
+
+    def rebalance(self) -> None:
+        """
+        Wake and create machines for the queue, according to `plan`.
+
+        A nested call, which an action may cause, takes effect after the present plan is carried out.
+        """
+        self._rebalance_again = True
+        if self._rebalancing:
             return
-        for slot in self._in_phase(Phase.READY)[: len(self._queue)]:
-            slot.wake(wanted=True)
-        asleep = sorted(self._in_phase(Phase.SUSPENDED), key=lambda slot: slot.wakeup is None)
-        for slot in asleep[: max(0, len(self._queue) - self.count(Phase.RESUMING))]:
-            slot.wake(wanted=True)
-        others = self._in_phase(Phase.STOPPED, Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
-        ready = len(self._slots) - len(others)  # or on their way
-        holds_back = self._create_backoff.active or self._standby_backoff.active
-        short = len(self._queue) + (0 if holds_back else self._settings.standby) - ready
-        for slot in sorted(self._in_phase(Phase.STOPPED), key=lambda slot: -slot.lease_end)[: max(0, short)]:
-            slot.wake(wanted=True)
-            short -= 1
-        while short > 0 and len(self._slots) < self._settings.size and self._may_create():
-            self._add(Slot(machine_name(self._settings.name, self._random), self._clock, self._watch))
-            short -= 1
-        self._create_rate_limited = self._create_rate_limited and short > 0
+        self._rebalancing = True
+        try:
+            while self._rebalance_again and not self._closing:
+                self._rebalance_again = False
+                self._carry_out_plan()
+        finally:
+            self._rebalancing = False
+
+    def _carry_out_plan(self) -> None:
+        slots = {slot.name: slot for slot in self._slots}
+        constraints = Constraints(
+            machines_known=self._machines_known,
+            create_backoff=self._create_backoff.active,
+            standby_backoff=self._standby_backoff.active,
+            rate_limited=self._create_rate_limited,
+        )
+        states = [_state(slot) for slot in self._slots]
+        actions, shortage = plan(states, len(self._queue), self._config, constraints)
+        if not shortage:
+            self._create_rate_limited = False
+        for action in actions:
+            match action:
+                case Wake(name):
+                    slots[name].wake(wanted=True)
+                case Create():
+                    name = machine_name(self._config.name, self._random)
+                    self._add(Slot(name, self._clock, self._observer))
 
     def _in_phase(self, *phases: Phase) -> list[Slot]:
         return [slot for slot in self._slots if slot.phase in phases]
 
-    def _may_create(self) -> bool:
-        """
-        Not before we know what is there already, and not in the pause after a failure.
-
-        And one at a time while the app is at its limit, of one a second, which all its coordinators share.
-        """
-        asked = [slot for slot in self._in_phase(Phase.CREATING) if slot.known_machine is None]
-        if self._create_rate_limited and any(slot.create_unknown_since is None for slot in asked):
-            return False
-        return self._reclaimed and not self._create_backoff.active
+    # The lifecycle of a slot.
 
     def _add(self, *slots: Slot) -> None:
-        """Give each a place, and only then let them begin to live."""
-        self._slots |= (places := {slot: Deferred[None]() for slot in slots})
-        for slot, gone in places.items():
-            self._begin(slot, gone)
+        """Add all slots before the lifecycle of the first one begins, so that it sees them."""
+        self._slots |= (done := {slot: Deferred[None]() for slot in slots})
+        for slot, removed in done.items():
+            self._begin(slot, removed)
 
-    def _begin(self, slot: Slot, gone: Deferred[None]) -> None:
-        def leave(_: object) -> None:
+    def _begin(self, slot: Slot, removed: Deferred[None]) -> None:
+        def remove(_: object) -> None:
             del self._slots[slot]
-            gone.callback(None)
-            self._balance()
+            removed.callback(None)
+            self.rebalance()
 
-        life = Deferred.fromCoroutine(self._run_lifecycle(slot))
-        life.addErrback(lambda failure: self._log.failure("in the life of {name}", failure, name=slot.name))
-        life.addCallback(leave)
-
-    # A machine's life.
+        lifecycle = Deferred.fromCoroutine(self._run_lifecycle(slot))
+        lifecycle.addErrback(
+            lambda failure: self._log.failure("in the lifecycle of {name}", failure, name=slot.name)
+        )
+        lifecycle.addCallback(remove)
 
     async def _run_lifecycle(self, slot: Slot) -> None:
-        """Get a machine, let it serve as long as it is good for it, and see it off."""
+        """Create or adopt the machine, use it until it is no longer usable, and destroy it."""
         try:
             if slot.phase is Phase.CREATING:
                 await self._lifecycle.create(slot)
                 if self._create_rate_limited:
-                    self._balance()
+                    self.rebalance()
                 await self._serve(slot)
             elif not slot.unusable:
                 await self._lifecycle.adopt(slot)
                 await self._lifecycle.stop(slot)
-            while await self._rest(slot):
+            while await self._wait_until_wanted(slot):
                 await self._lifecycle.start(slot)
                 await self._serve(slot)
         except (MachinesError, DeadlineExceededError) as error:
-            self._log.warn("gives up {name}: {error}", name=slot.name, error=error)
+            self._log.warn("giving up on {name}: {error}", name=slot.name, error=error)
             self._create_backoff.failed()
             if isinstance(error, RateLimitedError):
                 self._create_rate_limited = True
@@ -280,15 +324,16 @@ class Pool:
         await self._retire(slot)
 
     async def _serve(self, slot: Slot) -> None:
-        """Give the machine to the request that is next, until it is released; then wipe it."""
-        began = self._clock.seconds()
+        """Wait until the machine is ready, allocate it to the next request until its release, and stop it."""
+        started_at = self._clock.seconds()
         await self._lifecycle.wait_until_ready(slot)
         self._create_backoff.succeeded()
         ready_at = self._clock.seconds()
         wanted = await self._standby.wait_for_work(slot)
-        began += self._clock.seconds() - ready_at  # standing by is part of nobody's turn
-        is_leased = self._is_leased(slot, self._settings.max_req_time)
-        if serves := wanted and is_leased and len(self._queue) > 0:
+        standby_time = self._clock.seconds() - ready_at
+        is_leased = self._is_leased(slot, self._config.max_req_time)
+        serves = wanted and is_leased and len(self._queue) > 0
+        if serves:
             slot.transition_to(Phase.RUNNING)
             released: Deferred[None] = Deferred()
             self._queue.assign(Allocation(slot.machine, released))
@@ -296,45 +341,39 @@ class Pool:
         if self._destroys:
             return
         slot.transition_to(Phase.STOPPING)
-        self._balance()
+        self.rebalance()
         await self._lifecycle.stop(slot)
         if serves:
-            self._record_turnaround(self._clock.seconds() - began)
-
-    def _next_action(self, slot: Slot) -> StandbyAction:
-        """Say what a machine that is ready is to do."""
-        if self._closing or slot.unusable:
-            return StandbyAction.RETIRE
-        others = [other for other in self._in_phase(Phase.READY, Phase.SUSPENDED) if other is not slot]
-        if len(self._queue) > 0 or len(others) >= self._settings.standby:
-            return StandbyAction.SERVE
-        return StandbyAction.WAIT
+            self._record_turnaround(self._clock.seconds() - started_at - standby_time)
 
     def _record_turnaround(self, seconds: float) -> None:
-        self._turns += 1
-        self._mean_turnaround += (min(seconds, self._longest_turn) - self._mean_turnaround) / min(
-            self._turns, 5
-        )
+        self._turnarounds += 1
+        change = min(seconds, self._max_turnaround) - self._mean_turnaround
+        self._mean_turnaround += change / min(self._turnarounds, _TURNAROUND_WINDOW)
 
     @property
-    def _longest_turn(self) -> float:
-        return self._settings.max_req_time + self._settings.timeouts.stop
+    def _max_turnaround(self) -> float:
+        return self._config.max_req_time + self._config.timeouts.stop
 
     def _is_leased(self, slot: Slot, seconds: float) -> bool:
-        """Tell whether its lease lasts so long. A process that stood still wakes up with leases long over."""
+        """Return whether the lease lasts so long. After a suspension of this process, leases have expired."""
         return slot.lease_end - self._clock.seconds() >= seconds
 
-    async def _rest(self, slot: Slot) -> bool:
-        """Wait until a request wants the machine. False when it is to end: its lease does, or the pool."""
-        left = slot.lease_end - self._clock.seconds() - 2 * self._settings.max_req_time
-        if self._closing or slot.unusable or left <= 0:
+    async def _wait_until_wanted(self, slot: Slot) -> bool:
+        """
+        Keep the machine stopped until a request needs it, and return True.
+
+        Return False if the machine is to be retired: it is unusable, its lease ends, or the pool closes.
+        """
+        timeout = slot.lease_end - self._clock.seconds() - 2 * self._config.max_req_time
+        if self._closing or slot.unusable or timeout <= 0:
             return False
         slot.transition_to(Phase.STOPPED)
-        woken = slot.park()
-        timer = self._clock.callLater(left, lambda: slot.wake(wanted=False))
-        self._balance()
+        wakeup = slot.park()
+        timer = self._clock.callLater(timeout, lambda: slot.wake(wanted=False))
+        self.rebalance()
         try:
-            wanted = await woken
+            wanted = await wakeup
         finally:
             if timer.active():
                 timer.cancel()
@@ -343,9 +382,9 @@ class Pool:
         return wanted
 
     async def _retire(self, slot: Slot) -> None:
-        """Destroy the machine. Until that is done it has its place: it is there."""
+        """Destroy the machine, which keeps its slot until then."""
         slot.transition_to(Phase.DESTROYING)
-        self._balance()
+        self.rebalance()
         if slot.known_machine is None:
             return
         try:
@@ -355,32 +394,13 @@ class Pool:
         except DestroyTimeoutError as error:
             self._log.error("{error}", error=error)
 
-    # What cleaning finds.
 
-    def _reconcile(self, machines: list[Inspected]) -> None:
-        """
-        Take note of all machines of this pool.
-
-        One that we did not know has a place from now on, since it is there; if it is not to be used, or
-        one too many, until it is gone. Not to be used is also one that could not be looked at.
-        """
-        known = {slot.name: slot for slot in self._slots}
-        unknown: list[Slot] = []
-        fit = {
-            listed.name: seen is not None and self._settings.metadata_matches(seen)
-            for listed, seen in machines
-        }
-        for listed, seen in sorted(machines, key=lambda pair: not fit[pair[0].name]):
-            slot = known.get(listed.name)
-            if slot is None:
-                too_many = len(known) + len(unknown) >= self._settings.size
-                place = Slot(listed.name, self._clock, self._watch, Phase.ADOPTING, seen or listed)
-                place.unusable = too_many or not fit[listed.name]
-                unknown.append(place)
-            elif seen is not None and not fit[listed.name]:
-                self._log.warn("somebody changed the metadata of {name}", name=listed.name)
-                slot.unusable = True
-                slot.wake(wanted=False)
-        self._add(*unknown)
-        self._reclaimed = True
-        self._balance()
+def _state(slot: Slot) -> SlotState:
+    creating = slot.phase is Phase.CREATING and slot.known_machine is None
+    return SlotState(
+        slot.name,
+        slot.phase,
+        slot.lease_end,
+        parked=slot.wakeup is not None,
+        create_pending=creating and slot.create_unknown_since is None,
+    )

@@ -42,7 +42,7 @@ class Metrics:
     """
     Counts, and tells at `/metrics` what it has counted.
 
-    Watches a pool's machines (`passed`) and the runs (`ended`, `refused`); all times are in seconds.
+    Watches a pool's machines (`observe_phase`) and the runs (`ended`, `refused`); all times are in seconds.
     """
 
     app = Klein()
@@ -86,9 +86,9 @@ class Metrics:
     def _gauge(self, name: str, text: str, look: Callable[[], float]) -> None:
         Gauge(name, text, registry=self._registry).set_function(look)
 
-    def passed(self, left: Phase, entered: Phase, seconds: float) -> None:
+    def observe_phase(self, old: Phase, new: Phase, seconds: float) -> None:
         """Note how long a machine was in a phase, and where it went."""
-        self._phase.labels(left.value, entered.value).observe(seconds)
+        self._phase.labels(old.value, new.value).observe(seconds)
 
     def ended(self, run: Run) -> None:
         """Note how long the phases of a run took."""

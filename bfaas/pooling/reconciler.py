@@ -1,29 +1,29 @@
 """
-Cleaning: what is done about machines of the app that are nobody's in our pool.
+Reconciliation: compares the pool with the machines that exist, and destroys machines that no pool uses.
 
-The list that a sweep begins with may be stale, so no machine is destroyed on its word: it is looked at
-first, and destroyed without a nonce, which the API refuses while anybody holds a lease on it.
+A list of machines may be stale. No machine is therefore destroyed because of a list alone: it is inspected
+first, and destroyed without a nonce, which the API refuses while the machine is leased.
 
-A hundred coordinators may share an app, with ten thousand machines. So a sweep does not ask about each: the
-leases of a pool end with its coordinator, so a few of its machines, chosen at random, speak for all, and only
-where one has no lease the others are looked at.
+A hundred coordinators may share an app, with ten thousand machines, so the reconciler does not request the
+lease of each. All leases of a pool expire when its coordinator is gone: the reconciler checks a small random
+sample of each pool's machines, and the others only if a machine of the sample has no lease.
 """
 
 from __future__ import annotations
 
-from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred, FirstError, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, FirstError, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State, UnavailableError
 from bfaas.pooling.config import pool_of
+from bfaas.pooling.scheduler import Inspected
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterable
     from random import Random
 
     from twisted.internet.interfaces import IReactorTime
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.pooling.backoff import JitteredBackoff
     from bfaas.pooling.config import PoolConfig
-
-    Inspected = tuple[Machine, Machine | None]
+    from bfaas.pooling.scheduler import Scheduler
 
 T = TypeVar("T")
 
@@ -43,192 +42,201 @@ _GONE = (State.DESTROYING, State.DESTROYED)
 
 class Reconciler:
     """
-    Goes through the machines of the app, whosever they are, from time to time.
+    Periodically goes through all machines of the app.
 
-    `on_own_machines` is told what there is of this pool's: each machine as it is listed, which may leave its
-    metadata out, and as a look at it shows it, or None where the API did not tell. `pause` chooses the
-    seconds after so many failures.
+    Reports this pool's machines to the scheduler, and destroys machines of other pools that have no lease.
     """
 
-    _PAUSE = 1.0
-    _SECOND_LOOK = 1.5  # times the step of a reclaim in which there is no lease
-    _SAMPLE_SIZE = 3
+    _DESTROY_INTERVAL = 1.0  # seconds between two attempts to destroy all machines of this pool
+    _RECHECK_FACTOR = 1.5  # times the timeout of a lease call, between which an adopted machine has no lease
+    _SAMPLE_SIZE = 3  # machines
     _CONCURRENCY = 10  # machines
-    _MAX_PER_SWEEP = 300  # about so many are destroyed; where more are left, the next sweep comes at once
+    _MAX_PER_SWEEP = 300  # machines to destroy, approximately; with more, the next sweep follows at once
 
     def __init__(
         self,
         api: MachinesAPI,
         clock: IReactorTime,
         random: Random,
-        settings: PoolConfig,
+        config: PoolConfig,
         backoff: JitteredBackoff,
-        on_own_machines: Callable[[list[Inspected]], None],
+        scheduler: Scheduler,
     ) -> None:
         self._api = api
         self._clock = clock
         self._random = random
-        self._settings = settings
+        self._config = config
         self._backoff = backoff
-        self._on_own_machines = on_own_machines
-        self._cleaning: Deferred[None] | None = None
-        self._resting: Deferred[None] | None = None
-        self._doubted = False
+        self._scheduler = scheduler
+        self._loop: Deferred[None] | None = None
+        self._wakeup: Deferred[None] | None = None
+        self._check_requested = False
         self.api_reachable = True
-        """Whether the API had an answer when it was last asked for one."""
+        """Whether the API answered the last call of the reconciler."""
 
     def start(self) -> None:
-        """Sweep now, and then from time to time."""
-        self._cleaning = Deferred.fromCoroutine(self._clean())
-        self._cleaning.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        self._cleaning.addErrback(lambda failure: _log.failure("in cleaning", failure))
+        """Sweep now, and periodically after that."""
+        self._loop = Deferred.fromCoroutine(self._run())
+        self._loop.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        self._loop.addErrback(lambda failure: _log.failure("in the reconciler", failure))
 
     def check_soon(self) -> None:
-        """Find out soon whether the API answers, since somebody else had no answer."""
-        self._doubted = True
-        if self._resting is not None:
-            resting, self._resting = self._resting, None
-            resting.callback(None)
+        """Check soon whether the API answers, because a call of the pool's was not answered."""
+        self._check_requested = True
+        if self._wakeup is not None:
+            wakeup, self._wakeup = self._wakeup, None
+            wakeup.callback(None)
 
     def close(self) -> None:
-        """Sweep no more."""
-        if self._cleaning is not None:
-            self._cleaning.cancel()
+        """Stop; cancel the sweep that is under way."""
+        if self._loop is not None:
+            self._loop.cancel()
 
-    async def _clean(self) -> None:
-        """Sweep when it is time to; in between, list the machines when somebody doubts that one can."""
-        clock, period = self._clock, self._settings.reconcile_interval
-        failures, doubts, due = 0, 0, clock.seconds()
+    async def _run(self) -> None:
+        """Sweep when it is due. In between, list the machines while it is uncertain that the API answers."""
+        clock, interval = self._clock, self._config.reconcile_interval
+        failures, checks, due = 0, 0, clock.seconds()
         while True:
             is_due = clock.seconds() >= due
             try:
                 if not is_due:
                     await self._list()
-                elif await Deadline(clock, period).run(self.sweep()):
-                    due = clock.seconds() + period * self._random.uniform(0.8, 1.2)
-                    doubts = 0
+                elif await Deadline(clock, interval).run(self.sweep()):
+                    due = clock.seconds() + interval * self._random.uniform(0.8, 1.2)
+                    checks = 0
             except (MachinesError, DeadlineExceededError) as error:
-                _log.warn("cleaning is not done: {error}", error=error)
-                self.api_reachable = False  # whatever it was
+                _log.warn("reconciliation failed: {error}", error=error)
+                self.api_reachable = False  # whatever the error
                 await deferLater(clock, self._backoff.delay(failures))
                 failures += 1
             else:
                 failures = 0
-                if await self._is_doubted(due - clock.seconds()):
-                    await deferLater(clock, self._backoff.delay(doubts))
-                    doubts += 1
+                if await self._needs_check(due - clock.seconds()):
+                    await deferLater(clock, self._backoff.delay(checks))
+                    checks += 1
 
-    async def _is_doubted(self, seconds: float) -> bool:
-        """Wait for so long; True, and at once, when there is reason to doubt that the API answers."""
-        if self.api_reachable and not self._doubted:
-            self._resting = Deferred()
+    async def _needs_check(self, timeout: float) -> bool:
+        """Wait for `timeout` seconds, or until it is uncertain that the API answers. Return whether it is."""
+        if self.api_reachable and not self._check_requested:
+            self._wakeup = Deferred()
             try:
-                await Deadline(self._clock, seconds).run(self._resting)
+                await Deadline(self._clock, timeout).run(self._wakeup)
             except DeadlineExceededError:
-                self._resting = None
+                self._wakeup = None
                 return False
-        self._doubted = False
+        self._check_requested = False
         return True
 
     async def sweep(self) -> bool:
         """
-        Go through all machines once; False when some are left that are nobody's.
+        Go through all machines once. Return False if machines without a lease may be left.
 
-        Another pool's machine is destroyed if it has no lease, and still has none a moment later: while it
-        is reclaimed, its lease changes hands.
+        A machine of another pool is destroyed if it has no lease, and has none a moment later either: between
+        the two leases of an adoption there is none.
         """
         machines = await self._list()
-        own = filter(self._settings.owns, machines)
-        looks = await self._gather_limited(self._look(machine) for machine in own)
-        self._on_own_machines([look for look in looks if look is not None])
+        own = [machine for machine in machines if self._config.owns(machine)]
+        inspected = await self._gather_limited(self._inspect, own)
+        self._scheduler.reconcile([found for found in inspected if found is not None])
         unleased: list[Machine] = []
-        for theirs in self._others(machines):
+        for others in self._other_pools(machines):
             if len(unleased) >= self._MAX_PER_SWEEP:
                 break
-            unleased += await self._unleased(theirs)
+            unleased += await self._find_unleased(others)
         if unleased:
-            await deferLater(self._clock, self._SECOND_LOOK * self._settings.timeouts.lease)
+            await deferLater(self._clock, self._RECHECK_FACTOR * self._config.timeouts.lease)
         await self._gather_limited(
-            self._try(self._destroy_unleased(machine), machine) for machine in unleased
+            lambda machine: self._log_failures(self._destroy_unleased(machine), machine), unleased
         )
         return len(unleased) < self._MAX_PER_SWEEP
 
-    async def _look(self, listed: Machine) -> Inspected | None:
-        """Look at a machine whole; None if it is gone by now."""
+    async def _inspect(self, listed: Machine) -> Inspected | None:
+        """Get a listed machine with its metadata; return None if it is gone."""
         try:
-            seen = await self._within(self._api.get(listed.id))
+            details = await self._within(self._api.get(listed.id))
         except NotFoundError:
             return None
         except (MachinesError, DeadlineExceededError) as error:
-            _log.warn("cannot look at {name}: {error}", name=listed.name, error=error)
-            return listed, None
-        return None if seen.state in _GONE else (listed, seen)
+            _log.warn("cannot inspect {name}: {error}", name=listed.name, error=error)
+            return Inspected(listed, None)
+        return None if details.state in _GONE else Inspected(listed, details)
 
-    def _others(self, machines: list[Machine]) -> list[list[Machine]]:
-        """Tell the machines of the other pools, a list for each; in any order, for who comes last in time."""
+    def _other_pools(self, machines: list[Machine]) -> list[list[Machine]]:
+        """
+        Group the machines of other pools by pool, pools and machines in random order.
+
+        Each pool is thus reached in time, even if no sweep gets to the last one.
+        """
         pools: dict[str, list[Machine]] = {}
         for machine in machines:
             name = pool_of(machine.name)
-            if name is not None and name != self._settings.name:
+            if name is not None and name != self._config.name:
                 pools.setdefault(name, []).append(machine)
-        others = [self._random.sample(theirs, len(theirs)) for theirs in pools.values()]
+        others = [self._random.sample(pool, len(pool)) for pool in pools.values()]
         self._random.shuffle(others)
         return others
 
-    async def _unleased(self, theirs: list[Machine]) -> list[Machine]:
-        """Tell which of one pool's machines have no lease."""
+    async def _find_unleased(self, machines: list[Machine]) -> list[Machine]:
+        """Return the machines of one pool that have no lease; none if all of a sample are leased."""
         unleased: list[Machine] = []
-        for some in (theirs[: self._SAMPLE_SIZE], theirs[self._SAMPLE_SIZE :]):
+        for batch in (machines[: self._SAMPLE_SIZE], machines[self._SAMPLE_SIZE :]):
             found = await self._gather_limited(
-                self._try(self._is_unleased(machine), machine) for machine in some
+                lambda machine: self._log_failures(self._is_unleased(machine), machine), batch
             )
-            unleased += [machine for machine, is_unleased in zip(some, found, strict=True) if is_unleased]
+            unleased += [machine for machine, is_unleased in zip(batch, found, strict=True) if is_unleased]
             if not unleased:
                 break
         return unleased
 
     async def destroy_all_own(self) -> None:
-        """Destroy all machines of this pool, for as long as it takes until there is none."""
+        """Destroy all machines of this pool. Return when none is left, however long it takes."""
         while True:
             try:
-                machines = [machine for machine in await self._list() if self._settings.owns(machine)]
+                machines = [machine for machine in await self._list() if self._config.owns(machine)]
                 if not machines:
                     return
                 for machine in machines:
-                    await self._try(destroy_own(self._api, machine), machine)
+                    await self._log_failures(destroy_own(self._api, machine), machine)
             except (MachinesError, DeadlineExceededError) as error:
-                _log.warn("is a machine left? {error}", error=error)
-            await deferLater(self._clock, self._PAUSE)
+                _log.warn("cannot list the machines to destroy: {error}", error=error)
+            await deferLater(self._clock, self._DESTROY_INTERVAL)
 
-    async def _try(self, work: Coroutine[Deferred[Any], Any, T], machine: Machine) -> T | None:
-        """Do something about a machine; one that makes trouble is left for the next time."""
+    async def _log_failures(self, work: Coroutine[Deferred[Any], Any, T], machine: Machine) -> T | None:
+        """Return the result of work on one machine; log its failure, so that the sweep continues."""
         try:
             return await self._within(work)
         except (MachinesError, DeadlineExceededError) as error:
-            _log.warn("leaves {name} for now: {error}", name=machine.name, error=error)
+            _log.warn("skipping {name} for now: {error}", name=machine.name, error=error)
             return None
 
     async def _list(self) -> list[Machine]:
         return [machine for machine in await self._within(self._api.list()) if machine.state not in _GONE]
 
     async def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> T:
-        """Make a call, and note whether there is an answer, whatever it is."""
+        """Do work within its timeout, and record whether the API answers, be it with an error."""
         try:
-            answer = await Deadline(self._clock, self._settings.timeouts.inspect).run(work)
+            result = await Deadline(self._clock, self._config.timeouts.inspect).run(work)
         except (MachinesError, DeadlineExceededError) as error:
             self.api_reachable = not isinstance(error, (UnavailableError, DeadlineExceededError))
             raise
         self.api_reachable = True
-        return answer
+        return result
 
-    async def _gather_limited(self, works: Iterator[Coroutine[Deferred[Any], Any, T]]) -> list[T]:
-        """Do all, a few at a time."""
-        results: list[T] = []
-        while some := [Deferred.fromCoroutine(work) for work in islice(works, self._CONCURRENCY)]:
-            try:
-                results += await gatherResults(some, consumeErrors=True)
-            except FirstError as error:  # also how it is cancelled
-                error.subFailure.raiseException()
+    async def _gather_limited(
+        self, work: Callable[[Machine], Coroutine[Deferred[Any], Any, T]], machines: Iterable[Machine]
+    ) -> list[T]:
+        """Do the same work on all machines, a few at a time. The first failure cancels the rest."""
+        semaphore = DeferredSemaphore(self._CONCURRENCY)
+        tasks = [semaphore.run(work, machine) for machine in machines]
+        # Cancelled in this order, tasks that wait for the semaphore are cancelled before those that hold it.
+        tasks.reverse()
+        try:
+            results = await gatherResults(tasks, consumeErrors=True)
+        except FirstError as error:  # cancellation is one too
+            for task in tasks:
+                task.cancel()
+            error.subFailure.raiseException()
+        results.reverse()
         return results
 
     async def _is_unleased(self, machine: Machine) -> bool:
@@ -239,18 +247,18 @@ class Reconciler:
         return False
 
     async def _destroy_unleased(self, machine: Machine) -> None:
-        """Destroy another pool's machine if its lease has run out."""
+        """Destroy a machine of another pool unless it is leased."""
         if not await self._is_unleased(machine) or (await self._api.get(machine.id)).state in _GONE:
             return
         try:
             await self._api.destroy(machine.id, None)
         except LeaseHeldError:
             return
-        _log.info("destroyed {name}, whose lease had run out", name=machine.name)
+        _log.info("destroyed {name}, whose lease had expired", name=machine.name)
 
 
 async def destroy_own(api: MachinesAPI, machine: Machine) -> None:
-    """Destroy a machine of our own, with whatever lease it has."""
+    """Destroy a machine of our own, using its lease if it has one. Raises `MachinesError`."""
     try:
         nonce = (await api.get_lease(machine.id)).nonce
     except NotFoundError:
@@ -259,4 +267,4 @@ async def destroy_own(api: MachinesAPI, machine: Machine) -> None:
         await api.destroy(machine.id, nonce)
     except NotFoundError:
         return
-    _log.info("destroyed {name}, {id}, which is not to be used", name=machine.name, id=machine.id)
+    _log.info("destroyed {name}, {id}", name=machine.name, id=machine.id)

@@ -1,11 +1,10 @@
-"""What a pool is told, and what it knows of each of its machines."""
+"""A slot of the pool: one machine, its phase and its lease."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from twisted.internet.defer import Deferred
 
@@ -16,39 +15,49 @@ if TYPE_CHECKING:
 
 
 class Phase(enum.Enum):
-    """Where a slot of the pool is in its life."""
+    """The phase of a slot's lifecycle."""
 
-    CREATING = "creating"  # there may be a machine, or not yet
-    ADOPTING = "adopting"  # an earlier instance left it; being wiped, whatever it was doing
-    STOPPED = "stopped"  # stopped, confirmed; costs nothing, starts when wanted
-    STARTING = "starting"  # on its way to a request, or to stand by
-    READY = "ready"  # started and answering, no request yet
-    SUSPENDED = "suspended"  # the same, but frozen, or about to be
-    RESUMING = "resuming"  # on its way from there to a request
-    RUNNING = "running"  # a request has it
-    STOPPING = "stopping"  # used, and not to be used again until it is known to be stopped
-    DESTROYING = "destroying"  # being destroyed; has its place until that is done
+    CREATING = "creating"  # the machine may exist or not
+    ADOPTING = "adopting"  # left by an earlier instance of this pool; being stopped
+    STOPPED = "stopped"  # confirmed; costs nothing, and can be started
+    STARTING = "starting"  # for a request, or for warm standby
+    READY = "ready"  # started, and its worker accepts requests; unused
+    SUSPENDED = "suspended"  # ready, then suspended, or about to be
+    RESUMING = "resuming"  # from suspension, for a request
+    RUNNING = "running"  # allocated to a request
+    STOPPING = "stopping"  # used; not used again before its stop is confirmed
+    DESTROYING = "destroying"  # keeps its slot until it is destroyed
 
 
-PhaseObserver = Callable[[Phase, Phase, float], None]
-"""Is told of a phase that a machine has left, of the one that it is in now, and how many seconds it took."""
+class PhaseObserver(Protocol):
+    """Receives every phase change of a pool's slots."""
+
+    def observe_phase(self, old: Phase, new: Phase, seconds: float) -> None:
+        """Record that a slot went from phase `old`, in which it was for `seconds`, to phase `new`."""
+
+
+class NullPhaseObserver(PhaseObserver):
+    """Ignores phase changes."""
+
+    def observe_phase(self, old: Phase, new: Phase, seconds: float) -> None:
+        """Do nothing."""
 
 
 @dataclass(eq=False)
 class Slot:
     """
-    A place in the pool, and the machine that fills it.
+    One of the pool's `size` slots, and its machine.
 
-    `phase_since` is when its phase began. `lease_end` is counted from before the lease was asked for.
-    `create_unknown_since` is
-    when an attempt to create it ended whose outcome is not known. `unusable` means that the machine must not
-    be used again. `wakeup` is what its life waits for while it is idle or stands by: True when it is wanted,
-    False when it is to end.
+    Times are seconds on `clock`. `phase_since` is when the phase began. `lease_end` is when the lease may end
+    at the earliest: it is counted from before the lease was requested. `create_unknown_since` is when an
+    attempt to create the machine ended with an unknown outcome. A machine that is `unusable` must not serve.
+    `wakeup` is set while the slot is parked: it fires with True when the machine is wanted, and with False
+    when it is to be retired.
     """
 
     name: str
     clock: IReactorTime
-    watch: PhaseObserver
+    observer: PhaseObserver
     phase: Phase = Phase.CREATING
     known_machine: Machine | None = None
     lease: Lease | None = None
@@ -61,30 +70,31 @@ class Slot:
         self.phase_since = self.clock.seconds()
 
     def transition_to(self, phase: Phase) -> None:
-        """Go on to another phase of its life, if it is in another."""
+        """Change the phase, and notify the observer; do nothing if it is the same."""
         if phase is not self.phase:
             now = self.clock.seconds()
-            self.watch(self.phase, phase, now - self.phase_since)
+            self.observer.observe_phase(self.phase, phase, now - self.phase_since)
             self.phase, self.phase_since = phase, now
 
     @property
     def machine(self) -> Machine:
-        """The machine, in a phase in which there is one."""
-        assert self.known_machine is not None, self.name  # noqa: S101 - phases after CREATING have one
+        """The machine. Every phase after `CREATING` has one."""
+        if self.known_machine is None:
+            raise RuntimeError(f"{self.name} has no machine yet")
         return self.known_machine
 
     @property
     def nonce(self) -> str | None:
-        """What proves that the machine is leased to us."""
+        """The nonce of the pool's lease on the machine; None without a lease."""
         return self.lease.nonce if self.lease else None
 
     def park(self) -> Deferred[bool]:
-        """Wait until somebody wakes it."""
-        woken = self.wakeup = Deferred()
-        return woken
+        """Wait for `wake`; return whether the machine is wanted."""
+        self.wakeup = Deferred()
+        return self.wakeup
 
     def wake(self, *, wanted: bool) -> None:
-        """End its rest, if it rests."""
+        """End `park`; do nothing if the slot is not parked."""
         if self.wakeup is not None:
-            woken, self.wakeup = self.wakeup, None
-            woken.callback(wanted)
+            wakeup, self.wakeup = self.wakeup, None
+            wakeup.callback(wanted)

@@ -1,89 +1,85 @@
 """
-Standing by: how a machine that is ready before anybody asks for it spends its time.
+Warm standby: what a machine that is ready does until a request comes.
 
-Which machines stand by, and how many, is the pool's business.
+The pool decides which machines remain in standby, and how many.
 """
 
 from __future__ import annotations
 
-import enum
 from typing import TYPE_CHECKING
 
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.logger import Logger
 
+from bfaas.pooling.scheduler import StandbyAction
 from bfaas.pooling.slot import Phase, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from bfaas.pooling.backoff import Backoff
     from bfaas.pooling.lifecycle import MachineLifecycle
-
-
-class StandbyAction(enum.Enum):
-    """What a machine that is ready is to do."""
-
-    WAIT = "stand by"
-    SERVE = "come"  # for a request, if there is one; if not, enough others stand by
-    RETIRE = "end"  # it is no good any more, or the pool closes
+    from bfaas.pooling.scheduler import Scheduler
 
 
 class Standby:
     """
-    Has machines stand by until their pool calls them.
+    Keeps ready machines in standby, started or suspended, until the scheduler decides otherwise.
 
-    `call` says what a machine is to do now; who changes that wakes it. `backoff` is told how it goes.
+    `backoff` pauses the start of standby machines after failures.
     """
 
     _log = Logger()
 
     def __init__(
         self,
-        life: MachineLifecycle,
+        lifecycle: MachineLifecycle,
         backoff: Backoff,
-        call: Callable[[Slot], StandbyAction],
+        scheduler: Scheduler,
         *,
         suspend_standby: bool,
     ) -> None:
-        self._lifecycle = life
+        self._lifecycle = lifecycle
         self._backoff = backoff
-        self._next_action = call
+        self._scheduler = scheduler
         self._suspend_standby = suspend_standby
 
     async def wait_for_work(self, slot: Slot) -> bool:
-        """Keep a machine that is ready for as long as it is to stand by; False when it is not to serve."""
+        """Keep a ready machine in standby for as long as required. Return whether it may serve a request."""
         slot.transition_to(Phase.READY)
-        while (call := self._next_action(slot)) is StandbyAction.WAIT:
+        while (action := self._scheduler.next_action(slot)) is StandbyAction.WAIT:
             if not await self._stand_by(slot):
-                if self._next_action(slot) is not StandbyAction.RETIRE:
+                if self._scheduler.next_action(slot) is not StandbyAction.RETIRE:
                     self._backoff.failed()
                 return False
             self._backoff.succeeded()
             slot.transition_to(Phase.READY)
-        return call is StandbyAction.SERVE
+        return action is StandbyAction.SERVE
 
     async def _stand_by(self, slot: Slot) -> bool:
+        """Wait until the machine is wanted. Return False if it failed, or is to be retired."""
         if not self._suspend_standby:
-            return await self._rest(slot)
+            return await self._wait_for_wakeup(slot)
         slot.transition_to(Phase.SUSPENDED)
         if not await self._lifecycle.suspend(slot):
             return False
-        call = self._next_action(slot)  # since its suspension began, that may have changed
-        if call is StandbyAction.RETIRE or (call is StandbyAction.WAIT and not await self._rest(slot)):
+        action = self._scheduler.next_action(slot)  # may have changed during the suspension
+        if action is StandbyAction.RETIRE:
+            return False
+        if action is StandbyAction.WAIT and not await self._wait_for_wakeup(slot):
             return False
         slot.transition_to(Phase.RESUMING)
         await self._lifecycle.resume(slot)
         return True
 
-    async def _rest(self, slot: Slot) -> bool:
-        """Wait to be woken, and look after its lease meanwhile."""
-        keeping = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
-        keeping.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        keeping.addErrback(lambda failure: self._log.failure("in keeping {name}", failure, name=slot.name))
-        woken = slot.park()
-        keeping.addCallback(lambda _: slot.wake(wanted=False))
+    async def _wait_for_wakeup(self, slot: Slot) -> bool:
+        """Park the slot while its machine is monitored. Return whether the machine is wanted."""
+        monitoring = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
+        monitoring.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        monitoring.addErrback(
+            lambda failure: self._log.failure("while monitoring {name}", failure, name=slot.name)
+        )
+        wakeup = slot.park()
+        monitoring.addCallback(lambda _: slot.wake(wanted=False))
         try:
-            return await woken
+            return await wakeup
         finally:
-            keeping.cancel()
+            monitoring.cancel()

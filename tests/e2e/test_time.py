@@ -217,7 +217,7 @@ async def test_the_lease_alone_ends_a_machine() -> None:
             assert time.time() >= lease_end
             assert seen >= 10, "the other pool had no time to be wrong"
             await wait_until(lambda: not script.left(), timeout=CLOCK_SKEW)
-            told = re.compile(rb"destroyed worker-p-\w+, whose lease had run out")
+            told = re.compile(rb"destroyed worker-p-\w+, whose lease had expired")
             await wait_until(lambda: told.search(other.program.said) is not None)  # after its answer
             exchange.leave()
             assert await stop(other) == 0

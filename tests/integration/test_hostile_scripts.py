@@ -350,7 +350,7 @@ def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordSer
     proxy = WorkerClient(reactor, None, settings.max_output)
     usual = pool_config(settings)
     wanted = replace(usual, template=replace(usual.template, env={**usual.template.env, **env}))
-    pool = Pool(machines, proxy.wait_until_ready, reactor, SystemRandom(), wanted)
+    pool = Pool(machines, proxy, reactor, SystemRandom(), wanted)
     coordinator = Coordinator(
         reactor, settings, pool, proxy, time.time, RunTracker(reactor, time.time, SystemRandom())
     )

@@ -34,7 +34,7 @@ _COLLECT_EVERY = 256  # episodes between two garbage collections
 MUTANTS = [
     # The pool.
     Mutation(
-        "pool:Pool._begin.leave", "del self._slots[slot]", "", "a failed machine keeps its slot forever"
+        "pool:Pool._begin.remove", "del self._slots[slot]", "", "a failed machine keeps its slot forever"
     ),
     Mutation(
         "pool:Pool._serve", "await self._lifecycle.stop(slot)", "", "a machine is reused without a stop"
@@ -46,24 +46,24 @@ MUTANTS = [
         "an adopted machine is used without a stop",
     ),
     Mutation(
-        "pool:Pool._next_action",
+        "pool:Pool.next_action",
         "self._closing or slot.unusable",
         "self._closing",
         "a tampered machine serves",
     ),
-    Mutation("pool:Pool._reconcile", "slot.unusable = True", "", "tampering is not remembered"),
-    Mutation("pool:Pool._reconcile", "too_many or _1", "too_many", "a machine of another image is used"),
-    Mutation("pool:Pool._reconcile", "too_many or _1", "_1", "a pool that shrank keeps surplus machines"),
+    Mutation("pool:Pool.reconcile", "slot.unusable = True", "", "tampering is not remembered"),
+    Mutation("pool:Pool.reconcile", "surplus or _1", "surplus", "a machine of another image is used"),
+    Mutation("pool:Pool.reconcile", "surplus or _1", "_1", "a pool that shrank keeps surplus machines"),
     Mutation(
-        "pool:Pool._may_create",
-        "self._reclaimed and _1",
+        "pooling.plan:_max_creations",
+        "not constraints.machines_known or _1",
         "_1",
         "machines are created before the first reconciliation",
     ),
     Mutation(
-        "pool:Pool._balance",
-        "len(self._slots) < self._settings.size",
-        "len(self._slots) <= self._settings.size",
+        "pooling.plan:_max_creations",
+        "config.size - len(slots)",
+        "config.size + 1 - len(slots)",
         "one machine too many",
     ),
     Mutation(
@@ -73,8 +73,8 @@ MUTANTS = [
         "a slot is freed before its machine is gone",
     ),
     Mutation(
-        "pool:Pool._rest",
-        "_1 - 2 * self._settings.max_req_time",
+        "pool:Pool._wait_until_wanted",
+        "_1 - 2 * self._config.max_req_time",
         "_1 + 1e6",
         "a stopped machine outlives its lease",
     ),
@@ -85,27 +85,27 @@ MUTANTS = [
         "failing creations are retried without a delay",
     ),
     Mutation(
-        "pool:Pool._begin.leave",
-        "self._balance()",
+        "pool:Pool._begin.remove",
+        "self.rebalance()",
         "pass",
         "a free slot serves no queued request",
     ),
     Mutation("pool:Pool.close", "slot.wake(wanted=False)", "pass", "close waits for stopped machines"),
     Mutation(
         "pooling.reconciler:Reconciler.close",
-        "self._cleaning.cancel()",
+        "self._loop.cancel()",
         "pass",
         "reconciliation continues after close",
     ),
     Mutation(
-        "pooling.reconciler:Reconciler._clean",
+        "pooling.reconciler:Reconciler._run",
         "failures += 1",
         "return",
         "reconciliation ends at its first failure",
     ),
     Mutation(
         "pool:Pool._serve",
-        "self._is_leased(slot, self._settings.max_req_time)",
+        "self._is_leased(slot, self._config.max_req_time)",
         "True",
         "a lease that expired during a pause is used",
     ),
@@ -116,8 +116,8 @@ MUTANTS = [
         "destroy leaves machines",
     ),
     Mutation(
-        "pool:Pool._may_create",
-        "_1 and not self._create_backoff.active",
+        "pooling.plan:_max_creations",
+        "_1 or constraints.create_backoff",
         "_1",
         "new requests create machines during the backoff",
     ),
@@ -195,19 +195,19 @@ MUTANTS = [
         "Retry-After is far too long",
     ),
     Mutation(
-        "pool:Pool._balance",
-        "len(self._queue) + (_1 if holds_back else _2) - ready",
-        "max(len(self._queue), _1 if holds_back else _2) - ready",
+        "pooling.plan:plan",
+        "queue_length + (_1 if paused else _2) - available",
+        "max(queue_length, _1 if paused else _2) - available",
         "a warm standby that is in use is not replaced",
     ),
     Mutation(
-        "pool:Pool._balance",
-        "self._in_phase(Phase.READY)[: len(self._queue)]",
+        "pooling.plan:plan",
+        "_in_phase(slots, Phase.READY)[:queue_length]",
         "[]",
         "a warm standby never serves",
     ),
     Mutation(
-        "pool:Pool._next_action",
+        "pool:Pool.next_action",
         "len(self._queue) > 0 or _1",
         "len(self._queue) > 0",
         "all machines are warm standbys",
@@ -245,8 +245,8 @@ MUTANTS = [
     ),
     Mutation(
         "pooling.lifecycle:MachineLifecycle._record_lease",
-        "slot.lease_end = _1 + self._settings.safe_lease_ttl",
-        "slot.lease_end = _1 + 1000 + self._settings.lease_ttl",
+        "slot.lease_end = _1 + self._config.safe_lease_ttl",
+        "slot.lease_end = _1 + 1000 + self._config.lease_ttl",
         "a lease is trusted beyond its end",
     ),
     Mutation(
@@ -306,7 +306,7 @@ MUTANTS = [
     Mutation(
         "pooling.lifecycle:MachineLifecycle.monitor",
         "self._until_renewal(slot)",
-        "self._settings.lease_ttl * 3",
+        "self._config.lease_ttl * 3",
         "the lease of a warm standby expires",
     ),
     Mutation(

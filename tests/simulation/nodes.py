@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from random import Random
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,24 @@ from tests.simulation.network import Network
 from tests.simulation.worker import WorkerAgent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-    from bfaas.machines.api import MachinesAPI
-    from bfaas.pooling.reconciler import Inspected
+    from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.pooling.scheduler import Inspected
     from tests.simulation.client import Client
     from tests.simulation.world import World
 
 _SIGNER = Signer(genkey().private)  # one key pair for all: generating more is slow
+
+
+class _RecordedPool(Pool):
+    """A pool whose oracle records what its reconciler found."""
+
+    record: Callable[[list[Machine]], None]
+
+    def reconcile(self, machines: Sequence[Inspected]) -> None:
+        self.record([details for _, details in machines if details is not None])
+        super().reconcile(machines)
 
 
 class Node:
@@ -78,9 +89,9 @@ class Node:
         if world.has("over-http"):
             agent = RoutesAgent(world, self, network)
             api = FlyMachines(self.clock, agent, Random(random.getrandbits(64)), "http://api", "workers", "t")
-        self.pool = Pool(
+        self.pool = _RecordedPool(
             api,
-            worker_client.wait_until_ready,
+            worker_client,
             self.clock,
             Random(random.getrandbits(64)),
             replace(
@@ -90,13 +101,7 @@ class Node:
         )
         if world.has("large"):
             self.pool._reconciler._MAX_PER_SWEEP = 2
-        on_own_machines = self.pool._reconciler._on_own_machines
-
-        def inspect(machines: list[Inspected]) -> None:
-            world.oracle.on_inspected(self, [seen for _, seen in machines if seen is not None])
-            on_own_machines(machines)
-
-        self.pool._reconciler._on_own_machines = inspect
+        self.pool.record = partial(world.oracle.on_inspected, self)
         self.coordinator = Coordinator(
             self.clock,
             self.settings,

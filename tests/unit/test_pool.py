@@ -60,7 +60,7 @@ class World:
         self.never_ready: set[str] = set()
         self.nobody_ready = False
 
-    async def probe(self, machine: Machine) -> None:
+    async def wait_until_ready(self, machine: Machine) -> None:
         if machine.id in self.never_ready or self.nobody_ready:
             await Deferred()
 
@@ -86,7 +86,7 @@ class World:
             standby=standby,
             suspend_standby=suspend_standby,
         )
-        pool = Pool(api, self.probe, self.clock, Random(1), settings)
+        pool = Pool(api, self, self.clock, Random(1), settings)
         if start:
             pool.start()
         return pool, api
