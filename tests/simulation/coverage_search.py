@@ -15,21 +15,26 @@ from pathlib import Path
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
-import bfaas
+from tests.simulation.mutation import find_lines
 from tests.simulation.run import prepare_process
 from tests.simulation.world import World
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType
 
-MODULES = ("pool", "pooling/lifecycle", "pooling/standby", "pooling/backoff", "pooling/reconciler")
+_ROOM = ROOT / "bfaas"
+
+PATHS = (_ROOM / "pool.py", *sorted((_ROOM / "pooling").glob("*.py")))
 
 EXEMPT = (
-    'raise RuntimeError(f"machine {self.machine.id} was released before")',  # what a coordinator never does
-    "return fail(PoolClosedError())",  # one that drains asks for no machine
-    "raise  # nobody cancels a life; whoever would is heard",
+    ("pool.py", "Allocation.release", "raise RuntimeError(_1)"),  # a coordinator releases once
+    ("pooling/fair_queue.py", "FairQueue.enqueue", "return fail(_1)"),  # a closing pool gets no requests
+    ("pooling/lifecycle.py", "MachineLifecycle.wait_until_ready", "raise"),  # lifecycles are not cancelled
 )
+"""Statements that no episode can execute: module, function and code."""
+
 _EPISODES = 5000
 _BATCH_SIZE = 32
 _BATCHES_PER_PROCESS = 16
@@ -39,14 +44,10 @@ _REPORT_EVERY = 16  # batches
 class LineTracer:
     """Traces which lines of some modules are executed; `missing` holds the others, as (path, line)."""
 
-    def __init__(self, paths: list[Path]) -> None:
-        self.missing = {
-            (str(path), line)
-            for path in paths
-            for line in _lines_within_functions(path)
-            if path.read_text().splitlines()[line - 1].strip() not in EXEMPT
-        }
-        self._paths = {str(path) for path in paths}
+    def __init__(self) -> None:
+        lines = {(str(path), line) for path in PATHS for line in _lines_within_functions(path)}
+        self.missing = lines - find_exempt_lines()
+        self._paths = {str(path) for path in PATHS}
 
     def trace(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         """Trace the functions of these modules, and no others."""
@@ -55,6 +56,15 @@ class LineTracer:
     def _trace_line(self, frame: FrameType, _event: str, _argument: Any) -> Any:
         self.missing.discard((frame.f_code.co_filename, frame.f_lineno))
         return self._trace_line
+
+
+def find_exempt_lines() -> set[tuple[str, int]]:
+    """Return the lines of `EXEMPT`, as (path, line). Raises `AnchorError` if one does not match."""
+    return {
+        (str(_ROOM / module), line)
+        for module, function, code in EXEMPT
+        for line in find_lines((_ROOM / module).read_text(), function, code)
+    }
 
 
 def _lines_within_functions(path: Path) -> Iterator[int]:
@@ -74,7 +84,7 @@ _TRACERS: list[LineTracer] = []  # this process's tracer, once it traces
 
 def _start_tracing() -> None:
     prepare_process()
-    tracer = LineTracer([Path(bfaas.__file__).with_name(f"{name}.py") for name in MODULES])
+    tracer = LineTracer()
     _TRACERS.append(tracer)
     threading.settrace(tracer.trace)
     sys.settrace(tracer.trace)
@@ -97,9 +107,8 @@ def main() -> int:
         for number, batch in enumerate(pool.imap_unordered(_run_episodes, batches), 1):
             missing = batch if missing is None else missing & batch
             if not missing:
-                print(
-                    f"every line of {', '.join(MODULES)} was executed, after {number * _BATCH_SIZE} episodes"
-                )
+                print(f"every line was executed, after {number * _BATCH_SIZE} episodes, in:")
+                print("\n".join(str(path.relative_to(ROOT)) for path in PATHS))
                 return 0
             if number % _REPORT_EVERY == 0:
                 print(f"... {number * _BATCH_SIZE} episodes, {len(missing)} lines missing", flush=True)

@@ -68,6 +68,16 @@ def mutate(source: str, qualified_name: str, old: str, new: str) -> ast.Module:
     return ast.fix_missing_locations(tree)
 
 
+def find_lines(source: str, qualified_name: str, snippet: str) -> set[int]:
+    """Return the lines of the statement in a function that matches a snippet. Raises `AnchorError`."""
+    places = _statements(_find_function(ast.parse(source), qualified_name), ast.parse(snippet).body, [])
+    if len(places) != 1:
+        raise AnchorError(f"{qualified_name} matches {len(places)} times: {snippet}")
+    place = places[0]
+    statements = getattr(place.node, place.field)[place.at]
+    return set(range(statements[0].lineno, statements[-1].end_lineno + 1))
+
+
 class _Place(NamedTuple):
     """A part of a syntax tree that can be replaced: a field of a node, or a range of a list in it."""
 

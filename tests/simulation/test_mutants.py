@@ -1,4 +1,4 @@
-"""The mutants match the product's source. `make proof` runs them."""
+"""The mutants, and the exemptions of the coverage search, match the source. `make proof` runs both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from tests.simulation.coverage_search import EXEMPT, find_exempt_lines
 from tests.simulation.mutants import MUTANTS
 from tests.simulation.mutation import AnchorError, mutate
 
@@ -38,6 +39,9 @@ class MutantTests(SynchronousTestCase):
                 self.assertNotEqual(compile(mutant.path.read_text(), str(mutant.path), "exec"), code)
 
         self.assertEqual([], lost, "\n".join(["no longer match:", *lost]))
+
+    def test_every_exemption_of_the_coverage_search_matches_the_source(self) -> None:
+        self.assertGreaterEqual(len(find_exempt_lines()), len(EXEMPT))
 
     def test_mutants_are_many_and_differ(self) -> None:
         self.assertGreaterEqual(len({(mutant.anchor, mutant.old, mutant.new) for mutant in MUTANTS}), 70)
