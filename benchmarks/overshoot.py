@@ -40,8 +40,9 @@ from zope.interface import provider
 
 from benchmarks.report import Report, percentile
 from bfaas.protocol.formats import Reason
-from tests.e2e.coordinator import TWISTD, RunResponse, start_program, stop
+from tests.e2e.coordinator import TWISTD, start_program, stop
 from tests.support.network import free_port
+from tests.support.responses import Response
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,7 +86,7 @@ def tell_endings() -> Callable[[LogEvent], None]:
 class Run(NamedTuple):
     """A run as its client saw it: when its head and its last byte came, and how late the timer was."""
 
-    answer: RunResponse
+    answer: Response
     head_at: float
     end_at: float
     timer_late: float
@@ -145,7 +146,7 @@ async def _run(reactor: Any, coordinator: Running, script: str, max_req_time: fl
     reactor.callLater(max_req_time, lambda: late.callback(time.monotonic() - head_at - max_req_time))
     await exchange.end()
     end_at = time.monotonic()
-    answer = RunResponse(exchange.status, exchange.headers, b"".join(pieces))
+    answer = Response(exchange.status, exchange.headers, b"".join(pieces))
     return Run(answer, head_at, end_at, await late)
 
 

@@ -24,7 +24,6 @@ from bfaas.system import process_tree
 from tests.e2e.coordinator import (
     PATIENCE,
     Running,
-    RunResponse,
     command,
     marked,
     pause,
@@ -38,6 +37,7 @@ from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_fly, start_stand_in
 from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
 from tests.support.network import free_port
+from tests.support.responses import Response
 
 if TYPE_CHECKING:
     import random
@@ -227,7 +227,7 @@ class Chaos:
                 raise AssertionError(f"request {number} was cut: {error!r}") from error
             ended = Ending.CUT
         else:
-            answer = RunResponse(exchange.status, exchange.headers, b"".join(pieces))
+            answer = Response(exchange.status, exchange.headers, b"".join(pieces))
             ended = ending(answer, work, code)
         assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
         assert self._witness.sent[number] <= 1, f"request {number} was sent to workers twice"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -23,6 +22,7 @@ from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver, BytesProducer, single_use_agent
 from bfaas.system import process_tree
 from tests.support.network import free_port
+from tests.support.responses import Response
 from tests.support.waiting import TIMEOUT
 
 if TYPE_CHECKING:
@@ -38,33 +38,6 @@ PATIENCE = TIMEOUT
 """Seconds that anything may take on a busy machine before a test gives up on it."""
 
 TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile="]
-
-
-@dataclass
-class RunResponse:
-    """What came back for a script."""
-
-    status: int
-    headers: dict[str, str]
-    body: bytes
-
-    @property
-    def events(self) -> list[tuple[str, Any]]:
-        blocks = [
-            block.split("\n") for block in self.body.decode().split("\n\n") if block[:1] not in ("", ":")
-        ]
-        return [(name.removeprefix("event: "), json.loads(data[6:])) for name, data in blocks]
-
-    def output(self, stream: str) -> str:
-        return "".join(data for name, data in self.events if name == stream)
-
-    @property
-    def exit(self) -> dict[str, Any]:
-        assert [name for name, _ in self.events].count("exit") == 1, self.body
-        name, told = self.events[-1]
-        assert name == "exit", self.body
-        assert isinstance(told, dict)
-        return told
 
 
 class Program(ProcessProtocol):
@@ -147,18 +120,18 @@ class Running:
 
     async def run(
         self, script: str | bytes, query: str = "", headers: Mapping[str, str] | None = None
-    ) -> RunResponse:
+    ) -> Response:
         """Send a script, read everything."""
         pieces: list[bytes] = []
         exchange = await self.begin(script, query, pieces.append, headers)
         await exchange.end()
-        return RunResponse(exchange.status, exchange.headers, b"".join(pieces))
+        return Response(exchange.status, exchange.headers, b"".join(pieces))
 
-    async def get(self, path: str) -> RunResponse:
+    async def get(self, path: str) -> Response:
         pieces: list[bytes] = []
         exchange = await self.request("GET", path, None, pieces.append)
         await exchange.end()
-        return RunResponse(exchange.status, exchange.headers, b"".join(pieces))
+        return Response(exchange.status, exchange.headers, b"".join(pieces))
 
     def processes(self) -> list[process_tree.Process]:
         """Find everything below the coordinator: workers, scripts."""

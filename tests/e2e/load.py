@@ -13,7 +13,7 @@ from twisted.protocols import portforward
 from bfaas.http.strict_agent import IncompleteResponseError
 
 if TYPE_CHECKING:
-    from tests.e2e.coordinator import RunResponse
+    from tests.support.responses import Response
 
 ENDLESS = "sleep 1000"
 
@@ -62,7 +62,7 @@ class Witness(portforward.ProxyFactory):
         self.sent: Counter[int] = Counter()
 
 
-def ending(answer: RunResponse, work: str, code: int) -> Ending:
+def ending(answer: Response, work: str, code: int) -> Ending:
     """Tell how a request ended that was answered: with an exit, or with an error."""
     if answer.status != 200:
         assert answer.status in (502, 503, 504), answer

@@ -18,7 +18,8 @@ from twisted.internet.task import deferLater
 from bfaas.http.channel import Channel
 from tests.e2e.coordinator import reactor, together
 from tests.e2e.hostile import MAX_LINES, Spent, stage
-from tests.support.hostile_worker import parse_answer, post
+from tests.support.hostile_worker import post
+from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ async def serve(there: Stage, times: int) -> float:
     for number in range(times):
         asked = post("/run", b"honest", f"Fly-Client-IP: 10.2.0.{number}")
         heard, seconds = await there.ask(asked)
-        assert parse_answer(heard)[0].status == 200, heard
+        assert parse_response(heard)[0].status == 200, heard
         slowest = max(slowest, seconds)
     return slowest
 

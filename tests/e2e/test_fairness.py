@@ -17,13 +17,15 @@ from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
 from tests.e2e.hostile import EXIT, HEAD, stage
 from tests.e2e.test_main_job import path_setting
-from tests.support.hostile_worker import LAST_CHUNK, End, Peer, chunk, parse_answer, post
+from tests.support.hostile_worker import LAST_CHUNK, End, Peer, chunk, post
+from tests.support.responses import parse_response
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.e2e.coordinator import Running, RunResponse
+    from tests.e2e.coordinator import Running
     from tests.e2e.hostile import Script, Stage
+    from tests.support.responses import Response
 
 FLOOD = 24
 """Clients at one address, each of which sends one script after another."""
@@ -39,7 +41,7 @@ def at(address: str, coordinator: Running) -> Running:
     return replace(coordinator, agent=Agent(reactor, pool=pool, bindAddress=(address, 0)))
 
 
-def assert_refused_for_its_share(answer: RunResponse) -> None:
+def assert_refused_for_its_share(answer: Response) -> None:
     assert answer.status == 429, answer
     assert answer.body == b"too many requests of yours are under way\n"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
@@ -116,7 +118,7 @@ async def test_scripts_that_call_their_own_coordinator_share_one_share(tmp_path:
 async def refusal(there: Stage, *headers: str) -> tuple[int, str]:
     """Send a request that is not to be served; tell its status and line."""
     heard, _ = await there.ask(post("/run", b"another", *headers))
-    answer, line = parse_answer(heard)
+    answer, line = parse_response(heard)
     assert 1 <= int(answer.getheader("retry-after") or 0) <= 30
     return answer.status, line.decode().strip()
 
@@ -160,7 +162,7 @@ async def test_elsewhere_the_header_is_nobodys_word() -> None:
     endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", coordinator.port)
     peer: Peer = await connectProtocol(endpoint, Peer())
     await peer.say(post("/run", b"true", "Fly-Client-IP: 203.0.113.7"))
-    spoofed, _ = parse_answer(await peer.hear_out())
+    spoofed, _ = parse_response(await peer.hear_out())
 
     assert spoofed.status == 429
     assert_refused_for_its_share(await coordinator.run("true"))

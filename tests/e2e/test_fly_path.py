@@ -19,8 +19,9 @@ from twisted.web.http_headers import Headers
 from bfaas.deadline import Deadline
 from bfaas.machines.api import State
 from bfaas.system import process_tree
-from tests.e2e.coordinator import PATIENCE, Program, RunResponse, reactor, start, start_coordinator, stop
+from tests.e2e.coordinator import PATIENCE, Program, reactor, start, start_coordinator, stop
 from tests.e2e.fly import Fly, start_fly
+from tests.support.responses import Response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None
         await run
 
     second = await start_coordinator(**settings)
-    answers: list[RunResponse] = await gatherResults(
+    answers: list[Response] = await gatherResults(
         [Deferred.fromCoroutine(second.run(SCRIPT.format(work="true", code=0))) for _ in range(6)]
     )
 
@@ -273,7 +274,7 @@ async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly
     if query:
         assert body == b"begun\n\nexit: 125 worker-lost\n"
     else:
-        told = RunResponse(200, {}, body).exit
+        told = Response(200, {}, body).exit
         assert (told["code"], told["reason"], told.get("signal")) == (125, "worker-lost", None)
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
     assert await stop(coordinator) == 0

@@ -22,7 +22,8 @@ from bfaas.http.channel import Channel
 from bfaas.http.media_type import FORM
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop, together
 from tests.e2e.hostile import MAX_LINES, MAX_MEMORY, Spent, Stage, Worker, stage
-from tests.support.hostile_worker import LAST_CHUNK, End, chunk, parse_answer, post
+from tests.support.hostile_worker import LAST_CHUNK, End, chunk, post
+from tests.support.responses import parse_response
 
 if TYPE_CHECKING:
     import pytest
@@ -248,7 +249,7 @@ def read(heard: bytes, method: str = "POST") -> str:
     heard = heard.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
     assert heard.count(b"HTTP/1.") == 1, heard[:2000]
     assert b"evil" not in heard
-    answer, content = parse_answer(heard, method)
+    answer, content = parse_response(heard, method)
     if answer.status != 200:
         assert answer.getheader("content-type") == "text/plain; charset=utf-8"
         return f"{answer.status} {content.decode().removesuffix(chr(10))}"

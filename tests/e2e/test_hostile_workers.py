@@ -19,7 +19,8 @@ from twisted.internet.task import deferLater
 from bfaas.coordinator.app import MIN_GRACE
 from tests.e2e.coordinator import reactor
 from tests.e2e.hostile import HEAD, MAX_LINES, MAX_MEMORY, Spent, stage
-from tests.support.hostile_worker import LAST_CHUNK, End, chunk, parse_answer, post
+from tests.support.hostile_worker import LAST_CHUNK, End, chunk, post
+from tests.support.responses import parse_response
 
 if TYPE_CHECKING:
     import pytest
@@ -262,7 +263,7 @@ HEADERS = {
 
 def read(heard: bytes, *, raw: bool) -> tuple[str, str]:
     """Tell what the client got: its ending, and the output before. Fails on what is not one whole answer."""
-    answer, content = parse_answer(heard)
+    answer, content = parse_response(heard)
     assert {name.lower() for name, _ in answer.getheaders()} <= HEADERS, answer.getheaders()
     assert b"evil" not in heard
     assert answer.reason in ("OK", "Bad Gateway", "Gateway Time-out"), answer.reason

@@ -25,7 +25,6 @@ from tests.e2e.coordinator import (
     PATIENCE,
     TWISTD,
     Running,
-    RunResponse,
     reactor,
     start,
     start_coordinator,
@@ -37,6 +36,8 @@ from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
+
+    from tests.support.responses import Response
 
 with_twisted = pytest_twisted.ensureDeferred
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can do this")
@@ -348,7 +349,7 @@ async def test_scripts_have_users_and_limits_of_their_own(without_bubblewrap: st
     assert len({output[0] for output in outputs} - {"65534"}) == 3
 
 
-def deferred_run(coordinator: Running, script: str) -> Deferred[RunResponse]:
+def deferred_run(coordinator: Running, script: str) -> Deferred[Response]:
     return Deferred.fromCoroutine(coordinator.run(script))
 
 

@@ -18,7 +18,8 @@ from twisted.internet.task import LoopingCall, deferLater
 
 from bfaas.deadline import Deadline
 from bfaas.system import process_tree
-from tests.e2e.coordinator import PATIENCE, TWISTD, RunResponse, reactor, start, start_coordinator, stop
+from tests.e2e.coordinator import PATIENCE, TWISTD, reactor, start, start_coordinator, stop
+from tests.support.responses import Response
 
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
@@ -68,7 +69,7 @@ async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
 async def test_many_runs_at_once_each_whole(coordinator: Running) -> None:
     eight = DeferredSemaphore(8)
 
-    def run() -> Deferred[RunResponse]:
+    def run() -> Deferred[Response]:
         return Deferred.fromCoroutine(coordinator.run("echo out; echo err >&2; exit 3"))
 
     answers = await gatherResults([eight.run(run) for _ in range(RUNS)], consumeErrors=True)
@@ -268,7 +269,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
     if query:
         assert body == b"begun\n\nexit: 125 worker-lost\n"
     else:
-        exit_ = RunResponse(200, {}, body).exit
+        exit_ = Response(200, {}, body).exit
         assert (exit_["code"], exit_["reason"]) == (125, "worker-lost")
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
 

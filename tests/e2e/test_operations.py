@@ -6,7 +6,7 @@ import json
 import os
 import re
 import signal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import pytest_twisted
@@ -14,10 +14,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 
-from tests.e2e.coordinator import Running, RunResponse, reactor, start_coordinator, start_listening, stop
+from tests.e2e.coordinator import Running, reactor, start_coordinator, start_listening, stop
 from tests.e2e.fly import start_fly
 from tests.support.network import free_port
 from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from tests.support.responses import Response
 
 with_twisted = pytest_twisted.ensureDeferred
 
@@ -29,10 +32,10 @@ async def status(coordinator: Running) -> Any:
     return json.loads(answer.body)
 
 
-async def readiness(coordinator: Running, code: int) -> RunResponse:
+async def readiness(coordinator: Running, code: int) -> Response:
     """Ask whether it is ready until it says so, or that it is not."""
 
-    async def ask() -> RunResponse | None:
+    async def ask() -> Response | None:
         answer = await coordinator.get("/readyz")
         return answer if answer.status == code else None
 

@@ -18,8 +18,9 @@ from twisted.internet.task import deferLater
 
 from bfaas.deadline import Deadline
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
-from tests.support.hostile_worker import parse_answer, post
+from tests.support.hostile_worker import post
 from tests.support.network import free_port
+from tests.support.responses import parse_response
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, AsyncIterator
@@ -205,7 +206,7 @@ async def test_a_silent_run_is_kept_alive_behind_a_proxy_that_waits_for_less(tmp
     more = "proxy_read_timeout 20s;"
     async with proxied("nginx", more, coordinator.port, tmp_path) as port:
         pieces = [piece async for piece in heard(port, post("/run", b"sleep 25; echo late"))]
-    answer, body = parse_answer(b"".join(pieces))
+    answer, body = parse_response(b"".join(pieces))
     assert answer.status == 200
     assert b"late" in body
     assert b'"code": 0' in body

@@ -30,7 +30,6 @@ from bfaas.tokens import Signer, genkey
 from tests.e2e.coordinator import (
     PATIENCE,
     Running,
-    RunResponse,
     command,
     reactor,
     start_coordinator,
@@ -40,6 +39,7 @@ from tests.e2e.coordinator import (
 )
 from tests.e2e.fly import Fly, start_fly
 from tests.support.network import free_port
+from tests.support.responses import Response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
     [worker] = coordinator.workers()
     assert not is_told(worker, "MAXREQTIME")
 
-    answer: RunResponse = await running
+    answer: Response = await running
 
     assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
     assert 1000 * LIMIT <= answer.exit["wall_ms"] < 1000 * (LIMIT + CLOCK_SKEW)
@@ -180,7 +180,7 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
 
     if reads:
         await Deadline(reactor, PATIENCE).run(body.done)
-        answer = RunResponse(response.code, {}, b"".join(pieces))
+        answer = Response(response.code, {}, b"".join(pieces))
         assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
         assert answer.output("stdout") == "begun\n"
     # What its client does not take, it holds for it as long again, not longer.

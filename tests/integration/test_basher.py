@@ -24,7 +24,7 @@ from bfaas.system.confinement import STARTED_FD, Confinement
 from bfaas.tokens import Signer, genkey
 from bfaas.worker.app import WorkerApp
 from tests.support.waiting import wait_until
-from tests.support.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, reactor, ticket
+from tests.support.workers import BASHER, KEYS, LIMIT, MACHINE, TWISTD, Reader, Worker, auth_token, reactor
 
 if TYPE_CHECKING:
     from twisted.internet.protocol import ProcessProtocol
@@ -93,7 +93,7 @@ class PlayedRunTests(SynchronousTestCase):
         self.channel = self.site.buildProtocol(None)
         self.channel.makeConnection(self.transport)
         length = len(body.encode())
-        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {ticket()}\r\nContent-Length: {length}\r\n"
+        head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {auth_token()}\r\nContent-Length: {length}\r\n"
         self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
         head, _, self.rest = self.written().decode().partition("\r\n\r\n")
         return head
@@ -217,8 +217,8 @@ class WorkerTests(TestCase):
         for program in (BASHER, TWISTD):
             worker = await Worker.start(self, program=program)
             answer = await worker.run("echo out; echo err >&2; exit 3")
-            self.assertEqual((200, MACHINE), (answer.code, answer.headers["Worker"]))
-            self.assertEqual(("out\n", "err\n"), (answer.text("stdout"), answer.text("stderr")))
+            self.assertEqual((200, MACHINE), (answer.status, answer.headers["worker"]))
+            self.assertEqual(("out\n", "err\n"), (answer.output("stdout"), answer.output("stderr")))
             self.assertEqual(3, answer.exit["code"])
             # What so small a script had in memory cannot be told from its worker's.
             self.assertEqual({"code", "wall_ms", "cpu_ms"}, set(answer.exit))
@@ -239,7 +239,7 @@ class WorkerTests(TestCase):
         names = "FLY_MACHINE_ID FLY_REGION HOME LANG LOGNAME PATH PWD SHELL SHLVL USER _ /tmp"
         # The last descriptor is the directory that ls reads.
         words = f"{names} 0 1 2 3 {MACHINE} ams /tmp".split()
-        self.assertEqual((words, ""), (answer.text("stdout").split(), answer.text("stderr")))
+        self.assertEqual((words, ""), (answer.output("stdout").split(), answer.output("stderr")))
         await self.assert_ends(worker)
 
     async def test_twenty_megabytes_are_bit_exact_in_raw(self) -> None:
@@ -256,11 +256,11 @@ class WorkerTests(TestCase):
     async def test_refuses_what_is_no_run_and_stays_unused(self) -> None:
         worker = await Worker.start(self)
         health = await worker.fetch("GET", "/healthz")
-        self.assertEqual((200, b"ok\n"), (health.code, health.body))
-        unsigned = [None, "", "00", ticket("another-machine"), ticket(private=genkey().private)]
+        self.assertEqual((200, b"ok\n"), (health.status, health.body))
+        unsigned = [None, "", "00", auth_token("another-machine"), auth_token(private=genkey().private)]
         for authorization in unsigned:
             refused = await worker.fetch("POST", "/run", b"echo", authorization)
-            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+            self.assertEqual((401, b"unauthorized\n"), (refused.status, refused.body))
         for method, path, body, code in [
             ("GET", "/", b"", 404),
             ("POST", "/run/", b":", 404),
@@ -268,9 +268,9 @@ class WorkerTests(TestCase):
             ("POST", "/run", b"echo \0", 400),
             ("POST", "/run", bytes((1 << 20) + 1), 413),
         ]:
-            refused = await worker.fetch(method, path, body, ticket())
-            self.assertEqual((method, path, code), (method, path, refused.code))
-            self.assertEqual("text/plain; charset=utf-8", refused.headers["Content-Type"])
+            refused = await worker.fetch(method, path, body, auth_token())
+            self.assertEqual((method, path, code), (method, path, refused.status))
+            self.assertEqual("text/plain; charset=utf-8", refused.headers["content-type"])
             self.assertEqual(1, refused.body.count(b"\n"))
         largest = await worker.run("exit 6\n".ljust(1 << 20, "#"))
         self.assertEqual(6, largest.exit["code"])
@@ -280,8 +280,8 @@ class WorkerTests(TestCase):
         worker = await Worker.start(self)
         reader = await self.begin(worker)
         second = await worker.run("echo second")
-        self.assertEqual(409, second.code)
-        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).code)
+        self.assertEqual(409, second.status)
+        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).status)
         self.assertEqual(2, worker.below("sleep"))
         self.assertNotIn(b"exit", reader.data)
         reader.leave()
@@ -289,15 +289,20 @@ class WorkerTests(TestCase):
 
     async def test_a_ticket_is_taken_once_and_never_logged(self) -> None:
         worker = await Worker.start(self)
-        good = ticket()
-        bad = [ticket("another-machine"), ticket(private=genkey().private), f"Bearer {good}", good[:-2]]
+        good = auth_token()
+        bad = [
+            auth_token("another-machine"),
+            auth_token(private=genkey().private),
+            f"Bearer {good}",
+            good[:-2],
+        ]
         bad += [Signer(KEYS.private).sign(MACHINE, time.time() + late) for late in (-90, 90)]
         for authorization in bad:
             refused = await worker.fetch("POST", "/run", b"echo", authorization)
-            self.assertEqual((401, b"unauthorized\n"), (refused.code, refused.body))
+            self.assertEqual((401, b"unauthorized\n"), (refused.status, refused.body))
         response = await worker.send("POST", "/run", b"sleep 1000", good)
         replayed = await worker.fetch("POST", "/run", b"echo replayed", good)
-        self.assertEqual((200, 409), (response.code, replayed.code))
+        self.assertEqual((200, 409), (response.code, replayed.status))
         worker.send_signal("TERM")
         await response.content()
         await self.assert_ends(worker)
@@ -316,9 +321,9 @@ class WorkerTests(TestCase):
             for pair in taken:
                 worker = await Worker.start(self, PUBLIC=public)
                 for other in refused:
-                    answer = await worker.fetch("POST", "/run", b":", ticket(private=other.private))
-                    self.assertEqual(401, answer.code)
-                answer = await worker.fetch("POST", "/run", b"exit 3", ticket(private=pair.private))
+                    answer = await worker.fetch("POST", "/run", b":", auth_token(private=other.private))
+                    self.assertEqual(401, answer.status)
+                answer = await worker.fetch("POST", "/run", b"exit 3", auth_token(private=pair.private))
                 self.assertEqual(3, answer.exit["code"])
                 await self.assert_ends(worker)
 
@@ -334,7 +339,7 @@ class WorkerTests(TestCase):
         script = "sleep 1000 & setsid sleep 1000 & nohup sleep 1000 & ( ( setsid sleep 1000 & ) & ); disown"
         answer = await worker.run(script + "; echo out")
         self.assertLess(time.monotonic() - started, 20)
-        self.assertEqual(("out\n", 0), (answer.text("stdout"), answer.exit["code"]))
+        self.assertEqual(("out\n", 0), (answer.output("stdout"), answer.exit["code"]))
         await self.assert_ends(worker)
 
     async def test_a_run_ends_at_its_deadline(self) -> None:
@@ -344,7 +349,7 @@ class WorkerTests(TestCase):
             self.assertEqual((124, "timeout"), (answer.exit["code"], answer.exit["reason"]))
             self.assertNotIn("signal", answer.exit)
             self.assertGreaterEqual(answer.exit["wall_ms"], 999)
-            self.assertEqual("before\n", answer.text("stdout"))
+            self.assertEqual("before\n", answer.output("stdout"))
             await self.assert_ends(worker)
 
         scripts = ("trap '' TERM; while :; do :; done", "sleep 1000 | cat", "kill -STOP $$")
@@ -379,7 +384,7 @@ class WorkerTests(TestCase):
         ):
             worker = await Worker.start(self, SANDBOX=sandbox)
             answer = await worker.run("echo never")
-            self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+            self.assertEqual((500, b"bash cannot be started\n"), (answer.status, answer.body))
             await self.assert_ends(worker)
             log = (worker.output + worker.errors).decode()
             self.assertEqual(1, log.count("bash cannot be started: "), log)
@@ -396,7 +401,7 @@ class WorkerTests(TestCase):
             for other in others:
                 other.kill()
                 other.wait()
-        self.assertEqual((500, b"bash cannot be started\n"), (answer.code, answer.body))
+        self.assertEqual((500, b"bash cannot be started\n"), (answer.status, answer.body))
         await self.assert_ends(worker)
         self.assertIn(b"Resource temporarily unavailable", worker.output + worker.errors)
 
@@ -404,13 +409,15 @@ class WorkerTests(TestCase):
         for script, code in (("exit 126", 126), ("exec /no/such/program", 127), ("exec /etc", 126)):
             worker = await Worker.start(self)
             answer = await worker.run(script)
-            self.assertEqual((200, code, None), (answer.code, answer.exit["code"], answer.exit.get("reason")))
+            self.assertEqual(
+                (200, code, None), (answer.status, answer.exit["code"], answer.exit.get("reason"))
+            )
             await self.assert_ends(worker)
 
     async def test_the_memory_of_a_script_is_its_own(self) -> None:
         worker = await Worker.start(self)
         answer = await worker.run("x=$(head -c 100M /dev/zero | tr '\\0' x); grep VmHWM /proc/$$/status; :")
-        told = int(answer.text("stdout").split()[1])
+        told = int(answer.output("stdout").split()[1])
         self.assertGreater(told, 100_000)
         self.assertLess(abs(answer.exit["max_rss_kb"] - told), told / 10)
         await self.assert_ends(worker)
@@ -439,7 +446,7 @@ class WorkerTests(TestCase):
     async def test_output_past_its_limit_is_dropped(self) -> None:
         worker = await Worker.start(self, MAXOUTPUT="100kB")
         answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4")
-        self.assertEqual("x" * 100_000, answer.text("stdout"))
+        self.assertEqual("x" * 100_000, answer.output("stdout"))
         exit_ = answer.exit
         self.assertEqual((4, True, 200_000), (exit_["code"], exit_["truncated"], exit_["dropped_bytes"]))
         await self.assert_ends(worker)
@@ -506,5 +513,5 @@ class WorkerTests(TestCase):
     async def test_scripts_run_behind_the_sandbox(self) -> None:
         worker = await Worker.start(self, SANDBOX="env 'MARK=one two'")
         answer = await worker.run("echo $MARK")
-        self.assertEqual("one two\n", answer.text("stdout"))
+        self.assertEqual("one two\n", answer.output("stdout"))
         await self.assert_ends(worker)

@@ -44,12 +44,13 @@ from tests.support.hostile_scripts import (
 )
 from tests.support.network import free_port
 from tests.support.waiting import wait_until
-from tests.support.workers import KEYS, LIMIT, Whole, Worker, reactor, ticket, watch_for_leftovers
+from tests.support.workers import KEYS, LIMIT, Worker, auth_token, reactor, watch_for_leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from bfaas.machines.api import Machine
+    from tests.support.responses import Response
 
 _UID = 1_947_000
 """The first of many numbers that no user has: scripts are each somebody else, and counted alone."""
@@ -93,15 +94,15 @@ def time_of(case: Hostile) -> str:
     return "2s" if case.endless else "60s"
 
 
-def check(test: TestCase, case: Hostile, answer: Whole, uid: int) -> None:
+def check(test: TestCase, case: Hostile, answer: Response, uid: int) -> None:
     """Compare an answer with what a case expects."""
-    test.assertEqual(200, answer.code, answer.body)
+    test.assertEqual(200, answer.status, answer.body)
     exit_ = answer.exit
-    said = (answer.text("stdout")[:500], answer.text("stderr")[:500])
+    said = (answer.output("stdout")[:500], answer.output("stderr")[:500])
     expected = (124, None, "timeout") if case.endless else (case.code, case.signal, None)
     test.assertEqual(expected, (exit_["code"], exit_.get("signal"), exit_.get("reason")), said)
     if case.out is not None:
-        test.assertEqual(case.out.replace("UID", str(uid)), answer.text("stdout"), said)
+        test.assertEqual(case.out.replace("UID", str(uid)), answer.output("stdout"), said)
     test.assertEqual(case.truncated, exit_.get("truncated", False))
     test.assertEqual(case.truncated, exit_.get("dropped_bytes", 0) > 0)
     test.assertNotIn(SECRET.encode(), answer.body)
@@ -250,11 +251,11 @@ class MachineTestCase(HostileTestCase):
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         return machines
 
-    async def ask(self, machine: Machine, script: str) -> Whole:
+    async def ask(self, machine: Machine, script: str) -> Response:
         worker = Worker(urlsplit(machine.url or "").port or 0)
         await wait_until(lambda: worker.listens, "a worker listens")
         script = script.replace("PORT", str(worker.port))
-        return await worker.fetch("POST", "/run", script.encode(), ticket(machine.id))
+        return await worker.fetch("POST", "/run", script.encode(), auth_token(machine.id))
 
     async def serve_again(self, machines: LocalMachines, machine: Machine, nonce: str) -> None:
         """Wait until the machine stops by itself; then nothing is left, and it serves the next."""
@@ -263,7 +264,7 @@ class MachineTestCase(HostileTestCase):
         await machines.start(machine.id, nonce)
         await machines.wait(machine, State.STARTED, LIMIT)
         answer = await self.ask(machine, self.honest)
-        self.assertEqual(("fine\n", 0), (answer.text("stdout"), answer.exit["code"]))
+        self.assertEqual(("fine\n", 0), (answer.output("stdout"), answer.exit["code"]))
         await machines.wait(machine, State.STOPPED, LIMIT)
         self.assertEqual([], self.left())
 
@@ -318,10 +319,10 @@ class CoordinatorTests(HostileTestCase):
             for kill in ("kill -9 -1", "kill -9 $PPID"):
                 script = f"echo up; sleep 0.3; {kill}; sleep 1000"
                 lost = await coordinator.fetch("POST", "/run", script.encode())
-                self.assertEqual("up\n", lost.text("stdout"))
+                self.assertEqual("up\n", lost.output("stdout"))
                 self.assertEqual((125, "worker-lost"), (lost.exit["code"], lost.exit["reason"]))
                 answer = await coordinator.fetch("POST", "/run", b"echo fine")
-                self.assertEqual("fine\n", answer.text("stdout"))
+                self.assertEqual("fine\n", answer.output("stdout"))
         finally:
             await service.stopService()
         self.assertEqual([], left())
@@ -336,7 +337,7 @@ class CoordinatorTests(HostileTestCase):
             for query in ("", "?raw=1"):
                 answer = await coordinator.fetch("POST", "/run" + query, b"echo never")
                 self.assertEqual(
-                    (502, b"the worker could not start the script\n"), (answer.code, answer.body)
+                    (502, b"the worker could not start the script\n"), (answer.status, answer.body)
                 )
             status = await coordinator.fetch("GET", "/status")
             self.assertEqual(2, status.body.count(b'"ending": "not-started"'), status.body)

@@ -48,11 +48,11 @@ class ImportTests(TestCase):
             self.assertEqual(set(), imported(worker) & (LATER | NEVER))
 
             health = await worker.fetch("GET", "/healthz")
-            self.assertEqual((200, b"ok\n"), (health.code, health.body))
+            self.assertEqual((200, b"ok\n"), (health.status, health.body))
             await wait_until(lambda worker=worker: imported(worker) >= LATER, "the rest is loaded")  # type: ignore[arg-type,misc]
 
             again = await worker.fetch("GET", "/healthz")
-            self.assertEqual((200, b"ok\n"), (again.code, again.body))
+            self.assertEqual((200, b"ok\n"), (again.status, again.body))
             self.assertEqual(7, (await worker.run("exit 7")).exit["code"])
             self.assertEqual(0, await worker.ended())
             self.assertEqual(set(), imported(worker) & NEVER)
@@ -67,7 +67,7 @@ class ImportTests(TestCase):
     async def test_one_that_cannot_load_what_runs_scripts_ends_and_says_why(self) -> None:
         without = "import runpy, sys; sys.modules['klein'] = None; "
         worker = await self.start(("-c", without + "runpy.run_module('bfaas.basher', None, '__main__')"))
-        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).code)
+        self.assertEqual(200, (await worker.fetch("GET", "/healthz")).status)
         await worker.ended()
 
         self.assertEqual(1, worker.output.count(b"import of klein halted"))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import enum
-import io
-from http.client import HTTPResponse
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet import reactor as _reactor
 from twisted.internet.defer import Deferred, DeferredQueue
@@ -18,7 +16,6 @@ from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from socket import socket
 
     from twisted.internet.interfaces import IProtocolFactory
     from twisted.python.failure import Failure
@@ -49,18 +46,6 @@ def post(path: str, body: bytes, *headers: str) -> bytes:
         *headers,
     ]
     return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def parse_answer(heard: bytes, method: str = "POST") -> tuple[HTTPResponse, bytes]:
-    """Read an answer to a request of this method. Raises `http.client.HTTPException` unless it is whole."""
-
-    class Heard:
-        def makefile(self, _: str) -> io.BytesIO:
-            return io.BytesIO(heard)
-
-    answer = HTTPResponse(cast("socket", Heard()), method=method)
-    answer.begin()
-    return answer, answer.read()
 
 
 class Peer(Protocol):

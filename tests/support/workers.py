@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,6 +20,7 @@ import bfaas
 from bfaas.system import process_tree
 from bfaas.tokens import Signer, genkey
 from tests.support.network import free_port
+from tests.support.responses import Response
 from tests.support.waiting import TIMEOUT, wait_until
 
 if TYPE_CHECKING:
@@ -44,8 +43,8 @@ TWISTD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfil
 _ROOT = Path(bfaas.__file__).resolve().parents[1]
 
 
-def ticket(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
-    """Sign a ticket, good from now on."""
+def auth_token(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
+    """Sign a auth_token, good from now on."""
     return Signer(private).sign(machine_id, time.time())
 
 
@@ -70,37 +69,6 @@ def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Proces
 
     test.addCleanup(clean_up)
     return left
-
-
-@dataclass(frozen=True)
-class Whole:
-    """An answer, read to its end."""
-
-    code: int
-    body: bytes
-    headers: dict[str, str]
-
-    @property
-    def events(self) -> list[tuple[str, Any]]:
-        """The events, with their data; comments are left out."""
-        *blocks, rest = self.body.decode().split("\n\n")
-        assert rest == "", f"an event that does not end: {rest!r}"
-        lines = [block.split("\n") for block in blocks if not block.startswith(":")]
-        return [
-            (name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in lines
-        ]
-
-    def text(self, stream: str) -> str:
-        """All of one output."""
-        return "".join(data for name, data in self.events if name == stream)
-
-    @property
-    def exit(self) -> dict[str, Any]:
-        """What the exit event tells, which is the last and the only one of its kind."""
-        *others, (name, data) = self.events
-        assert (name, "exit" in dict(others)) == ("exit", False), self.body[-200:]
-        told: dict[str, Any] = data
-        return told
 
 
 class Reader(Protocol):
@@ -230,23 +198,23 @@ class Worker(ProcessProtocol):
 
     async def fetch(
         self, method: str, path: str, body: bytes = b"", authorization: str | None = None
-    ) -> Whole:
+    ) -> Response:
         """Send a request, read all of the answer."""
         response = await self.send(method, path, body, authorization)
         content = await response.content()
         headers = {
-            name.decode().title(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
+            name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
         }
-        return Whole(response.code, content, headers)
+        return Response(response.code, headers, content)
 
-    async def run(self, script: str | bytes, query: str = "") -> Whole:
+    async def run(self, script: str | bytes, query: str = "") -> Response:
         """Run a script, read all of the answer."""
         body = script.encode() if isinstance(script, str) else script
-        return await self.fetch("POST", f"/run{query}", body, ticket())
+        return await self.fetch("POST", f"/run{query}", body, auth_token())
 
     async def stream(self, script: str, query: str = "", *, paused: bool = False) -> Reader:
         """Run a script, with its answer still to read."""
-        response = await self.send("POST", f"/run{query}", script.encode(), ticket())
+        response = await self.send("POST", f"/run{query}", script.encode(), auth_token())
         assert response.code == 200, response.code
         reader = Reader()
         response.deliverBody(reader)

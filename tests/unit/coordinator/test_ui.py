@@ -7,7 +7,8 @@ from twisted.internet.task import Clock
 
 from bfaas.coordinator.ui import serve_page
 from bfaas.http.server import BoundedSite, register_error_handlers
-from tests.support.hostile_worker import LoopbackTestCase, parse_answer
+from tests.support.hostile_worker import LoopbackTestCase
+from tests.support.responses import parse_response
 
 
 class Pages:
@@ -22,7 +23,7 @@ class CacheTests(LoopbackTestCase):
         lines += [f"If-None-Match: {value}" for value in known.split("\n") if value]
         peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode())
         heard = await peer.hear_out()
-        answer, _ = parse_answer(heard, method)
+        answer, _ = parse_response(heard, method)
         return answer.status, dict(answer.getheaders()), heard.partition(b"\r\n\r\n")[2]
 
     def setUp(self) -> None:

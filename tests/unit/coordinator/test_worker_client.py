@@ -16,17 +16,8 @@ from bfaas.machines.api import Machine, State
 from bfaas.protocol.formats import KEEPALIVE, SSE_HEARTBEAT, Exit, Format, Reason, write_output
 from bfaas.protocol.request import RunRequest
 from bfaas.protocol.response import RunResponse
-from tests.support.hostile_worker import (
-    LAST_CHUNK,
-    End,
-    Liar,
-    LoopbackTestCase,
-    Peer,
-    chunk,
-    parse_answer,
-    post,
-    reactor,
-)
+from tests.support.hostile_worker import LAST_CHUNK, End, Liar, LoopbackTestCase, Peer, chunk, post, reactor
+from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -105,7 +96,7 @@ class ProxyTestCase(LoopbackTestCase):
     async def run_it(self, format_: Format, *script: bytes | Deferred[None] | End) -> tuple[bytes, Exit]:
         """Run to the end: what reached the client, and how the run is said to have ended."""
         client, liar = await self.start(format_, *script)
-        answer, body = parse_answer(await client.hear_out())
+        answer, body = parse_response(await client.hear_out())
         self.assertEqual((200, format_.value), (answer.status, answer.getheader("Content-Type")))
         for peer in liar.peers:
             await peer.hear_out()
@@ -164,7 +155,7 @@ class RelayTests(ProxyTestCase):
             began(Format.EVENTS, "Set-Cookie: a=b", "Coord: forged", "Access-Control-Allow-Origin: *"),
             chunk(EXIT) + LAST_CHUNK,
         )
-        answer, _ = parse_answer(await client.hear_out())
+        answer, _ = parse_response(await client.hear_out())
         expected = {
             "Connection": "close",
             "Server": answer.getheader("Server"),
@@ -216,7 +207,7 @@ class LostTests(ProxyTestCase):
                 client, _ = await self.start(format_, began(format_), chunk(said), said_so, *end)
                 await client.hear(said)
                 said_so.callback(None)
-                _, body = parse_answer(await client.hear_out())
+                _, body = parse_response(await client.hear_out())
                 self.assertEqual(said + LOST[format_], body, end)
                 self.assertEqual(Exit(125, reason="worker-lost"), self.successResultOf(self.front.relay), end)
         await self.until_clean()
@@ -244,7 +235,7 @@ class LostTests(ProxyTestCase):
             client, liar = await self.start(Format.EVENTS, began(Format.EVENTS), chunk(STDOUT))
             await client.hear(STDOUT)
             await liar.peers[0].say(chunk(nonsense))
-            _, body = parse_answer(await client.hear_out())
+            _, body = parse_response(await client.hear_out())
             self.assertEqual(STDOUT + LOST[Format.EVENTS], body)
             await liar.peers[0].hear_out()
 
@@ -490,7 +481,7 @@ class PaceTests(ProxyTestCase):
     async def test_a_client_that_does_not_read_stops_the_worker_and_loses_nothing(self) -> None:
         client, _ = await self.stall()
         client.transport.resumeProducing()
-        _, body = parse_answer(await client.hear_out())
+        _, body = parse_response(await client.hear_out())
         self.assertEqual(self.TOTAL + len(b"\nexit: 0\n"), len(body))
         self.assertEqual(Exit(0), self.successResultOf(self.front.relay))
 
@@ -501,7 +492,7 @@ class PaceTests(ProxyTestCase):
         self.front.answer.end(Exit.forced(Reason.TIMEOUT))
         await wait_until(lambda: torrent.stopped)
         client.transport.resumeProducing()
-        _, body = parse_answer(await client.hear_out())
+        _, body = parse_response(await client.hear_out())
         self.assertEqual(self.front.answer.bytes_written, len(body))
         self.assertTrue(body.endswith(b"x\nexit: 124 timeout\n"))
 

@@ -9,7 +9,7 @@ from twisted.web.resource import Resource
 
 from bfaas.http.origin_check import cross_origin_reason
 from bfaas.http.server import BoundedSite
-from tests.support.hostile_worker import parse_answer
+from tests.support.responses import parse_response
 from tests.support.transport import ServerTransport
 
 HERE = IPv4Address("TCP", "127.0.0.1", 8000)
@@ -42,7 +42,7 @@ class ForeignPageTests(SynchronousTestCase):
         connection.makeConnection(transport)
         lines = [f"POST /run HTTP/{version}", "Content-Length: 0", *headers, "", ""]
         connection.dataReceived("\r\n".join(lines).encode())
-        answer, said = parse_answer(transport.value())
+        answer, said = parse_response(transport.value())
         self.assertEqual({200: 1, 403: 0}[answer.status], root.asked)
         if answer.status == 200:
             return None

@@ -14,15 +14,8 @@ from zope.interface import directlyProvides
 
 from bfaas.http.channel import Channel
 from bfaas.http.server import BoundedSite, HTTPError, read_body, register_error_handlers, text_response
-from tests.support.hostile_worker import (
-    LAST_CHUNK,
-    LoopbackTestCase,
-    Peer,
-    chunk,
-    parse_answer,
-    post,
-    reactor,
-)
+from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, post, reactor
+from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -89,7 +82,7 @@ class SiteTestCase(LoopbackTestCase):
     async def ask(self, request: bytes) -> tuple[int, str, dict[str, str]]:
         """Make one request; its status, its body, and those of its headers that we set."""
         peer = await self.call(self.port, request)
-        answer, content = parse_answer(await peer.hear_out())
+        answer, content = parse_response(await peer.hear_out())
         self.assertTrue(peer.ended_in_order)
         dull = ("Server", "Date", "Connection", "Content-Length", "Transfer-Encoding")
         headers = {name: value for name, value in answer.getheaders() if name not in dull}
@@ -158,7 +151,7 @@ class ErrorTests(SiteTestCase):
         for request in requests:
             peer = await self.call(self.port, request)
             await peer.hear(b"\n\r\n" if b"Transfer-Encoding: chunked" in peer.heard else b"\r\n\r\n")
-            answer, _ = parse_answer(bytes(peer.heard) + b"x" * 100)
+            answer, _ = parse_response(bytes(peer.heard) + b"x" * 100)
             self.assertGreaterEqual(answer.status, 400)
             date = parsedate_to_datetime(answer.headers["Date"])
             self.assertLess(abs(date.timestamp() - time.time()), 60)
@@ -179,10 +172,10 @@ class ErrorTests(SiteTestCase):
             lines = "".join(f"Connection: {option}\r\n" for option in options).encode()
             request = post("/run", b"").replace(b"Connection: close\r\n", lines)
             peer = await self.call(self.port, request)
-            answer, content = parse_answer(await peer.hear_out())
+            answer, content = parse_response(await peer.hear_out())
             self.assertEqual((b"ran", "close"), (content, answer.getheader("Connection")), options)
         kept = post("/bye", b"").replace(b"Connection: close\r\n", b"")
-        answer, content = parse_answer(await (await self.call(self.port, kept)).hear_out())
+        answer, content = parse_response(await (await self.call(self.port, kept)).hear_out())
         self.assertEqual((b"bye", "close"), (content, answer.getheader("Connection")))
 
     async def test_the_answer_to_head_has_no_body_and_the_heads_of_the_other(self) -> None:
@@ -207,7 +200,7 @@ class ErrorTests(SiteTestCase):
         ):
             peer = await self.call(self.port, post("/run", b"abc", f"Expect: {value}"))
             heard = (await peer.hear_out()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
-            self.assertEqual(status, parse_answer(heard)[0].status, value)
+            self.assertEqual(status, parse_response(heard)[0].status, value)
         self.assertEqual(2, len(self.little.bodies))
         waiting = post("/run", b"abc", "Expect: a-miracle")[:-3]
         self.assertEqual(417, (await self.ask(waiting))[0])
@@ -269,7 +262,7 @@ class ErrorTests(SiteTestCase):
             await peer.say(b"\r\n")
         drained = self.drain(60)
         peer.transport.resumeProducing()
-        answer, content = parse_answer(await peer.hear_out())
+        answer, content = parse_response(await peer.hear_out())
         self.assertEqual((400, MALFORMED), (answer.status, content.decode()))
         await drained
         self.assertEqual([], self.little.bodies)
@@ -301,14 +294,14 @@ class BodyTests(SiteTestCase):
         peer = await self.call(
             self.port, CHUNKED + chunk(b"0123456789a") + LAST_CHUNK + post("/run", b"next")
         )
-        answer, _ = parse_answer(await peer.hear_out())
+        answer, _ = parse_response(await peer.hear_out())
         self.assertEqual((413, "close"), (answer.status, answer.getheader("connection")))
         self.assertEqual([], self.little.bodies)
 
     async def test_a_body_that_is_announced_too_large_is_not_asked_for(self) -> None:
         head = b"POST /run HTTP/1.1\r\nHost: there\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         peer = await self.call(self.port, head % 11)
-        self.assertEqual(413, parse_answer(await peer.hear_out())[0].status)
+        self.assertEqual(413, parse_response(await peer.hear_out())[0].status)
         peer = await self.call(self.port, head % 10)
         self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.hear(b"\r\n\r\n"))
         await peer.say(b"0123456789")
@@ -355,7 +348,7 @@ class TimeTests(SiteTestCase):
             self.clock.advance(0.9)
             self.assertEqual(1, len(self.site.protocols), way)
             self.clock.advance(0.2)
-            answer, content = parse_answer(await peer.hear_out())
+            answer, content = parse_response(await peer.hear_out())
             self.assertEqual((408, "the request was not complete within 15 s\n"),
                              (answer.status, content.decode()), way)  # fmt: skip
             await wait_until(lambda: not self.site.protocols)
@@ -472,7 +465,7 @@ class EndTests(SiteTestCase):
         self.clock.advance(59)
         self.assertNoResult(drained)
         peer.transport.resumeProducing()
-        self.assertEqual(MUCH, len(parse_answer(await peer.hear_out())[1]))
+        self.assertEqual(MUCH, len(parse_response(await peer.hear_out())[1]))
         self.assertTrue(peer.ended_in_order)
         await drained
         self.assert_no_timer()

@@ -16,16 +16,8 @@ from bfaas.machines.api import MachineConfig
 from bfaas.machines.emulator.backend import NullBackend
 from bfaas.machines.emulator.fly_proxy import FlyProxy
 from bfaas.machines.emulator.state import EmulatedMachines
-from tests.support.hostile_worker import (
-    LAST_CHUNK,
-    End,
-    Liar,
-    LoopbackTestCase,
-    chunk,
-    parse_answer,
-    post,
-    reactor,
-)
+from tests.support.hostile_worker import LAST_CHUNK, End, Liar, LoopbackTestCase, chunk, post, reactor
+from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
 HEAD = b"HTTP/1.1 200 Fine\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -61,7 +53,7 @@ class FlycastCase(LoopbackTestCase):
 
     async def ask(self, *headers: str) -> tuple[int, str]:
         peer = await self.call(self.port, post("/run?a=b", b"true", *headers))
-        answer, content = parse_answer(await peer.hear_out())
+        answer, content = parse_response(await peer.hear_out())
         return answer.status, content.decode()
 
 
@@ -104,7 +96,7 @@ class AddressTests(FlycastCase):
         there = url.removeprefix("http://")
 
         peer = await self.call(self.port, post(f"@{there}/run", b"", to(machine_id)))
-        answer, _ = parse_answer(await peer.hear_out())
+        answer, _ = parse_response(await peer.hear_out())
 
         self.assertEqual(400, answer.status)
         self.assertEqual(([], []), (elsewhere.peers, liar.peers))
@@ -131,7 +123,7 @@ class HeaderTests(FlycastCase):
         ).replace(b"Connection: close", b"Connection: x-dropped, close", 1)
 
         peer = await self.call(self.port, request)
-        answer, content = parse_answer(await peer.hear_out())
+        answer, content = parse_response(await peer.hear_out())
 
         asked = liar.peers[0].request()
         assert asked is not None
@@ -165,7 +157,7 @@ class StreamTests(FlycastCase):
         self.assertNotIn(b"two", await peer.hear(b"one"))
         goes_on.callback(None)
 
-        _, content = parse_answer(await peer.hear_out())
+        _, content = parse_response(await peer.hear_out())
         self.assertEqual(b"onetwo", content)
 
     async def test_an_answer_that_breaks_off_is_seen_to_do_so(self) -> None:

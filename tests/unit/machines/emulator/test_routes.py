@@ -12,8 +12,9 @@ from bfaas.http.server import BoundedSite
 from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.machines.fly import authorization
-from tests.support.hostile_worker import LoopbackTestCase, parse_answer
+from tests.support.hostile_worker import LoopbackTestCase
 from tests.support.machines_contract import CONFIG
+from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
 EPOCH = 1_700_000_000.0
@@ -60,7 +61,7 @@ class RoutesTestCase(LoopbackTestCase):
         lines += [f"Authorization: {token}"] if token else []
         lines += [f"fly-machine-lease-nonce: {nonce}"] if nonce else []
         peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode() + content)
-        answer, text = parse_answer(await peer.hear_out())
+        answer, text = parse_response(await peer.hear_out())
         return Reply(answer.status, answer.getheader("Content-Type") or "", text.decode())
 
     async def create(self, name: str, *, ttl: int = 0, **more: Any) -> str:
