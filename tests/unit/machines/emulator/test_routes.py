@@ -1,4 +1,4 @@
-"""The stand-in for the Machines API: its status codes, its texts, and the schema that Fly publishes."""
+"""Tests of the emulated Machines API: its status codes, error texts and documents."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ JSON = "application/json; charset=utf-8"
 
 class Reply(NamedTuple):
     status: int
-    kind: str
+    content_type: str
     text: str
 
     @property
-    def told(self) -> Any:
+    def document(self) -> Any:
         return json.loads(self.text)
 
 
@@ -44,54 +44,59 @@ class RoutesTestCase(LoopbackTestCase):
         self.port = self.listen(site)
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
 
-    async def ask(
+    async def request(
         self,
         line: str,
-        told: object = None,
+        payload: object = None,
         *,
         nonce: str | None = None,
         token: str | None = "Bearer fo1_t",
         root: str = BASE,
     ) -> Reply:
-        """Make a request, such as `GET /ID?query`."""
+        """Send a request, such as `GET /ID?query`."""
         method, _, path = line.partition(" ")
-        content = b"" if told is None else told if isinstance(told, bytes) else json.dumps(told).encode()
-        lines = [f"{method} {root}{path} HTTP/1.1", "Host: there", "Connection: close"]
+        if payload is None:
+            content = b""
+        else:
+            content = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
+        lines = [f"{method} {root}{path} HTTP/1.1", "Host: localhost", "Connection: close"]
         lines += [f"Content-Length: {len(content)}"]
         lines += [f"Authorization: {token}"] if token else []
         lines += [f"fly-machine-lease-nonce: {nonce}"] if nonce else []
         peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode() + content)
-        answer, text = parse_response(await peer.hear_out())
-        return Reply(answer.status, answer.getheader("Content-Type") or "", text.decode())
+        response, text = parse_response(await peer.hear_out())
+        return Reply(response.status, response.getheader("Content-Type") or "", text.decode())
 
     async def create(self, name: str, *, ttl: int = 0, **more: Any) -> str:
-        asked = {"name": name, "config": {"image": "i", **more}, "region": "ams", "lease_ttl": ttl}
-        machine_id: str = (await self.ask("POST ", asked)).told["id"]
+        payload = {"name": name, "config": {"image": "i", **more}, "region": "ams", "lease_ttl": ttl}
+        machine_id: str = (await self.request("POST ", payload)).document["id"]
         return machine_id
 
     def boot(self) -> None:
         self.clock.pump([0.5, 0.5])
 
-    async def assert_refused(
-        self, status: int, error: str, line: str, told: object = None, nonce: str | None = None
+    async def assert_error(
+        self, status: int, error: str, line: str, payload: object = None, nonce: str | None = None
     ) -> None:
-        reply = await self.ask(line, told, nonce=nonce)
-        self.assertEqual((status, JSON, {"error": error}), (reply.status, reply.kind, reply.told), line)
+        reply = await self.request(line, payload, nonce=nonce)
+        self.assertEqual(
+            (status, JSON, {"error": error}), (reply.status, reply.content_type, reply.document), line
+        )
 
 
 class ErrorTests(RoutesTestCase):
-    async def test_a_token_is_asked_for(self) -> None:
+    async def test_token_is_required(self) -> None:
         for token in (None, "", "Bearer", "Bearer other", "fo1_t", "Bearer fo1_t,other", "Basic fo1_t"):
-            reply = await self.ask("GET ", token=token)
+            reply = await self.request("GET ", token=token)
             self.assertEqual(
-                (401, "Authenticate: token validation error"), (reply.status, reply.told["error"])
+                (401, "Authenticate: token validation error"), (reply.status, reply.document["error"])
             )
 
-    async def test_the_scheme_of_a_token_is_compared_without_regard_to_case(self) -> None:
+    async def test_scheme_of_a_token_is_case_insensitive(self) -> None:
         for token in ("bearer fo1_t", "BEARER  fo1_t", "flyv1 fo1_t", "FlyV1 fo1_t", "Bearer fo1_t,"):
-            self.assertEqual(200, (await self.ask("GET ", token=token)).status, token)
+            self.assertEqual(200, (await self.request("GET ", token=token)).status, token)
 
-    async def test_a_token_may_be_several(self) -> None:
+    async def test_several_tokens_are_accepted(self) -> None:
         for held in ("FlyV1 fm2_a,fm2_b,fo1_c", " flyv1 fm2_a, fm2_b,\tfo1_c\n", "fo1_c,fm2_b,fm2_a"):
             server = MachinesServer(self.machines, "workers", held)
             site = BoundedSite(self.clock, server.app.resource(), 1 << 20)
@@ -103,20 +108,20 @@ class ErrorTests(RoutesTestCase):
                 "Bearer fm2_a": 200,
                 "FlyV1 fm2_a,fm2_x": 401,
             }.items():
-                self.assertEqual(status, (await self.ask("GET ", token=token)).status, (held, token))
+                self.assertEqual(status, (await self.request("GET ", token=token)).status, (held, token))
 
     def close(self, site: BoundedSite) -> Deferred[object]:
         return Deferred.fromCoroutine(wait_until(lambda: not site.protocols))
 
-    async def test_an_unknown_route_is_answered_in_plain_text(self) -> None:
+    async def test_unknown_route_gets_404_in_plain_text(self) -> None:
         for line, root in (("GET /1/2/3", BASE), ("PUT ", BASE), ("GET /v2", "")):
-            reply = await self.ask(line, root=root)
+            reply = await self.request(line, root=root)
             self.assertEqual(
                 (404, "text/plain; charset=utf-8", "404 page not found"),
-                (reply.status, reply.kind, reply.text),
+                (reply.status, reply.content_type, reply.text),
             )
 
-    async def test_what_is_not_there_is_not_found(self) -> None:
+    async def test_missing_machine_lease_or_app_gets_404(self) -> None:
         machine_id = await self.create("m")
         for line in (
             "GET /1",
@@ -126,15 +131,15 @@ class ErrorTests(RoutesTestCase):
             "GET /1/metadata",
             "GET /1/lease",
         ):
-            await self.assert_refused(404, "machine not found", line)
-        await self.assert_refused(404, "lease not found", f"GET /{machine_id}/lease")
-        other = await self.ask("GET /v1/apps/other/machines", root="")
-        self.assertEqual((404, {"error": "app not found"}), (other.status, other.told))
+            await self.assert_error(404, "machine not found", line)
+        await self.assert_error(404, "lease not found", f"GET /{machine_id}/lease")
+        other = await self.request("GET /v1/apps/other/machines", root="")
+        self.assertEqual((404, {"error": "app not found"}), (other.status, other.document))
 
-    async def test_what_cannot_be_understood_is_refused(self) -> None:
+    async def test_malformed_request_gets_400(self) -> None:
         machine_id = await self.create("m")
         lease = f"POST /{machine_id}/lease"
-        for line, told in (
+        for line, payload in (
             ("POST ", b"{"),
             ("POST ", []),
             ("POST ", {"name": "n"}),
@@ -151,64 +156,64 @@ class ErrorTests(RoutesTestCase):
             (f"GET /{machine_id}/wait?state=%ff", None),
             (f"PATCH /{machine_id}/metadata", {"a": "b"}),
         ):
-            reply = await self.ask(line, told)
-            self.assertEqual(400, reply.status, (line, told, reply))
-            self.assertTrue(reply.told["error"].startswith("invalid_argument: "), reply.text)
-        self.assertEqual([machine_id], [machine["id"] for machine in (await self.ask("GET ")).told])
+            reply = await self.request(line, payload)
+            self.assertEqual(400, reply.status, (line, payload, reply))
+            self.assertTrue(reply.document["error"].startswith("invalid_argument: "), reply.text)
+        self.assertEqual([machine_id], [machine["id"] for machine in (await self.request("GET ")).document])
 
-    async def test_a_wait_is_of_one_to_sixty_seconds(self) -> None:
+    async def test_wait_is_limited_to_1_to_60_seconds(self) -> None:
         machine_id = await self.create("m")
         error = "invalid WaitMachineRequest.Timeout: value must be inside range [1s, 1m0s]"
         for timeout in ("0", "61", "-1", "60s", "1.5"):
-            await self.assert_refused(
+            await self.assert_error(
                 400, f"invalid_argument: {error}", f"GET /{machine_id}/wait?timeout={timeout}"
             )
 
-    async def test_a_name_that_is_taken_is_a_conflict_that_names_the_machine(self) -> None:
+    async def test_taken_name_gets_409_with_the_id_of_the_machine(self) -> None:
         machine_id = await self.create("m")
         error = f"already_exists: unique machine name violation, machine ID {machine_id} already exists"
         error += ' with name "m"'
 
-        await self.assert_refused(409, error, "POST ", {"name": "m", "config": {"image": "i"}})
+        await self.assert_error(409, error, "POST ", {"name": "m", "config": {"image": "i"}})
 
-    async def test_a_lease_that_another_holds_is_a_conflict(self) -> None:
+    async def test_held_lease_gets_409(self) -> None:
         machine_id = await self.create("m", ttl=60)
-        sentence = f"machine ID {machine_id} lease currently held by local@tokens.fly.io, "
-        sentence += "expires at 2023-11-14T22:14:20Z"
+        error = f"machine ID {machine_id} lease currently held by local@tokens.fly.io, "
+        error += "expires at 2023-11-14T22:14:20Z"
 
         for line in ("POST /{}/start", "POST /{}/stop", "POST /{}/suspend", "DELETE /{}?force=true"):
-            await self.assert_refused(409, sentence, line.format(machine_id))
-            await self.assert_refused(409, sentence, line.format(machine_id), nonce="0" * 12)
-        reply = await self.ask(f"POST /{machine_id}/lease", {"ttl": 60})
-        told = {"status": "error", "message": sentence, "code": "invalid"}
-        self.assertEqual((409, told), (reply.status, reply.told))
+            await self.assert_error(409, error, line.format(machine_id))
+            await self.assert_error(409, error, line.format(machine_id), nonce="0" * 12)
+        reply = await self.request(f"POST /{machine_id}/lease", {"ttl": 60})
+        document = {"status": "error", "message": error, "code": "invalid"}
+        self.assertEqual((409, document), (reply.status, reply.document))
 
-    async def test_what_the_state_does_not_allow_is_a_failed_precondition(self) -> None:
+    async def test_call_that_the_state_does_not_allow_gets_412(self) -> None:
         machine_id = await self.create("m")
         start = "failed_precondition: unable to start machine from current state: '{}'"
         destroy = "failed_precondition: unable to destroy machine, not currently stopped, "
         destroy += "suspended, failed or created"
-        await self.assert_refused(412, start.format("created"), f"POST /{machine_id}/start")
+        await self.assert_error(412, start.format("created"), f"POST /{machine_id}/start")
         self.boot()
-        await self.assert_refused(412, destroy, f"DELETE /{machine_id}")
-        self.assertEqual({"ok": True}, (await self.ask(f"POST /{machine_id}/stop")).told)
-        await self.assert_refused(412, start.format("stopping"), f"POST /{machine_id}/start")
+        await self.assert_error(412, destroy, f"DELETE /{machine_id}")
+        self.assertEqual({"ok": True}, (await self.request(f"POST /{machine_id}/stop")).document)
+        await self.assert_error(412, start.format("stopping"), f"POST /{machine_id}/start")
         self.clock.advance(1)
-        self.assertEqual({"ok": True}, (await self.ask(f"DELETE /{machine_id}")).told)
+        self.assertEqual({"ok": True}, (await self.request(f"DELETE /{machine_id}")).document)
 
-    async def test_what_comes_too_fast_is_refused(self) -> None:
+    async def test_exceeded_rate_limit_gets_429(self) -> None:
         limited = EmulatedMachines(self.clock, lambda: EPOCH, rate_limited=True)
         site = BoundedSite(self.clock, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
         self.port = self.listen(site)
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
 
-        self.assertEqual([200] * 3, [(await self.ask("GET ")).status for _ in range(3)])
-        await self.assert_refused(429, "rate limit exceeded", "GET ")
-        self.assertEqual(401, (await self.ask("GET ", token=None)).status)
+        self.assertEqual([200] * 3, [(await self.request("GET ")).status for _ in range(3)])
+        await self.assert_error(429, "rate limit exceeded", "GET ")
+        self.assertEqual(401, (await self.request("GET ", token=None)).status)
 
 
-class AnswerTests(RoutesTestCase):
-    async def test_a_list_is_filtered(self) -> None:
+class ResponseTests(RoutesTestCase):
+    async def test_list_is_filtered(self) -> None:
         a = await self.create("a", metadata={"k": "ü", "l": "1"})
         self.boot()
         b = await self.create("b", metadata={"k": "ü"})
@@ -224,17 +229,17 @@ class AnswerTests(RoutesTestCase):
             "?metadata.k=%ff": [],
             "?metadata.none=1": [],
         }.items():
-            told = (await self.ask(f"GET {query}")).told
-            self.assertEqual(expected, [machine["name"] for machine in told], query)
+            machines = (await self.request(f"GET {query}")).document
+            self.assertEqual(expected, [machine["name"] for machine in machines], query)
 
-        whole, short = (
-            (await self.ask("GET ?state=started")).told[0],
-            (await self.ask("GET ?summary=true")).told,
+        full, summary = (
+            (await self.request("GET ?state=started")).document[0],
+            (await self.request("GET ?summary=true")).document,
         )
-        self.assertEqual({"config", "events", "checks", "host_status"}, set(whole) - set(short[0]))
-        self.assertEqual([a, b], [machine["id"] for machine in short[:2]])
+        self.assertEqual({"config", "events", "checks", "host_status"}, set(full) - set(summary[0]))
+        self.assertEqual([a, b], [machine["id"] for machine in summary[:2]])
 
-    async def test_a_wait_ends_with_one_of_its_states_or_says_which_it_is_in(self) -> None:
+    async def test_wait_returns_with_one_of_its_states_or_reports_the_current_one(self) -> None:
         machine_id = await self.create("m")
         path = f"GET /{machine_id}/wait"
         for query, expected in {
@@ -244,64 +249,64 @@ class AnswerTests(RoutesTestCase):
             "?state=settled": "stopped",
         }.items():
             if expected == "stopped":
-                await self.ask(f"POST /{machine_id}/stop")
-            asking = Deferred.fromCoroutine(self.ask(path + query))
-            await wait_until(lambda: asking.called or self.machines._entries[machine_id].watchers)  # noqa: B023
+                await self.request(f"POST /{machine_id}/stop")
+            waiting = Deferred.fromCoroutine(self.request(path + query))
+            await wait_until(lambda: waiting.called or self.machines._entries[machine_id].watchers)  # noqa: B023
             self.boot()
-            reply = await asking
+            reply = await waiting
             version = (await self.machines.get(machine_id)).instance_id
             self.assertEqual(
-                (200, {"ok": True, "state": expected, "version": version}), (reply.status, reply.told)
+                (200, {"ok": True, "state": expected, "version": version}), (reply.status, reply.document)
             )
         self.assertEqual([], self.machines._entries[machine_id].watchers)
 
-        late = Deferred.fromCoroutine(self.ask(f"{path}?state=failed,suspended&timeout=1"))
+        expiring = Deferred.fromCoroutine(self.request(f"{path}?state=failed,suspended&timeout=1"))
         await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 2)
         self.clock.advance(1)
-        reply = await late
+        reply = await expiring
         error = (
             "deadline_exceeded: machine failed to reach desired state, failed,suspended, currently stopped"
         )
-        self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+        self.assertEqual((408, {"error": error}), (reply.status, reply.document))
 
-    async def test_a_wait_for_the_start_of_a_machine_that_has_ended_is_over_at_once(self) -> None:
+    async def test_wait_for_the_start_of_a_stopped_machine_fails_at_once(self) -> None:
         machine_id = await self.create("m")
-        starting = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?timeout=60"))
+        starting = Deferred.fromCoroutine(self.request(f"GET /{machine_id}/wait?timeout=60"))
         await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
-        await self.ask(f"POST /{machine_id}/stop")
+        await self.request(f"POST /{machine_id}/stop")
         self.clock.advance(1)
         error = "deadline_exceeded: machine failed to reach desired state, started, currently stopped"
         reply = await starting
-        self.assertEqual((408, {"error": error}), (reply.status, reply.told))
+        self.assertEqual((408, {"error": error}), (reply.status, reply.document))
 
-        await self.assert_refused(408, error, f"GET /{machine_id}/wait?state=started")
+        await self.assert_error(408, error, f"GET /{machine_id}/wait?state=started")
 
-    async def test_a_start_that_migrates_makes_another_version_and_waits_for_the_old_one_stale(self) -> None:
+    async def test_migrating_start_changes_the_version(self) -> None:
         machine_id = await self.create("m")
         before = (await self.machines.get(machine_id)).instance_id
-        await self.ask(f"POST /{machine_id}/stop")
+        await self.request(f"POST /{machine_id}/stop")
         self.clock.pump([1, 1])
         self.machines.migrate_at_start(machine_id)
 
-        started = await self.ask(f"POST /{machine_id}/start")
+        started = await self.request(f"POST /{machine_id}/start")
 
-        told = {"previous_state": "stopped", "migrated": True, "new_host": "local"}
-        self.assertEqual((200, told), (started.status, started.told))
+        document = {"previous_state": "stopped", "migrated": True, "new_host": "local"}
+        self.assertEqual((200, document), (started.status, started.document))
         self.boot()
-        after = (await self.ask(f"GET /{machine_id}")).told["instance_id"]
+        after = (await self.request(f"GET /{machine_id}")).document["instance_id"]
         self.assertNotEqual(before, after)
         for name, version in (("instance_id", after), ("version", after), ("version", "")):
-            reply = await self.ask(f"GET /{machine_id}/wait?{name}={version}")
-            self.assertEqual((200, after), (reply.status, reply.told["version"]))
-        stale = Deferred.fromCoroutine(self.ask(f"GET /{machine_id}/wait?instance_id={before}&timeout=1"))
+            reply = await self.request(f"GET /{machine_id}/wait?{name}={version}")
+            self.assertEqual((200, after), (reply.status, reply.document["version"]))
+        stale = Deferred.fromCoroutine(self.request(f"GET /{machine_id}/wait?instance_id={before}&timeout=1"))
         await wait_until(lambda: len(self.machines._entries[machine_id].watchers) == 1)
         self.clock.advance(1)
         self.assertEqual(408, (await stale).status)
 
-    async def test_a_wait_of_one_who_leaves_is_over(self) -> None:
+    async def test_disconnect_ends_a_wait(self) -> None:
         machine_id = await self.create("m")
         watchers = self.machines._entries[machine_id].watchers
-        head = f"GET {BASE}/{machine_id}/wait?state=settled HTTP/1.1\r\nHost: there\r\n"
+        head = f"GET {BASE}/{machine_id}/wait?state=settled HTTP/1.1\r\nHost: localhost\r\n"
         peer = await self.call(self.port, f"{head}Authorization: Bearer fo1_t\r\n\r\n".encode())
         await wait_until(lambda: len(watchers) == 5)
 
@@ -309,40 +314,40 @@ class AnswerTests(RoutesTestCase):
 
         await wait_until(lambda: not watchers)
 
-    async def test_metadata_is_merged_and_guarded_by_no_lease(self) -> None:
+    async def test_metadata_is_merged_without_the_lease(self) -> None:
         machine_id = await self.create("m", ttl=60, metadata={"a": "1", "b": "2", "c": "3"})
         path = f"/{machine_id}/metadata"
 
-        for line, told in (
+        for line, payload in (
             (f"PATCH {path}", {"metadata": {"a": None, "b": "", "d": "4"}}),
             (f"PUT {path}", {"metadata": {"e": "5"}}),
             (f"POST {path}/f", {"value": "6"}),
             (f"DELETE {path}/c", None),
         ):
-            reply = await self.ask(line, told)
+            reply = await self.request(line, payload)
             self.assertEqual((204, ""), (reply.status, reply.text), line)
 
-        self.assertEqual({"d": "4", "e": "5", "f": "6"}, (await self.ask(f"GET {path}")).told)
-        self.assertEqual({"value": "4"}, (await self.ask(f"GET {path}/d")).told)
-        await self.assert_refused(404, "metadata key not found", f"GET {path}/a")
-        told = (await self.ask(f"GET /{machine_id}")).told
-        self.assertEqual({"d": "4", "e": "5", "f": "6"}, told["config"]["metadata"])
+        self.assertEqual({"d": "4", "e": "5", "f": "6"}, (await self.request(f"GET {path}")).document)
+        self.assertEqual({"value": "4"}, (await self.request(f"GET {path}/d")).document)
+        await self.assert_error(404, "metadata key not found", f"GET {path}/a")
+        machine = (await self.request(f"GET /{machine_id}")).document
+        self.assertEqual({"d": "4", "e": "5", "f": "6"}, machine["config"]["metadata"])
 
-    async def test_a_lease_comes_in_an_envelope(self) -> None:
+    async def test_lease_is_sent_in_an_envelope(self) -> None:
         machine_id = await self.create("m")
         path = f"/{machine_id}/lease"
 
-        taken = await self.ask(f"POST {path}?ttl=60", {"description": "d"})
-        nonce = taken.told["data"]["nonce"]
-        longer = await self.ask(f"POST {path}", {"ttl": 90}, nonce=nonce)
-        seen = await self.ask(f"GET {path}")
-        given_back = await self.ask(f"DELETE {path}", nonce=nonce)
+        acquired = await self.request(f"POST {path}?ttl=60", {"description": "d"})
+        nonce = acquired.document["data"]["nonce"]
+        refreshed = await self.request(f"POST {path}", {"ttl": 90}, nonce=nonce)
+        current = await self.request(f"GET {path}")
+        released = await self.request(f"DELETE {path}", nonce=nonce)
 
         data = {"nonce": nonce, "owner": "local@tokens.fly.io", "description": "d"}
-        for reply, status, seconds in ((taken, 201, 60), (longer, 200, 90), (seen, 200, 90)):
-            told = {"status": "success", "data": {**data, "expires_at": int(EPOCH) + seconds}}
-            self.assertEqual((status, told), (reply.status, reply.told))
+        for reply, status, seconds in ((acquired, 201, 60), (refreshed, 200, 90), (current, 200, 90)):
+            document = {"status": "success", "data": {**data, "expires_at": int(EPOCH) + seconds}}
+            self.assertEqual((status, document), (reply.status, reply.document))
         self.assertRegex(nonce, "^[0-9a-f]{12}$")
         self.assertEqual(
-            (200, {"status": "success", "data": {"ok": True}}), (given_back.status, given_back.told)
+            (200, {"status": "success", "data": {"ok": True}}), (released.status, released.document)
         )
