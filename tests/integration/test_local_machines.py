@@ -1,4 +1,4 @@
-"""Machines that are processes of this host, with real workers or with programs that look around."""
+"""Tests of local machines, with real workers or with programs that inspect their environment."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from tests.support.workers import watch_for_leftovers
 if TYPE_CHECKING:
     from bfaas.machines.api import Machine
 
-# Leaves everything that is hard to remove, tells its environment, stays until it is killed.
-MESSY = """
+# A worker that leaves files that are hard to remove, writes its environment, and runs until it is killed.
+MESSY_WORKER = """
 import json, os, time
 home = os.environ["HOME"]
 os.chdir(home)
@@ -40,22 +40,22 @@ os.symlink({outside!r}, "link")
 os.makedirs("a/b/c")
 open("a/b/c/file", "w").close()
 os.symlink({outside!r}, "a/b/link")
-for place in ("a/b/c", "a/b", "a"):
-    os.chmod(place, 0)
+for path in ("a/b/c", "a/b", "a"):
+    os.chmod(path, 0)
 os.chmod(home, 0o500)
 if os.fork() == 0:
     os.setsid()
     time.sleep(1000)
-with open({told!r} + ".new", "w") as told:
-    json.dump(dict(os.environ), told)
-os.rename({told!r} + ".new", {told!r})
+with open({report!r} + ".new", "w") as report:
+    json.dump(dict(os.environ), report)
+os.rename({report!r} + ".new", {report!r})
 time.sleep(1000)
 """
 
 
-def names(place: Path | str) -> list[str] | None:
-    """What is in a directory; None where there is no such."""
-    return [below.name for below in Path(place).iterdir()] if Path(place).exists() else None
+def names(directory: Path | str) -> list[str] | None:
+    """Return the names in a directory; None if it does not exist."""
+    return [path.name for path in Path(directory).iterdir()] if Path(directory).exists() else None
 
 
 class LocalMachinesContract(machines_contract.MachinesContract):
@@ -72,7 +72,7 @@ class LocalMachinesContract(machines_contract.MachinesContract):
 
 
 class WorkerTests(LoopbackTestCase):
-    """What real workers do, in a sandbox and without."""
+    """Real workers, in a sandbox and without."""
 
     async def _run_lifecycle(self, *, sandboxed: bool) -> None:
         left = watch_for_leftovers(self)
@@ -81,45 +81,45 @@ class WorkerTests(LoopbackTestCase):
         machine, lease = await machines.create("m", "ams", CONFIG, TTL)
         for _ in range(2):
             await machines.wait(machine, State.STARTED, 20)
-            self.assertIn(b"200 OK", await self._ask(machine))
+            self.assertIn(b"200 OK", await self._get_health(machine))
             await machines.stop(machine.id, lease.nonce)
             await machines.wait(machine, State.STOPPED, 20)
             self.assertEqual([], left())
             await machines.start(machine.id, lease.nonce)
 
-    async def _ask(self, machine: Machine) -> bytes:
-        """Ask a worker how it is, as soon as it listens."""
+    async def _get_health(self, machine: Machine) -> bytes:
+        """Return the response to `/healthz`, as soon as the worker listens."""
         port = urlsplit(machine.url or "").port
         assert port is not None
         while True:
             try:
                 peer = await self.call(
-                    port, b"GET /healthz HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n"
+                    port, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
                 )
             except ConnectError:
                 await deferLater(reactor, 0.02)
                 continue
             return await peer.hear_out()
 
-    async def test_a_worker_serves_again_after_each_stop(self) -> None:
+    async def test_worker_serves_again_after_each_stop(self) -> None:
         await self._run_lifecycle(sandboxed=False)
 
-    async def test_a_worker_serves_in_a_sandbox(self) -> None:
+    async def test_worker_serves_in_a_sandbox(self) -> None:
         if not can_sandbox():
             self.skipTest("bubblewrap does not work here")
         await self._run_lifecycle(sandboxed=True)
 
 
-class BodyTests(LoopbackTestCase):
+class ProcessTests(LoopbackTestCase):
     def setUp(self) -> None:
         self.left = watch_for_leftovers(self)
-        place = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, place)
-        self.told = place / "told"
-        self.outside = place / "outside"
+        directory = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, directory)
+        self.report = directory / "report"
+        self.outside = directory / "outside"
         self.outside.mkdir(mode=0o750)
-        (self.outside / "precious").touch()
-        program = MESSY.format(outside=str(self.outside), told=str(self.told))
+        (self.outside / "file").touch()
+        program = MESSY_WORKER.format(outside=str(self.outside), report=str(self.report))
         self.machines = self.with_command(sys.executable, "-c", program)
 
     def with_command(self, *command: str) -> LocalMachines:
@@ -127,24 +127,24 @@ class BodyTests(LoopbackTestCase):
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         return machines
 
-    async def messed(self) -> tuple[Machine, str, dict[str, str]]:
-        """Make a machine, and wait until it has made its mess; tell its environment too."""
+    async def start_messy_worker(self) -> tuple[Machine, str, dict[str, str]]:
+        """Create a machine, and wait for the report. Return it with its nonce and its environment."""
         config = MachineConfig("i", {"PUBLIC": "key", "LANG": "C"})
         machine, lease = await self.machines.create("m", "ams", config, TTL)
-        await wait_until(self.told.exists)
-        return machine, lease.nonce, json.loads(self.told.read_text())
+        await wait_until(self.report.exists)
+        return machine, lease.nonce, json.loads(self.report.read_text())
 
-    async def test_a_worker_has_a_home_and_its_config_and_nothing_else_in_its_environment(self) -> None:
+    async def test_environment_of_a_worker_has_its_home_and_config_only(self) -> None:
         os.environ["SECRET"] = "of the coordinator"
         self.addCleanup(os.environ.pop, "SECRET")
 
-        machine, _, environment = await self.messed()
+        machine, _, environment = await self.start_messy_worker()
 
         home = environment.pop("HOME")
         run_as = environment.pop("RUN_AS")
         self.assertEqual(os.geteuid() == 0, run_as.isdecimal() and int(run_as) in RANGES[0])
-        for dull in ("PYTHONPATH", "PYTHONUSERBASE", "LC_CTYPE"):
-            environment.pop(dull, None)
+        for name in ("PYTHONPATH", "PYTHONUSERBASE", "LC_CTYPE"):
+            environment.pop(name, None)
         self.assertEqual(
             {
                 "PATH": os.environ["PATH"],
@@ -158,45 +158,45 @@ class BodyTests(LoopbackTestCase):
         )
         self.assertEqual({"link", "a"}, set(names(home) or ()))
 
-    async def test_a_stop_wipes_the_home_and_nothing_beyond_it(self) -> None:
-        machine, nonce, environment = await self.messed()
+    async def test_stop_wipes_the_home_and_nothing_outside(self) -> None:
+        machine, nonce, environment = await self.start_messy_worker()
         for _ in range(2):
-            self.told.unlink()
+            self.report.unlink()
             await self.machines.stop(machine.id, nonce)
             await self.machines.wait(machine, State.STOPPED, 20)
 
             self.assertIs(None, names(environment["HOME"]))
-            self.assertEqual(["precious"], names(self.outside))
+            self.assertEqual(["file"], names(self.outside))
             self.assertEqual(0o750, self.outside.stat().st_mode & 0o777)
             self.assertEqual([], self.left())
-            # It finds an empty home, or it would fail.
+            # The worker fails unless its home is empty.
             await self.machines.start(machine.id, nonce)
-            await wait_until(self.told.exists)
+            await wait_until(self.report.exists)
 
-    def test_what_a_script_closed_to_itself_is_wiped(self) -> None:
+    def test_directories_without_permissions_are_wiped(self) -> None:
         home = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, home)
-        inmost = home / "a" / "b" / "c"
-        inmost.mkdir(parents=True)
-        (inmost / "file").touch()
-        root = os.geteuid() == 0
-        for place in (inmost, *inmost.parents[:3]):
-            if root:
-                os.chown(place, 65534, 65534)
-            if place != home:
-                place.chmod(0)
-        if root:  # who may do everything
+        innermost = home / "a" / "b" / "c"
+        innermost.mkdir(parents=True)
+        (innermost / "file").touch()
+        is_root = os.geteuid() == 0
+        for directory in (innermost, *innermost.parents[:3]):
+            if is_root:
+                os.chown(directory, 65534, 65534)
+            if directory != home:
+                directory.chmod(0)
+        if is_root:  # which needs no permissions
             os.seteuid(65534)
         try:
             wipe(home / "a")
         finally:
-            if root:
+            if is_root:
                 os.seteuid(0)
 
         self.assertEqual([], names(home))
 
-    async def test_a_suspended_machine_stands_still(self) -> None:
-        machine, nonce, _ = await self.messed()
+    async def test_processes_of_a_suspended_machine_are_stopped(self) -> None:
+        machine, nonce, _ = await self.start_messy_worker()
         processes = self.left()
         self.assertEqual(2, len(processes))
 
@@ -209,28 +209,28 @@ class BodyTests(LoopbackTestCase):
 
         self.assertTrue(any(map(process_tree.is_running, processes)))
 
-    async def test_a_machine_stops_when_its_worker_ends(self) -> None:
-        machine, nonce, environment = await self.messed()
+    async def test_machine_stops_when_its_worker_ends(self) -> None:
+        machine, nonce, environment = await self.start_messy_worker()
         for suspended in (False, True):
             if suspended:
                 await self.machines.start(machine.id, nonce)
-                await wait_until(self.told.exists)
+                await wait_until(self.report.exists)
                 await self.machines.suspend(machine.id, nonce)
-            self.told.unlink()
+            self.report.unlink()
             for process in self.left():
                 os.kill(process.pid, signal.SIGKILL)
 
             await self.machines.wait(machine, State.STOPPED, 20)
             self.assertIs(None, names(environment["HOME"]))
 
-    async def test_a_program_that_is_not_there_ends_at_once(self) -> None:
-        machines = self.with_command("/there/is/no/such/program")
+    async def test_machine_stops_if_its_program_does_not_exist(self) -> None:
+        machines = self.with_command("/no/such/program")
         machine, _ = await machines.create("m", "ams", MachineConfig("i"), TTL)
 
         await machines.wait(machine, State.STOPPED, 20)
 
-    async def test_shutdown_waits_for_a_stop_that_is_under_way(self) -> None:
-        machine, nonce, environment = await self.messed()
+    async def test_shutdown_waits_for_a_stop_in_progress(self) -> None:
+        machine, nonce, environment = await self.start_messy_worker()
         pid = self.machines._processes._workers[machine.id].transport.pid
         await self.machines.stop(machine.id, nonce)
         self.assertIs(State.STOPPING, (await self.machines.get(machine.id)).state)
@@ -241,17 +241,17 @@ class BodyTests(LoopbackTestCase):
         self.assertIs(None, names(f"/proc/{pid}"))
         self.assertIs(None, names(Path(environment["HOME"]).parent.parent))
 
-    async def test_a_worker_that_cannot_be_started_can_be_later(self) -> None:
-        class Exhausted:
+    async def test_failed_start_leaves_nothing_that_prevents_the_next(self) -> None:
+        class ReactorWithoutProcesses:
             def spawnProcess(self, *_: object, **__: object) -> None:
                 raise BlockingIOError("no more processes")
 
             def __getattr__(self, name: str) -> Any:
                 return getattr(reactor, name)
 
-        bodies = LocalProcesses(Exhausted(), sandboxed=False)
-        self.addCleanup(bodies.close)
+        processes = LocalProcesses(ReactorWithoutProcesses(), sandboxed=False)
+        self.addCleanup(processes.close)
         machine, _ = await self.machines.create("m", "ams", MachineConfig("i"), TTL)
         for _ in range(2):
             with self.assertRaises(BlockingIOError):
-                await bodies.start(machine, MachineConfig("i"), lambda: None)
+                await processes.start(machine, MachineConfig("i"), lambda: None)

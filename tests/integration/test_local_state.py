@@ -1,4 +1,4 @@
-"""Directories that belong to living processes, and user ids that belong to running scripts."""
+"""Tests of directories that living processes own, and of user ids that running scripts own."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ class StateDirectoryTests(SynchronousTestCase):
     def names(self) -> list[str]:
         return [path.name for path in Path(self.parent).iterdir()]
 
-    def test_one_whose_owner_was_killed_is_removed_and_one_whose_owner_lives_is_not(self) -> None:
+    def test_directory_is_abandoned_once_its_owner_was_killed(self) -> None:
         command = [sys.executable, "-c", _OWNER, self.parent]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as owner:
             assert owner.stdout is not None
             path = Path(owner.stdout.readline().strip())
             self.assertEqual([], abandoned([self.parent]))
             owner.send_signal(signal.SIGKILL)
-        [state] = abandoned([self.parent, self.parent, "/no/such/place"])
+        [state] = abandoned([self.parent, self.parent, "/no/such/directory"])
         self.assertEqual(path, state.path)
-        self.assertEqual([], abandoned([self.parent]))  # it is ours now
+        self.assertEqual([], abandoned([self.parent]))  # this process owns it now
         state.remove()
         self.assertEqual([], self.names())
 
-    def test_one_of_this_process_is_not_taken_for_abandoned(self) -> None:
+    def test_directory_of_this_process_is_not_abandoned(self) -> None:
         state = StateDirectory.create(self.parent)
         self.assertEqual([], abandoned([self.parent]))
         state.remove()
         self.assertEqual([], self.names())
 
-    def test_others_are_left_alone(self) -> None:
+    def test_other_directories_are_not_abandoned(self) -> None:
         Path(self.parent, "bfaas-machines-notes").mkdir(mode=0o711)
         Path(self.parent, "bfaas-machines-aaaaaaaa").touch()
         Path(self.parent, "bfaas-machines-bbbbbbbb").mkdir(mode=0o755)
@@ -65,16 +65,16 @@ class StateDirectoryTests(SynchronousTestCase):
             os.chown(other, 12345, 12345)
         self.assertEqual([], abandoned([self.parent]))
 
-    def test_it_is_known_whether_it_is_still_there(self) -> None:
+    def test_removed_or_replaced_directory_is_not_intact(self) -> None:
         state = StateDirectory.create(self.parent)
         self.assertTrue(state.intact)
         state.path.rmdir()
         self.assertFalse(state.intact)
         state.path.mkdir()
         self.assertFalse(state.intact)
-        (state.path / "of another").touch()
+        (state.path / "other").touch()
         state.remove()
-        self.assertTrue((state.path / "of another").exists())
+        self.assertTrue((state.path / "other").exists())
 
 
 class ScriptUsersTests(SynchronousTestCase):
@@ -88,36 +88,36 @@ class ScriptUsersTests(SynchronousTestCase):
         self.addCleanup(users.close)
         return users
 
-    def test_nobody_shares_an_id_until_it_is_released(self) -> None:
+    def test_id_is_not_shared_until_it_is_released(self) -> None:
         first, second = self.users(), self.users()
         second._next = first._next
-        taken = [users.acquire() for users in (first, second, second, first)]
-        self.assertEqual(4, len(set(taken)))
-        self.assertTrue(all(user.uid in RANGES[0] and user.gid == user.uid for user in taken))
+        acquired = [users.acquire() for users in (first, second, second, first)]
+        self.assertEqual(4, len(set(acquired)))
+        self.assertTrue(all(user.uid in RANGES[0] and user.gid == user.uid for user in acquired))
 
-        first._next = second._next = RANGES[0].index(taken[0].uid)
-        self.assertNotIn(second.acquire(), taken)
-        first.release(taken[0])
-        second._next = RANGES[0].index(taken[0].uid)
-        self.assertEqual(taken[0], second.acquire())
+        first._next = second._next = RANGES[0].index(acquired[0].uid)
+        self.assertNotIn(second.acquire(), acquired)
+        first.release(acquired[0])
+        second._next = RANGES[0].index(acquired[0].uid)
+        self.assertEqual(acquired[0], second.acquire())
 
-    def test_ids_come_round(self) -> None:
+    def test_first_id_follows_the_last(self) -> None:
         users = self.users()
         users._next = len(RANGES[0]) - 1
         self.assertEqual([RANGES[0][-1], RANGES[0][0]], [users.acquire().uid for _ in range(2)])
 
-    def test_an_id_with_processes_is_not_chosen(self) -> None:
+    def test_id_with_processes_is_not_chosen(self) -> None:
         users = self.users()
         user = users.acquire()
         command = ["setpriv", f"--reuid={user.uid}", f"--regid={user.gid}", "--clear-groups", "--"]
         with subprocess.Popen(
             [*command, "sh", "-c", "echo up; exec sleep 1000"], stdout=subprocess.PIPE
-        ) as left:
-            assert left.stdout is not None
-            self.assertEqual(b"up\n", left.stdout.readline())
+        ) as process:
+            assert process.stdout is not None
+            self.assertEqual(b"up\n", process.stdout.readline())
             users.release(user)
             users._next = RANGES[0].index(user.uid)
             self.assertNotEqual(user, users.acquire())
             self.assertTrue(process_tree.kill_user(user.uid))
-        self.assertEqual(-signal.SIGKILL, left.returncode)
+        self.assertEqual(-signal.SIGKILL, process.returncode)
         self.assertTrue(process_tree.kill_user(user.uid))

@@ -1,10 +1,9 @@
 """
-The client's requests and the emulator's answers, against what Fly publishes and documents.
+Tests of the client's requests and the emulator's responses against Fly's published schema and documentation.
 
-They share the code that writes and reads documents, so neither shows what the other gets wrong. Here what
-they send is taken from the wire, parsed by h11, and validated by jsonschema against
-`data/machines_schema.json`; and the client reads the answers of `data/fly_answers.json`, which are from Fly's
-documents and other clients.
+Client and emulator share a codec, so that neither detects an error in it. Here the messages are recorded on
+the wire, parsed by h11, and validated by jsonschema against `data/machines_schema.json`. And the client reads
+the responses in `data/fly_responses.json`, which come from Fly's documentation and from other clients.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from tests.support.hostile_worker import LoopbackTestCase, reactor
 from tests.support.machines_contract import CONFIG
 from tests.support.paths import ROOT
 from tests.support.waiting import wait_until
-from tests.unit.machines.test_fly import LiarTestCase, M, answer
+from tests.unit.machines.test_fly import M, ScriptedServerTestCase, response
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -62,16 +61,16 @@ _NONCE = "fly-machine-lease-nonce"
 _STANDARD = {"host", "authorization", "accept", "accept-encoding", "connection", "content-length"}
 _STANDARD |= {"content-type", "user-agent"}
 
-# What the schema does not say, and where it is said instead.
+# What the schema omits, with the source of each item.
 
 # Fly's page on the machines resource, on leases; superfly/fly-go, flaps/flaps_machines.go.
 _TAKES_NONCE = {"delete {}", "post {}/start", "post {}/stop", "post {}/suspend"}
-# The new name of `instance_id`, newer than this copy of the schema: superfly/docs, api/machines/openapi.json.
+# The new name of `instance_id`, missing in this copy of the schema: superfly/docs, api/machines/openapi.json.
 _NEWER = {"Machine": {"version": {"type": "string"}}}
-# The schema shows a lease without the envelope in which it comes: superfly/docs, reference/machines/
+# The schema omits the envelope of a lease: superfly/docs, reference/machines/
 # _machines_lease_create_resp.erb; superfly/fly-go, machine_types.go, MachineLease.
 _ENVELOPED = {"get {}/lease", "post {}/lease"}
-# Seen as 200 too where a lease is refreshed: superfly/bfaas, machines/lease.go.
+# The status is also 200 if a lease is refreshed: superfly/bfaas, machines/lease.go.
 _ALSO_200 = {"post {}/lease"}
 _NO_SCHEMA: dict[str, dict[str, Any]] = {
     # superfly/docs, reference/machines/_machines_start_resp.erb
@@ -80,7 +79,7 @@ _NO_SCHEMA: dict[str, dict[str, Any]] = {
         "migrated": {"type": "boolean"},
         "new_host": {"type": "string"},
     },
-    # the same, _machines_lease_release_resp.erb
+    # superfly/docs, reference/machines/_machines_lease_release_resp.erb
     "delete {}/lease": {"status": {"const": "success"}, "data": {"const": {"ok": True}}},
 }
 _OK = {"ok": {"const": True}}
@@ -90,31 +89,31 @@ _LEASE_ERROR = {"status": {"const": "error"}, "message": {"type": "string"}, "co
 
 
 def strict(schema: Any) -> Any:
-    """Return a schema that takes no property that it does not name."""
+    """Return a schema that rejects properties that it does not define."""
     if isinstance(schema, list):
-        return [strict(each) for each in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if isinstance(made.get("properties"), dict) and "type" in made:
-        made.setdefault("additionalProperties", False)
-    return made
+    result = {key: strict(value) for key, value in schema.items()}
+    if isinstance(result.get("properties"), dict) and "type" in result:
+        result.setdefault("additionalProperties", False)
+    return result
 
 
 def components() -> dict[str, Any]:
-    made = deepcopy(SPEC["components"]["schemas"])
+    schemas = deepcopy(SPEC["components"]["schemas"])
     for name, properties in _NEWER.items():
-        made[name]["properties"].update(properties)
-    return {"schemas": strict(made)}
+        schemas[name]["properties"].update(properties)
+    return {"schemas": strict(schemas)}
 
 
 COMPONENTS = components()
 
 
-def faults(told: Any, schema: dict[str, Any]) -> list[str]:
-    """Return what is wrong with a document."""
+def violations(document: Any, schema: dict[str, Any]) -> list[str]:
+    """Return the violations of a schema by a document."""
     validator = Draft202012Validator({**strict(schema), "components": COMPONENTS})
-    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(told)]
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(document)]
 
 
 def exactly(properties: dict[str, Any]) -> dict[str, Any]:
@@ -122,16 +121,16 @@ def exactly(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 class Exchange(NamedTuple):
-    """A request and its answer, as they were on the wire."""
+    """A request and its response, as they were on the wire."""
 
     request: h11.Request
     body: bytes
     response: h11.Response
-    answer: bytes
+    response_body: bytes
 
     @property
     def operation(self) -> tuple[str, dict[str, Any]]:
-        """The operation's short name, and what the schema says of it."""
+        """The short name of the operation, and its definition in the schema."""
         method, path = self.request.method.decode().lower(), urlsplit(self.request.target.decode()).path
         assert path.startswith(_SERVER), path
         for template, operations in SPEC["paths"].items():
@@ -142,26 +141,27 @@ class Exchange(NamedTuple):
                 return f"{method} {name}".strip(), operations[method]
         raise AssertionError(f"no such operation: {method} {path}")
 
-    def request_faults(self) -> Iterator[str]:
-        """Tell what of the request is not as the schema has it."""
+    def request_violations(self) -> Iterator[str]:
+        """Yield the violations of the schema by the request."""
         name, operation = self.operation
-        declared = {(each["in"], each["name"]): each["schema"] for each in operation.get("parameters", [])}
+        parameters = operation.get("parameters", [])
+        declared = {(item["in"], item["name"]): item["schema"] for item in parameters}
         for key, value in parse_qsl(urlsplit(self.request.target.decode()).query, keep_blank_values=True):
             schema = declared.get(("query", key))
             if schema is None:
                 yield f"{name}: unknown parameter {key}"
             else:
-                read = json.loads(value) if schema["type"] in ("integer", "boolean") else value
-                yield from (f"{name}: {key}: {fault}" for fault in faults(read, schema))
+                typed = json.loads(value) if schema["type"] in ("integer", "boolean") else value
+                yield from (f"{name}: {key}: {violation}" for violation in violations(typed, schema))
         names = [key.decode() for key, _ in self.request.headers]
         if len(set(names)) != len(names):
             yield f"{name}: a header is sent twice: {names}"
         for key in set(names) - _STANDARD:
             if ("header", key) not in declared and not (key == _NONCE and name in _TAKES_NONCE):
                 yield f"{name}: unknown header {key}"
-        yield from self._body_faults(name, operation)
+        yield from self._body_violations(name, operation)
 
-    def _body_faults(self, name: str, operation: dict[str, Any]) -> Iterator[str]:
+    def _body_violations(self, name: str, operation: dict[str, Any]) -> Iterator[str]:
         headers = {key.decode(): value.decode() for key, value in self.request.headers}
         if not re.fullmatch(r"(Bearer|FlyV1) [!-~]+", headers.get("authorization", "")):
             yield f"{name}: authorization"
@@ -173,37 +173,37 @@ class Exchange(NamedTuple):
         if headers.get("content-type") != "application/json":
             yield f"{name}: content-type {headers.get('content-type')}"
         schema = content["application/json"]["schema"]
-        yield from (f"{name}: {fault}" for fault in faults(json.loads(self.body), schema))
+        yield from (f"{name}: {violation}" for violation in violations(json.loads(self.body), schema))
 
-    def answer_faults(self) -> Iterator[str]:
-        """Tell what of the answer is not as the schema has it, or the documents where it says nothing."""
+    def response_violations(self) -> Iterator[str]:
+        """Yield the violations by the response of the schema, or of the documentation if that has none."""
         name, operation = self.operation
         status = self.response.status_code
         headers = {key.decode(): value.decode() for key, value in self.response.headers}
         if not headers.get("content-type", "").startswith("application/json"):
             yield f"{name}: content-type {headers.get('content-type')}"
-        told = json.loads(self.answer)
-        listed = operation["responses"].get("201" if name in _ALSO_200 and status == 200 else str(status))
-        if listed is None:
+        document = json.loads(self.response_body)
+        declared = operation["responses"].get("201" if name in _ALSO_200 and status == 200 else str(status))
+        if declared is None:
             if status not in _ERRORS:
                 yield f"{name}: status {status}"
             is_lease = name.endswith("/lease") and status == 409
             schema = exactly(_LEASE_ERROR) if is_lease else {"$ref": "#/components/schemas/ErrorResponse"}
-            yield from (f"{name} {status}: {fault}" for fault in faults(told, schema))
+            yield from (f"{name} {status}: {violation}" for violation in violations(document, schema))
             return
-        schema = listed.get("content", {}).get("application/json", {}).get("schema")
+        schema = declared.get("content", {}).get("application/json", {}).get("schema")
         if schema is None:
             schema = exactly(_NO_SCHEMA.get(name, _OK))
         elif name in _ENVELOPED:
             schema = exactly({"status": {"const": "success"}, "data": schema})
-        yield from (f"{name} {status}: {fault}" for fault in faults(told, schema))
+        yield from (f"{name} {status}: {violation}" for violation in violations(document, schema))
 
 
 class _Forward(portforward.ProxyClient):
     peer: Any
 
     def dataReceived(self, data: bytes) -> None:
-        self.peer.heard += data
+        self.peer.received += data
         super().dataReceived(data)
 
 
@@ -216,12 +216,13 @@ class _Recording(portforward.ProxyServer):
     clientProtocolFactory = _ForwardFactory
 
     def connectionMade(self) -> None:
-        self.said, self.heard, self.is_open = b"", b"", True
+        self.sent, self.received = b"", b""
+        self.is_open = True
         self.factory.peers.append(self)
         super().connectionMade()
 
     def dataReceived(self, data: bytes) -> None:
-        self.said += data
+        self.sent += data
         super().dataReceived(data)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -229,19 +230,19 @@ class _Recording(portforward.ProxyServer):
         super().connectionLost(reason)
 
     def exchange(self) -> Exchange:
-        """Parse what went over this connection, which was one request and one answer."""
+        """Parse the bytes of this connection: one request and one response."""
         server, client = h11.Connection(h11.SERVER), h11.Connection(h11.CLIENT)
-        request, body = _parse(server, self.said)
+        request, body = _parse(server, self.sent)
         assert isinstance(request, h11.Request)
         client.send(h11.Request(method=request.method, target=request.target, headers=[("Host", "x")]))
         client.send(h11.EndOfMessage())
-        response, answer = _parse(client, self.heard)
+        response, response_body = _parse(client, self.received)
         assert isinstance(response, h11.Response)
-        return Exchange(request, body, response, answer)
+        return Exchange(request, body, response, response_body)
 
 
 class Recorder(portforward.ProxyFactory):
-    """Passes connections on to a port, and keeps what goes over them."""
+    """Forwards connections to a port, and records their bytes."""
 
     protocol = _Recording
 
@@ -261,23 +262,23 @@ def _parse(connection: h11.Connection, data: bytes) -> tuple[object, bytes]:
 
 
 class SpecTests(SynchronousTestCase):
-    def test_the_schema_is_one(self) -> None:
+    def test_schema_is_valid(self) -> None:
         validate(SPEC)
 
-    def test_what_is_wrong_is_found(self) -> None:
+    def test_violations_are_found(self) -> None:
         machine = {"id": 1, "host_status": "well", "events": [{"timestamp": True}], "nonces": "a"}
-        wrong = {"config": {"env": {"A": 1}, "restart": {"policy": "never"}, "images": "i"}, "ttl": 1}
+        create = {"config": {"env": {"A": 1}, "restart": {"policy": "never"}, "images": "i"}, "ttl": 1}
         found = [
-            *faults(machine, {"$ref": "#/components/schemas/Machine"}),
-            *faults(wrong, {"$ref": "#/components/schemas/CreateMachineRequest"}),
+            *violations(machine, {"$ref": "#/components/schemas/Machine"}),
+            *violations(create, {"$ref": "#/components/schemas/CreateMachineRequest"}),
         ]
 
-        places = {fault.partition(":")[0] for fault in found}
+        paths = {violation.partition(":")[0] for violation in found}
         expected = {"$", "$.id", "$.host_status", "$.events[0].timestamp"}
         expected |= {"$.config", "$.config.env.A", "$.config.restart.policy"}
-        self.assertEqual(expected, places, found)
+        self.assertEqual(expected, paths, found)
         for name in ("'nonces'", "'ttl'", "'images'"):
-            self.assertTrue(any(name in fault for fault in found), found)
+            self.assertTrue(any(name in violation for violation in found), found)
 
 
 class WireTests(LoopbackTestCase):
@@ -289,14 +290,16 @@ class WireTests(LoopbackTestCase):
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         self.recorder = Recorder(self.listen(site))
         self.port = self.listen(self.recorder)
-        closed = lambda: not any(peer.is_open for peer in self.recorder.peers)  # noqa: E731
-        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(closed)))
+        self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(self.is_closed)))
 
-    def fly(self, token: str = "fm2_a,fm2_b", app: str = "workers") -> FlyMachines:
+    def is_closed(self) -> bool:
+        return not any(peer.is_open for peer in self.recorder.peers)
+
+    def client(self, token: str = "fm2_a,fm2_b", app: str = "workers") -> FlyMachines:
         url = f"http://127.0.0.1:{self.port}"
         return FlyMachines(reactor, single_use_agent(reactor), Random(1), url, app, token)
 
-    async def refused(self, error: type[MachinesError], work: Coroutine[Deferred[Any], Any, Any]) -> None:
+    async def expect(self, error: type[MachinesError], work: Coroutine[Deferred[Any], Any, Any]) -> None:
         try:
             await work
         except error:
@@ -304,109 +307,109 @@ class WireTests(LoopbackTestCase):
         raise self.failureException(f"{error.__name__} not raised")
 
     async def do_everything(self) -> None:
-        """Make every call that the client has, and have each refused in each way that it can be."""
-        fly = self.fly()
-        machine, lease = await fly.create("m", "ams", CONFIG, 60)
-        await fly.wait(machine, State.STARTED, 10)
-        await fly.list()
-        await fly.get(machine.id)
-        await fly.suspend(machine.id, lease.nonce)
-        await fly.wait(machine, State.SUSPENDED, 10)
-        await fly.start(machine.id, lease.nonce)
-        await fly.wait(machine, State.STARTED, 10)
-        await fly.get_lease(machine.id)
-        await fly.refresh_lease(machine.id, lease.nonce, 90)
-        await self.refused(NameTakenError, fly.create("m", "ams", CONFIG, 60))
-        for call in (fly.start, fly.stop, fly.suspend, fly.destroy):
-            await self.refused(LeaseHeldError, call(machine.id, None))
-            await self.refused(NotFoundError, call("0" * 14, None))
-        await self.refused(LeaseHeldError, fly.acquire_lease(machine.id, 60, "d"))
-        await self.refused(NotFoundError, fly.get("0" * 14))
-        await self.refused(NotFoundError, fly.wait(replace(machine, id="0"), State.STARTED, 1))
-        await fly.stop(machine.id, lease.nonce)
-        await fly.wait(machine, State.STOPPED, 10)
-        await self.refused(NotReadyError, fly.suspend(machine.id, lease.nonce))
-        await self.refused(MachinesError, fly.wait(machine, State.STARTED, 5))
-        await fly.release_lease(machine.id, lease.nonce)
-        await self.refused(NotFoundError, fly.get_lease(machine.id))
-        taken = await fly.acquire_lease(machine.id, 60, "d")
-        await fly.destroy(machine.id, taken.nonce)
-        await fly.wait(machine, State.DESTROYED, 10)
-        await self.refused(RefusedError, self.fly("other").list())
-        await self.refused(NotFoundError, self.fly(app="none").list())
+        """Make every call of the client, and provoke each kind of error."""
+        client = self.client()
+        machine, lease = await client.create("m", "ams", CONFIG, 60)
+        await client.wait(machine, State.STARTED, 10)
+        await client.list()
+        await client.get(machine.id)
+        await client.suspend(machine.id, lease.nonce)
+        await client.wait(machine, State.SUSPENDED, 10)
+        await client.start(machine.id, lease.nonce)
+        await client.wait(machine, State.STARTED, 10)
+        await client.get_lease(machine.id)
+        await client.refresh_lease(machine.id, lease.nonce, 90)
+        await self.expect(NameTakenError, client.create("m", "ams", CONFIG, 60))
+        for call in (client.start, client.stop, client.suspend, client.destroy):
+            await self.expect(LeaseHeldError, call(machine.id, None))
+            await self.expect(NotFoundError, call("0" * 14, None))
+        await self.expect(LeaseHeldError, client.acquire_lease(machine.id, 60, "d"))
+        await self.expect(NotFoundError, client.get("0" * 14))
+        await self.expect(NotFoundError, client.wait(replace(machine, id="0"), State.STARTED, 1))
+        await client.stop(machine.id, lease.nonce)
+        await client.wait(machine, State.STOPPED, 10)
+        await self.expect(NotReadyError, client.suspend(machine.id, lease.nonce))
+        await self.expect(MachinesError, client.wait(machine, State.STARTED, 5))
+        await client.release_lease(machine.id, lease.nonce)
+        await self.expect(NotFoundError, client.get_lease(machine.id))
+        lease = await client.acquire_lease(machine.id, 60, "d")
+        await client.destroy(machine.id, lease.nonce)
+        await client.wait(machine, State.DESTROYED, 10)
+        await self.expect(RefusedError, self.client("other").list())
+        await self.expect(NotFoundError, self.client(app="none").list())
 
-    async def test_requests_and_answers_are_as_fly_has_them(self) -> None:
+    async def test_requests_and_responses_follow_the_schema(self) -> None:
         await self.do_everything()
 
         exchanges = [peer.exchange() for peer in self.recorder.peers]
         for exchange in exchanges:
-            self.assertEqual([], [*exchange.request_faults(), *exchange.answer_faults()], exchange)
-        asked = {exchange.operation[0] for exchange in exchanges}
-        there = {
+            self.assertEqual([], [*exchange.request_violations(), *exchange.response_violations()], exchange)
+        used = {exchange.operation[0] for exchange in exchanges}
+        published = {
             f"{method} {path.removeprefix('/apps/{app_name}/machines').lstrip('/')}".strip()
             for path, operations in SPEC["paths"].items()
             for method in operations
             if "metadata" not in path
         }
-        self.assertEqual({name.replace("{machine_id}", "{}") for name in there}, asked)
+        self.assertEqual({name.replace("{machine_id}", "{}") for name in published}, used)
         self.assertLessEqual(
-            {200, 201, 401, 404, 408, 409, 412}, {each.response.status_code for each in exchanges}
+            {200, 201, 401, 404, 408, 409, 412}, {exchange.response.status_code for exchange in exchanges}
         )
 
-    async def test_a_refusal_for_haste_is_as_fly_has_it(self) -> None:
+    async def test_rate_limit_response_follows_the_schema(self) -> None:
         limited = EmulatedMachines(reactor, reactor.seconds, rate_limited=True)
         site = BoundedSite(reactor, MachinesServer(limited, "workers", None).app.resource(), 1 << 20)
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         self.recorder.port = self.listen(site)
-        fly = self.fly()
+        client = self.client()
         for _ in range(4):
             try:
-                await fly.create("", "ams", CONFIG, 60)
+                await client.create("", "ams", CONFIG, 60)
             except RateLimitedError:
                 break
             except MachinesError:
-                pass  # without a name it is given one
+                pass  # the emulator chose a name, which is not the requested one
         [*_, last] = [peer.exchange() for peer in self.recorder.peers]
 
         self.assertEqual(429, last.response.status_code)
-        self.assertEqual([], list(last.answer_faults()))
+        self.assertEqual([], list(last.response_violations()))
 
 
-class DocumentedAnswers(LiarTestCase):
-    def calls(self, fly: FlyMachines, name: str) -> dict[str, Callable[[], Coroutine[Any, Any, Any]]]:
+class DocumentedResponseTests(ScriptedServerTestCase):
+    def calls(self, client: FlyMachines, name: str) -> dict[str, Callable[[], Coroutine[Any, Any, Any]]]:
         return {
-            "create": lambda: fly.create(name, "ord", CONFIG, 60),
-            "list": fly.list,
-            "get": lambda: fly.get(M.id),
-            "start": lambda: fly.start(M.id, None),
-            "stop": lambda: fly.stop(M.id, None),
-            "suspend": lambda: fly.suspend(M.id, None),
-            "destroy": lambda: fly.destroy(M.id, None),
-            "wait": lambda: fly.wait(M, State.STARTED, 10),
-            "get_lease": lambda: fly.get_lease(M.id),
-            "acquire_lease": lambda: fly.acquire_lease(M.id, 60, ""),
-            "release_lease": lambda: fly.release_lease(M.id, "5c35f65c9f95"),
+            "create": lambda: client.create(name, "ord", CONFIG, 60),
+            "list": client.list,
+            "get": lambda: client.get(M.id),
+            "start": lambda: client.start(M.id, None),
+            "stop": lambda: client.stop(M.id, None),
+            "suspend": lambda: client.suspend(M.id, None),
+            "destroy": lambda: client.destroy(M.id, None),
+            "wait": lambda: client.wait(M, State.STARTED, 10),
+            "get_lease": lambda: client.get_lease(M.id),
+            "acquire_lease": lambda: client.acquire_lease(M.id, 60, ""),
+            "release_lease": lambda: client.release_lease(M.id, "5c35f65c9f95"),
         }
 
-    def read(self, result: Any) -> Any:
-        """Return what was read of an answer, as JSON has it."""
+    def to_json(self, result: Any) -> Any:
+        """Return the result of a call in the form of `fly_responses.json`."""
         if isinstance(result, list):
-            return [self.read(each) for each in result]
+            return [self.to_json(item) for item in result]
         if isinstance(result, tuple):
             machine, lease = result
-            return {**self.read(machine), "nonce": lease.nonce, "expires_at": lease.expires_at}
+            return {**self.to_json(machine), "nonce": lease.nonce, "expires_at": lease.expires_at}
         if isinstance(result, Machine | Lease):
             return {key: value for key, value in vars(result).items() if key != "url"}
         return result
 
-    async def test_they_are_read_as_they_are_meant(self) -> None:
-        for case in json.loads((DATA / "fly_answers.json").read_text(encoding="utf-8")):
-            fly = self.fly(answer(case["status"], case["body"]))
-            call = self.calls(fly, "aged-thunder-7371")[case["call"]]
+    async def test_documented_responses_are_decoded(self) -> None:
+        for case in json.loads((DATA / "fly_responses.json").read_text(encoding="utf-8")):
+            client = self.client(response(case["status"], case["body"]))
+            call = self.calls(client, "aged-thunder-7371")[case["call"]]
             try:
-                found = self.read(await call())
+                result = self.to_json(await call())
             except MachinesError as error:
                 self.assertEqual(case.get("error"), type(error).__name__, case["source"])
             else:
                 self.assertNotIn("error", case, case["source"])
-                self.assertEqual(case["read"], found, case["source"])
+                self.assertEqual(case["read"], result, case["source"])

@@ -20,7 +20,7 @@ from bfaas.machines.api import (
     UnavailableError,
 )
 from bfaas.pooling.config import pool_of
-from tests.support.faults import CallingMachines
+from tests.support.faults import ForwardingMachines
 
 if TYPE_CHECKING:
     from tests.simulation.nodes import Node
@@ -58,7 +58,7 @@ class _Call:
             self.execution.cancel()
 
 
-class Network(CallingMachines):
+class Network(ForwardingMachines):
     """The Machines API as one coordinator reaches it."""
 
     def __init__(self, world: World, node: Node) -> None:

@@ -1,4 +1,4 @@
-"""A Machines API that goes wrong on demand, and a ledger of what was asked of it."""
+"""A Machines API that fails on demand, and records its calls."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Fault:
-    """What happens to one call. By itself it is none: the call is made and answered."""
+    """What happens to one call. The base class makes the call as it is."""
 
     async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]], /) -> Any:
         return await call()
 
 
 class Refuse(Fault):
-    """It fails, and is not done."""
+    """The call fails without an effect."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -34,22 +34,22 @@ class Refuse(Fault):
 
 
 class LoseAnswer(Fault):
-    """It is done, but nobody hears of it."""
+    """The call takes effect, but its response is lost."""
 
     async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
-        raise UnavailableError("the answer is lost")
+        raise UnavailableError("the response is lost")
 
 
 class Hang(Fault):
-    """Nothing ever comes back."""
+    """The call has no effect and never returns."""
 
     async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await Deferred()
 
 
 class Slow(Fault):
-    """It takes a while to get there."""
+    """The call is delayed."""
 
     def __init__(self, clock: IReactorTime, seconds: float) -> None:
         self.clock = clock
@@ -61,15 +61,15 @@ class Slow(Fault):
 
 
 class Twice(Fault):
-    """It is sent twice on its way; the second answer is the one that comes."""
+    """The call takes effect twice, and returns the second response."""
 
     async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
         return await call()
 
 
-class CallingMachines(MachinesAPI):
-    """A Machines API of which each call is made by `_call`, by its name and arguments."""
+class ForwardingMachines(MachinesAPI):
+    """A Machines API that passes the name and the arguments of each call to `_call`."""
 
     def _call(self, method: str, *arguments: Any) -> Awaitable[Any]:
         raise NotImplementedError
@@ -120,11 +120,12 @@ class CallingMachines(MachinesAPI):
         await self._call("release_lease", machine_id, nonce)
 
 
-class FaultyMachines(CallingMachines):
+class FaultyMachines(ForwardingMachines):
     """
-    Passes calls on to an API, except where a fault is due, and writes them down.
+    Forwards calls to an API with faults, and records them.
 
-    `faults` holds, for a method, what happens to its next calls; `always` what happens to all others.
+    `faults` has the faults of the next calls of each method. `always` has the fault of all other calls of a
+    method, or of any method under "*".
     """
 
     def __init__(self, api: MachinesAPI) -> None:

@@ -1,4 +1,4 @@
-"""What holds for machines of every kind; a test case for each kind inherits it."""
+"""Tests that every `MachinesAPI` has to pass. A test case for each implementation inherits them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,18 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# A machine with a body runs a worker, which wants to know its coordinator's key.
+# Local machines run a worker, which needs the key of its coordinator.
 CONFIG = MachineConfig("basher:1", {"PUBLIC": genkey().public}, {"pool_id": "p//i", "other": "ü"})
 TTL = 60
 GONE = (State.DESTROYING, State.DESTROYED)
 
 
 class MachinesContract(LoopbackTestCase):
-    """Has an `api` of no machines; by itself, time is real and leases end by a wall clock that can be set."""
+    """
+    Subclasses set `api`, without machines.
+
+    By default, time is real; leases expire by a wall clock that `pass_time` advances.
+    """
 
     api: MachinesAPI
     skew = 0.0
@@ -45,7 +49,7 @@ class MachinesContract(LoopbackTestCase):
         self.skew += seconds
 
     async def settle(self, work: Coroutine[Deferred[Any], Any, T]) -> T:
-        """Wait for something that takes time."""
+        """Await a call that takes time; subclasses with a simulated clock advance it."""
         return await work
 
     async def create(self, name: str = "m") -> tuple[Machine, Lease]:
@@ -60,58 +64,58 @@ class MachinesContract(LoopbackTestCase):
         await self.reach(machine, State.STARTED)
         return machine, lease.nonce
 
-    async def refused(self, error: type[Exception], work: Coroutine[Deferred[Any], Any, Any]) -> Any:
+    async def error(self, error: type[Exception], work: Coroutine[Deferred[Any], Any, Any]) -> Any:
         try:
             await self.settle(work)
         except error as raised:
             return raised
         raise self.failureException(f"{error.__name__} not raised")
 
-    def assert_near(self, expected: float, told: float) -> None:
-        self.assertLess(abs(expected - told), 30, (expected, told))
+    def assert_near(self, expected: float, actual: float) -> None:
+        self.assertLess(abs(expected - actual), 30, (expected, actual))
 
-    async def test_a_machine_is_created_leased_and_starts_by_itself(self) -> None:
+    async def test_created_machine_is_leased_and_starts(self) -> None:
         machine, lease = await self.create()
         await self.reach(machine, State.STARTED)
 
         [listed] = await self.api.list()
-        for told in (machine, listed, await self.api.get(machine.id)):
+        for each in (machine, listed, await self.api.get(machine.id)):
             self.assertEqual(
                 (machine.id, "m", "ams", machine.instance_id),
-                (told.id, told.name, told.region, told.instance_id),
+                (each.id, each.name, each.region, each.instance_id),
             )
-            self.assert_near(self.wall(), told.created_at)
-            if told is not listed:
-                self.assertEqual((CONFIG.image, CONFIG.metadata), (told.image, told.metadata))
+            self.assert_near(self.wall(), each.created_at)
+            if each is not listed:
+                self.assertEqual((CONFIG.image, CONFIG.metadata), (each.image, each.metadata))
         self.assertIs(State.STARTED, listed.state)
         self.assertEqual(lease.nonce, (await self.api.get_lease(machine.id)).nonce)
         self.assert_near(machine.created_at + TTL, lease.expires_at)
 
-    async def test_a_name_is_taken_while_its_machine_lives(self) -> None:
+    async def test_name_is_taken_until_its_machine_is_destroyed(self) -> None:
         machine, lease = await self.create()
         other, _ = await self.create("other")
 
-        taken = await self.refused(NameTakenError, self.api.create("m", "lhr", CONFIG, TTL))
+        taken = await self.error(NameTakenError, self.api.create("m", "lhr", CONFIG, TTL))
         self.assertEqual(machine.id, taken.machine_id)
         await self.settle(self.api.destroy(machine.id, lease.nonce))
-        heir, _ = await self.create()
+        successor, _ = await self.create()
 
-        self.assertNotEqual(machine.id, heir.id)
-        self.assertEqual({other.id, heir.id}, {machine.id for machine in await self.api.list()})
+        self.assertNotEqual(machine.id, successor.id)
+        self.assertEqual({other.id, successor.id}, {machine.id for machine in await self.api.list()})
 
-    async def test_a_lease_guards_a_machine_from_all_who_do_not_know_its_nonce(self) -> None:
+    async def test_leased_machine_cannot_be_changed_without_the_nonce(self) -> None:
         machine, nonce = await self.started()
 
         for wrong in (None, "0" * 12):
             for change in (self.api.start, self.api.stop, self.api.suspend, self.api.destroy):
-                await self.refused(LeaseHeldError, change(machine.id, wrong))
-        await self.refused(LeaseHeldError, self.api.acquire_lease(machine.id, TTL, "mine"))
-        await self.refused(LeaseHeldError, self.api.refresh_lease(machine.id, "0" * 12, TTL))
+                await self.error(LeaseHeldError, change(machine.id, wrong))
+        await self.error(LeaseHeldError, self.api.acquire_lease(machine.id, TTL, "mine"))
+        await self.error(LeaseHeldError, self.api.refresh_lease(machine.id, "0" * 12, TTL))
 
         self.assertIs(State.STARTED, (await self.api.get(machine.id)).state)
         self.assertEqual(nonce, (await self.api.get_lease(machine.id)).nonce)
 
-    async def test_a_refreshed_lease_keeps_its_nonce_and_lasts_longer(self) -> None:
+    async def test_refreshed_lease_keeps_its_nonce_and_expires_later(self) -> None:
         machine, lease = await self.create()
 
         refreshed = await self.api.refresh_lease(machine.id, lease.nonce, 10 * TTL)
@@ -119,36 +123,36 @@ class MachinesContract(LoopbackTestCase):
         self.assertEqual(lease.nonce, refreshed.nonce)
         self.assert_near(lease.expires_at + 9 * TTL, refreshed.expires_at)
         self.pass_time(5 * TTL)
-        await self.refused(LeaseHeldError, self.api.stop(machine.id, None))
+        await self.error(LeaseHeldError, self.api.stop(machine.id, None))
         self.assertEqual(lease.nonce, (await self.api.get_lease(machine.id)).nonce)
 
-    async def test_a_lease_that_was_given_back_can_be_taken_under_another_nonce(self) -> None:
+    async def test_released_lease_can_be_acquired_with_another_nonce(self) -> None:
         machine, first = await self.create()
 
         await self.api.release_lease(machine.id, first.nonce)
-        await self.refused(NotFoundError, self.api.get_lease(machine.id))
+        await self.error(NotFoundError, self.api.get_lease(machine.id))
         second = await self.api.acquire_lease(machine.id, TTL, "for a test")
 
         self.assertNotEqual(first.nonce, second.nonce)
-        told = await self.api.get_lease(machine.id)
-        self.assertEqual((second.nonce, "for a test"), (told.nonce, told.description))
-        await self.refused(LeaseHeldError, self.api.stop(machine.id, first.nonce))
+        current = await self.api.get_lease(machine.id)
+        self.assertEqual((second.nonce, "for a test"), (current.nonce, current.description))
+        await self.error(LeaseHeldError, self.api.stop(machine.id, first.nonce))
 
-    async def test_a_lease_that_has_run_out_is_none(self) -> None:
+    async def test_expired_lease_does_not_exist(self) -> None:
         machine, first = await self.create()
         self.pass_time(TTL + 1)
 
-        await self.refused(NotFoundError, self.api.get_lease(machine.id))
-        await self.refused(LeaseHeldError, self.api.refresh_lease(machine.id, first.nonce, TTL))
+        await self.error(NotFoundError, self.api.get_lease(machine.id))
+        await self.error(LeaseHeldError, self.api.refresh_lease(machine.id, first.nonce, TTL))
         second = await self.api.acquire_lease(machine.id, TTL, "")
-        await self.refused(LeaseHeldError, self.api.destroy(machine.id, first.nonce))
+        await self.error(LeaseHeldError, self.api.destroy(machine.id, first.nonce))
         await self.api.destroy(machine.id, second.nonce)
 
-    async def test_a_machine_stops_and_starts_again(self) -> None:
+    async def test_machine_stops_and_starts_again(self) -> None:
         machine, nonce = await self.started()
 
         for _ in range(2):
-            await self.api.start(machine.id, nonce)  # it runs: nothing to do
+            await self.api.start(machine.id, nonce)  # no effect on a started machine
             await self.api.stop(machine.id, nonce)
             await self.reach(machine, State.STOPPED)
             await self.api.stop(machine.id, nonce)
@@ -156,7 +160,7 @@ class MachinesContract(LoopbackTestCase):
             await self.api.start(machine.id, nonce)
             await self.reach(machine, State.STARTED)
 
-    async def test_a_suspended_machine_starts_or_stops(self) -> None:
+    async def test_suspended_machine_starts_or_stops(self) -> None:
         machine, nonce = await self.started()
 
         await self.api.suspend(machine.id, nonce)
@@ -168,26 +172,29 @@ class MachinesContract(LoopbackTestCase):
         await self.api.stop(machine.id, nonce)
         await self.reach(machine, State.STOPPED)
 
-    async def test_a_machine_is_destroyed_in_whatever_state_it_is(self) -> None:
+    async def test_machine_can_be_destroyed_in_any_state(self) -> None:
         new, lease = await self.create("new")
-        doomed = [(new, lease.nonce), *[await self.started(name) for name in ("runs", "stops", "suspends")]]
-        await self.api.stop(doomed[2][0].id, doomed[2][1])
-        await self.reach(doomed[2][0], State.STOPPED)
-        await self.api.suspend(doomed[3][0].id, doomed[3][1])
-        await self.reach(doomed[3][0], State.SUSPENDED)
+        machines = [
+            (new, lease.nonce),
+            *[await self.started(name) for name in ("started", "stopped", "suspended")],
+        ]
+        await self.api.stop(machines[2][0].id, machines[2][1])
+        await self.reach(machines[2][0], State.STOPPED)
+        await self.api.suspend(machines[3][0].id, machines[3][1])
+        await self.reach(machines[3][0], State.SUSPENDED)
 
-        for machine, nonce in doomed:
+        for machine, nonce in machines:
             await self.api.destroy(machine.id, nonce)
             await self.settle(self.api.wait(machine, State.DESTROYED, 20))
 
         self.assertEqual([], await self.api.list())
-        for machine, nonce in doomed:
+        for machine, nonce in machines:
             for change in (self.api.destroy, self.api.stop):
-                await self.refused(NotFoundError, change(machine.id, nonce))
-            await self.refused(NotFoundError, self.api.wait(machine, State.STARTED, 5))
+                await self.error(NotFoundError, change(machine.id, nonce))
+            await self.error(NotFoundError, self.api.wait(machine, State.STARTED, 5))
             self.assertIn((await self.api.get(machine.id)).state, GONE)
 
-    async def test_nothing_is_found_where_there_is_no_machine(self) -> None:
+    async def test_missing_machine_is_not_found(self) -> None:
         _, lease = await self.create()
         absent = "0" * 14
         for work in (
@@ -196,9 +203,9 @@ class MachinesContract(LoopbackTestCase):
             self.api.stop(absent, lease.nonce),
             self.api.acquire_lease(absent, TTL, ""),
         ):
-            await self.refused(NotFoundError, work)
+            await self.error(NotFoundError, work)
 
-    async def test_a_wait_for_a_state_that_is_not_reached_ends(self) -> None:
+    async def test_wait_for_a_state_that_is_not_reached_times_out(self) -> None:
         machine, _ = await self.started()
 
-        await self.refused(WaitTimeoutError, self.api.wait(machine, State.STOPPED, 0.2))
+        await self.error(WaitTimeoutError, self.api.wait(machine, State.STOPPED, 0.2))

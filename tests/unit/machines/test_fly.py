@@ -1,4 +1,4 @@
-"""The client of Fly's Machines API: against its stand-in, and against servers that lie."""
+"""Tests of the client of Fly's Machines API: against the emulator, and against scripted servers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class FlyMachinesContract(machines_contract.MachinesContract):
 
 
 class AuthorizationTests(SynchronousTestCase):
-    def test_the_scheme_is_that_of_the_token(self) -> None:
+    def test_scheme_follows_from_the_token(self) -> None:
         for token, expected in {
             "FlyV1 fm2_abc,fm2_def": "FlyV1 fm2_abc,fm2_def",
             "Bearer abc": "Bearer abc",
@@ -75,47 +75,47 @@ class AuthorizationTests(SynchronousTestCase):
             self.assertEqual(expected, authorization(token))
 
 
-def answer(status: int, told: object, *headers: str) -> list[bytes | Deferred[None] | End]:
-    """Answer with JSON, or with bytes as they are."""
-    body = told if isinstance(told, bytes) else json.dumps(told).encode()
-    lines = [f"HTTP/1.1 {status} Told", f"Content-Length: {len(body)}", *headers, "", ""]
+def response(status: int, document: object, *headers: str) -> list[bytes | Deferred[None] | End]:
+    """Return a script that sends a response with JSON, or with the given bytes, and closes the connection."""
+    body = document if isinstance(document, bytes) else json.dumps(document).encode()
+    lines = [f"HTTP/1.1 {status} Reason", f"Content-Length: {len(body)}", *headers, "", ""]
     return ["\r\n".join(lines).encode() + body, End.CLOSE]
 
 
-class HastyClock(Clock):
-    """Keeps limits, but lets pauses pass at once, and notes how long they were."""
+class SkippingClock(Clock):
+    """Skips delays, and records how long they were; timeouts need `advance`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.pauses: list[float] = []
+        self.delays: list[float] = []
 
     def callLater(
         self,
         delay: float,
-        callable: Callable[..., object],  # noqa: A002 - the clock's own signature
+        callable: Callable[..., object],  # noqa: A002 - the signature of Clock
         *args: object,
         **kw: object,
     ) -> IDelayedCall:
         if getattr(callable, "__func__", None) is Deferred.callback:
-            self.pauses.append(delay)
+            self.delays.append(delay)
             reactor.callLater(0, self.advance, delay)
         return super().callLater(delay, callable, *args, **kw)
 
 
-class LiarTestCase(LoopbackTestCase):
+class ScriptedServerTestCase(LoopbackTestCase):
     def setUp(self) -> None:
-        self.clock = HastyClock()
+        self.clock = SkippingClock()
 
-    def fly(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> FlyMachines:
+    def client(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> FlyMachines:
         self.liar, url = self.lie(*scripts)
         return FlyMachines(self.clock, single_use_agent(reactor), Random(1), url, "workers", "t")
 
-    def asked(self) -> list[str]:
-        """The request lines that came, without their protocol."""
+    def request_lines(self) -> list[str]:
+        """Return the method and target of each request."""
         requests = [peer.request() for peer in self.liar.peers]
         return [request[0][0].removesuffix(" HTTP/1.1") for request in requests if request]
 
-    async def refused(
+    async def error(
         self, error: type[MachinesError], work: Coroutine[Deferred[Any], Any, Any]
     ) -> MachinesError:
         try:
@@ -126,19 +126,19 @@ class LiarTestCase(LoopbackTestCase):
         raise self.failureException(f"{error.__name__} not raised")
 
 
-class RepetitionTests(LiarTestCase):
-    async def test_what_is_safe_is_repeated_with_growing_pauses(self) -> None:
-        fly = self.fly(
-            answer(429, {"error": "rate limit exceeded"}),
-            answer(500, b"oops"),
-            answer(200, b"<html>"),
-            answer(408, {"error": "deadline_exceeded: upstream"}),
+class RetryTests(ScriptedServerTestCase):
+    async def test_safe_call_is_retried_with_growing_delays(self) -> None:
+        client = self.client(
+            response(429, {"error": "rate limit exceeded"}),
+            response(500, b"oops"),
+            response(200, b"<html>"),
+            response(408, {"error": "deadline_exceeded: upstream"}),
             [End.RESET],
             [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", End.CLOSE],
-            answer(200, OK),
+            response(200, OK),
         )
 
-        await fly.stop(M.id, "abcdefabcdef")
+        await client.stop(M.id, "abcdefabcdef")
 
         requests = [peer.request() for peer in self.liar.peers]
         self.assertEqual(7, len(requests))
@@ -149,32 +149,32 @@ class RepetitionTests(LiarTestCase):
             self.assertIn("fly-machine-lease-nonce: abcdefabcdef", [line.lower() for line in head])
             self.assertIn("Authorization: Bearer t", head)
             self.assertEqual({"signal": "SIGKILL", "timeout": "1s"}, json.loads(body))
-        for doubled, pause in enumerate(self.clock.pauses):
-            self.assertTrue(0.05 <= pause / 2**doubled <= 0.1, self.clock.pauses)
+        for failures, delay in enumerate(self.clock.delays):
+            self.assertTrue(0.05 <= delay / 2**failures <= 0.1, self.clock.delays)
         self.assertEqual([], self.clock.getDelayedCalls())
 
-    async def test_repetitions_end_with_the_limit(self) -> None:
-        raised = await self.refused(UnavailableError, self.fly(answer(502, b"bad gateway")).get(M.id))
+    async def test_retries_end_at_the_timeout(self) -> None:
+        raised = await self.error(UnavailableError, self.client(response(502, b"bad gateway")).get(M.id))
 
         assert raised.call is not None
         self.assertEqual(502, raised.call.status)
         self.assertTrue(5 <= self.clock.seconds() <= 15, self.clock.seconds())
 
-    async def test_a_lease_that_may_have_been_taken_is_not_asked_for_again(self) -> None:
-        fly = self.fly(answer(429, b"slow down"), answer(500, b"oops"), answer(200, LEASE))
+    async def test_acquire_is_not_retried_if_it_may_have_succeeded(self) -> None:
+        client = self.client(response(429, b"slow down"), response(500, b"oops"), response(200, LEASE))
 
-        await self.refused(UnavailableError, fly.acquire_lease(M.id, 60, "mine"))
+        await self.error(UnavailableError, client.acquire_lease(M.id, 60, "mine"))
 
-        self.assertEqual([f"POST {PATH}/lease"] * 2, self.asked())
+        self.assertEqual([f"POST {PATH}/lease"] * 2, self.request_lines())
 
-    async def test_a_creation_is_not_asked_for_again_even_at_the_limit(self) -> None:
-        fly = self.fly(answer(429, b"slow down"))
+    async def test_create_is_never_retried(self) -> None:
+        client = self.client(response(429, b"slow down"))
 
-        await self.refused(RateLimitedError, fly.create("m", "ams", CONFIG, 60))
+        await self.error(RateLimitedError, client.create("m", "ams", CONFIG, 60))
 
-        self.assertEqual([f"POST {PATH.rpartition('/')[0]}"], self.asked())
+        self.assertEqual([f"POST {PATH.rpartition('/')[0]}"], self.request_lines())
 
-    async def test_what_was_refused_is_not_asked_for_again(self) -> None:
+    async def test_rejected_call_is_not_retried(self) -> None:
         cases: list[tuple[int, object, type[MachinesError]]] = [
             (400, {"error": "invalid_argument: no"}, RefusedError),
             (401, b"no", RefusedError),
@@ -188,17 +188,17 @@ class RepetitionTests(LiarTestCase):
             (412, {"error": "failed_precondition: machine getting replaced"}, NotReadyError),
             (409, {"error": "unique machine name violation, machine ID 12ab already exists"}, NameTakenError),
         ]
-        fly = self.fly(*(answer(status, told) for status, told, _ in cases))
+        client = self.client(*(response(status, document) for status, document, _ in cases))
 
         for number, (_, _, error) in enumerate(cases, 1):
-            await self.refused(error, fly.start(M.id, None))
+            await self.error(error, client.start(M.id, None))
             self.assertEqual(number, len(self.liar.peers))
-        self.assertEqual([], self.clock.pauses)
+        self.assertEqual([], self.clock.delays)
 
-    async def test_an_error_tells_what_was_asked_and_answered(self) -> None:
-        long = {"error": "no  such\n thing " + "x" * 1000}
-        raised = await self.refused(
-            NotFoundError, self.fly(answer(404, long, "fly-request-id: 01ABC-ams")).get(M.id)
+    async def test_error_has_the_call_and_an_excerpt_of_the_response(self) -> None:
+        document = {"error": "no  such\n thing " + "x" * 1000}
+        raised = await self.error(
+            NotFoundError, self.client(response(404, document, "fly-request-id: 01ABC-ams")).get(M.id)
         )
 
         call = raised.call
@@ -211,51 +211,51 @@ class RepetitionTests(LiarTestCase):
         for part in ("GET", PATH, "404", "01ABC-ams"):
             self.assertIn(part, str(raised))
 
-    async def test_a_redirection_is_not_followed(self) -> None:
-        elsewhere, url = self.lie(answer(200, MACHINE))
+    async def test_redirect_is_not_followed(self) -> None:
+        elsewhere, url = self.lie(response(200, MACHINE))
 
-        await self.refused(UnavailableError, self.fly(answer(307, b"", f"Location: {url}")).get(M.id))
+        await self.error(UnavailableError, self.client(response(307, b"", f"Location: {url}")).get(M.id))
 
         self.assertEqual([], elsewhere.peers)
 
 
-class LimitTests(LiarTestCase):
-    async def test_a_call_that_hangs_ends_with_its_limit(self) -> None:
-        started: list[bytes] = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"]
-        for said in started:
-            for limit, ask in ((15, lambda fly: fly.get(M.id)), (60, self.create)):
-                fly = self.fly([said])
-                asking = Deferred.fromCoroutine(ask(fly))
-                asking.addErrback(lambda failure: failure.value)
+class TimeoutTests(ScriptedServerTestCase):
+    async def test_call_without_a_response_ends_at_its_timeout(self) -> None:
+        incomplete: list[bytes] = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"]
+        for sent in incomplete:
+            for timeout, make_call in ((15, lambda client: client.get(M.id)), (60, self.create)):
+                client = self.client([sent])
+                call = Deferred.fromCoroutine(make_call(client))
+                call.addErrback(lambda failure: failure.value)
                 peer = await self.liar.asked.get()
-                self.clock.advance(limit - 0.1)
-                self.assertFalse(asking.called)
+                self.clock.advance(timeout - 0.1)
+                self.assertFalse(call.called)
 
                 self.clock.advance(0.2)
-                error = await asking
+                error = await call
 
                 self.assertIs(UnavailableError, type(error))
                 self.assertTrue(error.call.path.startswith("/v1/apps/workers/machines"), error.call)
                 self.assertIs(None, error.call.status)
                 await peer.hear_out()
 
-    def create(self, fly: FlyMachines) -> Coroutine[Deferred[Any], Any, Any]:
-        return fly.create("m", "ams", CONFIG, 60)
+    def create(self, client: FlyMachines) -> Coroutine[Deferred[Any], Any, Any]:
+        return client.create("m", "ams", CONFIG, 60)
 
     async def test_cancelling_a_call_closes_its_connection(self) -> None:
-        for said in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"):
-            asking = Deferred.fromCoroutine(self.fly([said]).get(M.id))
+        for sent in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"):
+            call = Deferred.fromCoroutine(self.client([sent]).get(M.id))
             peer = await self.liar.asked.get()
-            asking.cancel()
+            call.cancel()
 
-            await self.assertFailure(asking, CancelledError)
+            await self.assertFailure(call, CancelledError)
             await peer.hear_out()
             self.assertEqual([], self.clock.getDelayedCalls())
 
 
-class ReadingTests(LiarTestCase):
-    async def test_what_is_unknown_null_or_missing_in_a_machine_is_borne(self) -> None:
-        odd: dict[str, Any] = {
+class DecodingTests(ScriptedServerTestCase):
+    async def test_unknown_null_and_missing_fields_of_a_machine_are_accepted(self) -> None:
+        unusual: dict[str, Any] = {
             "id": "1",
             "name": "n",
             "state": "hibernating",
@@ -268,158 +268,169 @@ class ReadingTests(LiarTestCase):
             "checks": {"not": "an array"},
             "new": {"deep": [None]},
         }
-        bare = {"id": "2", "name": "n", "state": "stopped"}
-        fly = self.fly(answer(200, odd), answer(200, [odd, None, {"id": "3"}, "x", bare]), answer(200, None))
+        minimal = {"id": "2", "name": "n", "state": "stopped"}
+        client = self.client(
+            response(200, unusual),
+            response(200, [unusual, None, {"id": "3"}, "x", minimal]),
+            response(200, None),
+        )
 
-        machine = await fly.get("1")
+        machine = await client.get("1")
 
         self.assertEqual(
             Machine("1", "n", State.UNKNOWN, "", "i", {"a": "b", "c": ""}, "01V", machine.created_at), machine
         )
         self.assertEqual(1767323045, int(machine.created_at))
         empty = Machine("2", "n", State.STOPPED, "", "", {}, "", 0.0)
-        self.assertEqual([machine, empty], await fly.list())
-        self.assertEqual([], await fly.list())
+        self.assertEqual([machine, empty], await client.list())
+        self.assertEqual([], await client.list())
 
-    async def test_an_answer_that_lacks_what_we_rely_on_is_none(self) -> None:
-        asked: list[tuple[object, Callable[[FlyMachines], Coroutine[Any, Any, Any]]]] = [
-            ({"id": "1", "name": "n"}, lambda fly: fly.get("1")),
-            ({"machines": []}, lambda fly: fly.list()),
-            (LEASE["data"], lambda fly: fly.get_lease("1")),
-            ({**LEASE, "status": "error"}, lambda fly: fly.acquire_lease("1", 60, "")),
-            ({**LEASE, "data": {"expires_at": 1}}, lambda fly: fly.get_lease("1")),
-            (MACHINE, lambda fly: fly.create("m", "ams", CONFIG, 60)),
-            ({**MACHINE, "nonce": "a", "name": "other"}, lambda fly: fly.create("m", "ams", CONFIG, 60)),
-            ([], lambda fly: fly.stop("1", None)),
+    async def test_response_without_a_required_field_is_an_error(self) -> None:
+        cases: list[tuple[object, Callable[[FlyMachines], Coroutine[Any, Any, Any]]]] = [
+            ({"id": "1", "name": "n"}, lambda client: client.get("1")),
+            ({"machines": []}, lambda client: client.list()),
+            (LEASE["data"], lambda client: client.get_lease("1")),
+            ({**LEASE, "status": "error"}, lambda client: client.acquire_lease("1", 60, "")),
+            ({**LEASE, "data": {"expires_at": 1}}, lambda client: client.get_lease("1")),
+            (MACHINE, lambda client: client.create("m", "ams", CONFIG, 60)),
+            (
+                {**MACHINE, "nonce": "a", "name": "other"},
+                lambda client: client.create("m", "ams", CONFIG, 60),
+            ),
+            ([], lambda client: client.stop("1", None)),
         ]
-        for told, ask in asked:
-            with self.subTest(told=told):
-                await self.refused(UnavailableError, ask(self.fly(answer(200, told))))
+        for document, call in cases:
+            with self.subTest(document=document):
+                await self.error(UnavailableError, call(self.client(response(200, document))))
 
-    async def test_a_refreshed_lease_under_another_nonce_is_another(self) -> None:
-        fly = self.fly(answer(201, LEASE))
+    async def test_refreshed_lease_with_another_nonce_is_an_error(self) -> None:
+        client = self.client(response(201, LEASE))
 
-        self.assertEqual("abcdefabcdef", (await fly.refresh_lease(M.id, "abcdefabcdef", 60)).nonce)
-        await self.refused(LeaseHeldError, fly.refresh_lease(M.id, "0" * 12, 60))
+        self.assertEqual("abcdefabcdef", (await client.refresh_lease(M.id, "abcdefabcdef", 60)).nonce)
+        await self.error(LeaseHeldError, client.refresh_lease(M.id, "0" * 12, 60))
 
-    async def test_a_name_that_is_taken_tells_by_whom(self) -> None:
-        said = {
+    async def test_taken_name_is_reported_with_the_id_of_the_machine(self) -> None:
+        document = {
             "error": "already_exists: unique machine name violation, machine ID 12ab already exists with .."
         }
-        fly = self.fly(
-            answer(500, b""), answer(409, said), answer(409, {"error": "unique machine name violation"})
+        client = self.client(
+            response(500, b""),
+            response(409, document),
+            response(409, {"error": "unique machine name violation"}),
         )
 
-        await self.refused(UnavailableError, fly.create("m", "ams", CONFIG, 60))  # not repeated
+        await self.error(UnavailableError, client.create("m", "ams", CONFIG, 60))  # not repeated
         for machine_id in ("12ab", None):
-            raised = await self.refused(NameTakenError, fly.create("m", "ams", CONFIG, 60))
+            raised = await self.error(NameTakenError, client.create("m", "ams", CONFIG, 60))
             assert isinstance(raised, NameTakenError)
             self.assertEqual(machine_id, raised.machine_id)
-        self.assertEqual(["POST /v1/apps/workers/machines"] * 3, self.asked())
+        self.assertEqual(["POST /v1/apps/workers/machines"] * 3, self.request_lines())
 
 
-class WaitTests(LiarTestCase):
-    async def test_a_wait_goes_on_until_the_state_of_this_version_is_told(self) -> None:
-        fly = self.fly(
-            answer(200, {"ok": False}),
-            answer(200, MACHINE),
-            answer(200, {"ok": True, "version": "01G"}),
-            answer(200, {**MACHINE, "state": "starting"}),
-            answer(408, {"error": "deadline_exceeded"}),
-            answer(200, {**MACHINE, "state": "created"}),
-            answer(503, b"oops"),
-            answer(429, b"slow down"),
-            answer(200, {"ok": True, "state": "started", "version": "01H"}),
+class WaitTests(ScriptedServerTestCase):
+    async def test_wait_continues_until_this_version_reaches_the_state(self) -> None:
+        client = self.client(
+            response(200, {"ok": False}),
+            response(200, MACHINE),
+            response(200, {"ok": True, "version": "01G"}),
+            response(200, {**MACHINE, "state": "starting"}),
+            response(408, {"error": "deadline_exceeded"}),
+            response(200, {**MACHINE, "state": "created"}),
+            response(503, b"oops"),
+            response(429, b"slow down"),
+            response(200, {"ok": True, "state": "started", "version": "01H"}),
         )
 
-        await fly.wait(M, State.STARTED, 100)
+        await client.wait(M, State.STARTED, 100)
 
         wait = f"GET {PATH}/wait?state=started&timeout=10&instance_id=01H"
-        self.assertEqual([*3 * [wait, f"GET {PATH}"], *3 * [wait]], self.asked())
+        self.assertEqual([*3 * [wait, f"GET {PATH}"], *3 * [wait]], self.request_lines())
         self.assertEqual([], self.clock.getDelayedCalls())
 
-    async def test_each_slice_of_a_wait_is_one_that_the_api_takes(self) -> None:
-        fly = self.fly([])
-        waiting = Deferred.fromCoroutine(self.refused(WaitTimeoutError, fly.wait(M, State.STOPPED, 90.5)))
+    async def test_long_wait_is_split_into_calls_that_the_api_accepts(self) -> None:
+        client = self.client([])
+        waiting = Deferred.fromCoroutine(self.error(WaitTimeoutError, client.wait(M, State.STOPPED, 90.5)))
         peer = await self.liar.asked.get()
         self.clock.advance(60)
-        peer.transport.write(answer(408, {"error": "deadline_exceeded"})[0])
+        peer.transport.write(response(408, {"error": "deadline_exceeded"})[0])
         peer = await self.liar.asked.get()
-        peer.transport.write(answer(200, MACHINE)[0])
+        peer.transport.write(response(200, MACHINE)[0])
         peer = await self.liar.asked.get()
         self.clock.advance(31)
 
         await waiting
         await peer.hear_out()
-        waits = [line for line in self.asked() if "timeout=" in line]
+        waits = [line for line in self.request_lines() if "timeout=" in line]
         seconds = [int(line.partition("timeout=")[2].partition("&")[0]) for line in waits]
         self.assertEqual(60, seconds[0])
         self.assertIn(seconds[1], range(28, 32))
         self.assertEqual(2, len(seconds))
 
-    async def test_an_api_that_says_no_at_once_is_not_asked_without_a_pause(self) -> None:
-        fly = self.fly(*[answer(408, {"error": "deadline_exceeded"}), answer(200, MACHINE)] * 100)
+    async def test_wait_pauses_after_calls_that_return_at_once(self) -> None:
+        client = self.client(*[response(408, {"error": "deadline_exceeded"}), response(200, MACHINE)] * 100)
 
-        await self.refused(WaitTimeoutError, fly.wait(M, State.STOPPED, 20))
+        await self.error(WaitTimeoutError, client.wait(M, State.STOPPED, 20))
 
-        self.assertGreaterEqual(2 * len(self.clock.pauses) + 2, len(self.liar.peers))
-        self.assertTrue(all(0.05 <= pause <= 2.5 for pause in self.clock.pauses), self.clock.pauses)
+        self.assertGreaterEqual(2 * len(self.clock.delays) + 2, len(self.liar.peers))
+        self.assertTrue(all(0.05 <= delay <= 2.5 for delay in self.clock.delays), self.clock.delays)
 
-    async def test_a_machine_that_has_ended_is_not_waited_for(self) -> None:
-        for wanted, ended in (
+    async def test_wait_fails_if_the_machine_has_stopped_or_failed(self) -> None:
+        for wanted, state in (
             (State.STARTED, "stopped"),
             (State.STARTED, "failed"),
             (State.STARTED, "launch_failed"),
             (State.SUSPENDED, "stopped"),
             (State.STOPPED, "failed"),
         ):
-            told = {"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, .."}
+            document = {"error": f"deadline_exceeded: machine failed to reach desired state, {wanted}, .."}
             for status in (408, 412):
-                fly = self.fly(answer(status, told), answer(200, {**MACHINE, "state": ended}))
-                await self.refused(EndedError, fly.wait(M, wanted, 20))
+                client = self.client(response(status, document), response(200, {**MACHINE, "state": state}))
+                await self.error(EndedError, client.wait(M, wanted, 20))
                 self.assertEqual(2, len(self.liar.peers))
         self.assertLess(self.clock.seconds(), 1)
 
-    async def test_a_machine_that_is_destroyed_is_waited_for_in_no_other_state(self) -> None:
+    async def test_wait_for_another_state_fails_if_the_machine_is_destroyed(self) -> None:
         for gone in ("destroying", "destroyed"):
-            fly = self.fly(answer(408, {}), answer(200, {**MACHINE, "state": gone}), answer(200, OK))
-            await self.refused(NotFoundError, fly.wait(M, State.STARTED, 20))
-            await fly.wait(M, State.DESTROYED, 20)
-        fly = self.fly(answer(408, {}), answer(404, {"error": "machine not found"}))
-        await self.refused(NotFoundError, fly.wait(M, State.STARTED, 20))
-        fly = self.fly(answer(408, {}), answer(404, {"error": "machine not found"}))
-        await fly.wait(M, State.DESTROYED, 20)
+            client = self.client(
+                response(408, {}), response(200, {**MACHINE, "state": gone}), response(200, OK)
+            )
+            await self.error(NotFoundError, client.wait(M, State.STARTED, 20))
+            await client.wait(M, State.DESTROYED, 20)
+        client = self.client(response(408, {}), response(404, {"error": "machine not found"}))
+        await self.error(NotFoundError, client.wait(M, State.STARTED, 20))
+        client = self.client(response(408, {}), response(404, {"error": "machine not found"}))
+        await client.wait(M, State.DESTROYED, 20)
 
-    async def test_a_machine_of_another_version_by_now_is_waited_for_under_that(self) -> None:
+    async def test_wait_continues_with_the_current_version(self) -> None:
         replaced: list[list[bytes | Deferred[None] | End]] = [
-            answer(408, {"error": "deadline_exceeded"}),
-            answer(412, {"error": "failed_precondition: machine getting replaced"}),
-            answer(409, {"error": "aborted: machine is currently replaced"}),
-            answer(200, {"ok": True, "state": "started", "version": "01J"}),
+            response(408, {"error": "deadline_exceeded"}),
+            response(412, {"error": "failed_precondition: machine getting replaced"}),
+            response(409, {"error": "aborted: machine is currently replaced"}),
+            response(200, {"ok": True, "state": "started", "version": "01J"}),
         ]
         for first in replaced:
-            fly = self.fly(
+            client = self.client(
                 first,
-                answer(200, {**MACHINE, "state": "replacing", "instance_id": "01J"}),
-                answer(200, {"ok": True, "state": "started", "version": "01J"}),
+                response(200, {**MACHINE, "state": "replacing", "instance_id": "01J"}),
+                response(200, {"ok": True, "state": "started", "version": "01J"}),
             )
-            await fly.wait(M, State.STARTED, 20)
-            self.assertTrue(self.asked()[-1].endswith("instance_id=01J"), self.asked())
+            await client.wait(M, State.STARTED, 20)
+            self.assertTrue(self.request_lines()[-1].endswith("instance_id=01J"), self.request_lines())
 
-    async def test_a_look_that_fails_does_not_end_a_wait(self) -> None:
-        fly = self.fly(
-            answer(408, {"error": "deadline_exceeded"}),
-            *[answer(200, b"<html>")] * 2,
-            answer(200, {**MACHINE, "state": "starting"}),
-            answer(200, OK),
+    async def test_failed_get_does_not_end_a_wait(self) -> None:
+        client = self.client(
+            response(408, {"error": "deadline_exceeded"}),
+            *[response(200, b"<html>")] * 2,
+            response(200, {**MACHINE, "state": "starting"}),
+            response(200, OK),
         )
 
-        await fly.wait(M, State.STARTED, 20)
+        await client.wait(M, State.STARTED, 20)
 
         self.assertEqual(5, len(self.liar.peers))
 
-    async def test_a_start_tells_whether_the_machine_has_to_be_looked_at(self) -> None:
-        for told, stale in {
+    async def test_start_returns_whether_the_known_machine_is_stale(self) -> None:
+        for fields, stale in {
             (("previous_state", "stopped"), ("migrated", False), ("new_host", "")): False,
             (("previous_state", "stopped"), ("migrated", True), ("new_host", "c1")): True,
             (("previous_state", "stopped"), ("migrated", None), ("new_host", "c1")): True,
@@ -428,15 +439,15 @@ class WaitTests(LiarTestCase):
             (("ok", True),): False,
             (): False,
         }.items():
-            self.assertIs(stale, await self.fly(answer(200, dict(told))).start(M.id, None), told)
+            self.assertIs(stale, await self.client(response(200, dict(fields))).start(M.id, None), fields)
 
-    async def test_a_machine_that_is_gone_is_destroyed_and_in_no_other_state(self) -> None:
-        fly = self.fly(answer(404, {"error": "machine not found"}))
+    async def test_missing_machine_counts_as_destroyed(self) -> None:
+        client = self.client(response(404, {"error": "machine not found"}))
 
-        await fly.wait(M, State.DESTROYED, 10)
-        await self.refused(NotFoundError, fly.wait(M, State.STOPPED, 10))
+        await client.wait(M, State.DESTROYED, 10)
+        await self.error(NotFoundError, client.wait(M, State.STOPPED, 10))
 
-    async def test_a_wait_that_is_refused_ends(self) -> None:
-        fly = self.fly(answer(400, {"error": "invalid_argument"}))
+    async def test_rejected_wait_ends(self) -> None:
+        client = self.client(response(400, {"error": "invalid_argument"}))
 
-        await self.refused(RefusedError, fly.wait(M, State.STOPPED, 10))
+        await self.error(RefusedError, client.wait(M, State.STOPPED, 10))
