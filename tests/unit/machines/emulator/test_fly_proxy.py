@@ -112,11 +112,11 @@ class AddressTests(FlyProxyTestCase):
 
 class HeaderTests(FlyProxyTestCase):
     async def test_end_to_end_headers_are_forwarded_and_hop_by_hop_headers_are_not(self) -> None:
-        response = (
+        sent = (
             b"HTTP/1.1 201 Created\r\nX-Run: 1\r\nX-Run: 2\r\nKeep-Alive: timeout=5\r\n"
             b"Trailer: X-Sum\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
-        machine_id, liar = await self.machine(response + chunk(b"created") + LAST_CHUNK, End.CLOSE)
+        machine_id, liar = await self.machine(sent + chunk(b"created") + LAST_CHUNK, End.CLOSE)
         request = post(
             "/run",
             b"true",
