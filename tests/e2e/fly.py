@@ -1,4 +1,4 @@
-"""Fly on one host: the stand-in for its Machines API as a program, and what it takes to use it."""
+"""The emulator of the Machines API as a program, and its clients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Fly:
-    """The stand-in, and a client of its own."""
+    """The emulator, and a client of it."""
 
     machines: Running
     proxy_port: int
@@ -47,14 +47,14 @@ class Fly:
 
 
 async def start_stand_in(port: int, proxy_port: int, **settings: str) -> Running:
-    """Start the stand-in alone."""
+    """Start the emulator without a client."""
     proxy = f"tcp:{proxy_port}:interface=127.0.0.1"
     needed = {"FLY_TOKEN": "secret", **settings}
     return await start_listening("bfaas-machines", port, ["--proxy", proxy], needed)
 
 
 async def start_fly(**settings: str) -> Fly:
-    """Start the stand-in."""
+    """Start the emulator."""
     proxy_port = free_port()
     machines = await start_stand_in(free_port(), proxy_port, **settings)
     url = f"http://127.0.0.1:{machines.port}"

@@ -1,4 +1,4 @@
-"""`bfaas doctor` as a program, against local machines, the stand-in for Fly, and one that goes wrong."""
+"""Tests of `bfaas doctor`, against local machines, the emulator of Fly, and a failing one."""
 
 from __future__ import annotations
 

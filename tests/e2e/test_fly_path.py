@@ -38,7 +38,7 @@ WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2")
 
 @pytest_twisted.async_yield_fixture
 async def fly() -> AsyncIterator[Fly]:
-    """Run the stand-in; at its end it leaves no process."""
+    """Run the emulator, which leaves no process when it ends."""
     fly = await start_fly()
     yield fly
     processes = fly.machines.processes()

@@ -81,7 +81,7 @@ def environment(pid: int) -> list[bytes]:
 
 @asynccontextmanager
 async def fly_on_one_host() -> AsyncIterator[Fly]:
-    """Run the stand-in; at its end it leaves no process."""
+    """Run the emulator, which leaves no process when it ends."""
     fly = await start_fly()
     try:
         yield fly
