@@ -34,7 +34,7 @@ from tests.e2e.coordinator import (
     together,
 )
 from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
-from tests.e2e.fly import Fly, start_fly, start_stand_in
+from tests.e2e.fly import Fly, start_emulator, start_fly
 from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
 from tests.support.network import free_port
 from tests.support.responses import Response
@@ -157,7 +157,7 @@ class Chaos:
             await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             # It comes back without any machines.
             port, proxy_port = self.fly.machines.port, self.fly.proxy_port
-            self.fly.machines = await start_stand_in(
+            self.fly.machines = await start_emulator(
                 port, proxy_port, **_of_stand_in(self._mark, self._state)
             )
             self._programs.append(self.fly.machines)

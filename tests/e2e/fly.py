@@ -46,7 +46,7 @@ class Fly:
         }
 
 
-async def start_stand_in(port: int, proxy_port: int, **settings: str) -> Running:
+async def start_emulator(port: int, proxy_port: int, **settings: str) -> Running:
     """Start the emulator without a client."""
     proxy = f"tcp:{proxy_port}:interface=127.0.0.1"
     needed = {"FLY_TOKEN": "secret", **settings}
@@ -56,7 +56,7 @@ async def start_stand_in(port: int, proxy_port: int, **settings: str) -> Running
 async def start_fly(**settings: str) -> Fly:
     """Start the emulator."""
     proxy_port = free_port()
-    machines = await start_stand_in(free_port(), proxy_port, **settings)
+    machines = await start_emulator(free_port(), proxy_port, **settings)
     url = f"http://127.0.0.1:{machines.port}"
     api = FlyMachines(reactor, machines.agent, random.Random(1), url, "workers", "secret")
     return Fly(machines, proxy_port, api)

@@ -32,7 +32,7 @@ from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, reactor, start, stop, together
 from tests.e2e.fly import start_fly
-from tests.support.faults import Fault, FaultyMachines, LoseAnswer, Refuse
+from tests.support.faults import Fault, FaultyMachines, LoseResponse, Refuse
 from tests.support.network import free_port
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Tell(Fault):
     def __init__(self, state: State) -> None:
         self.state = state
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         return replace(await call(), state=self.state)
 
 
@@ -257,7 +257,7 @@ async def test_a_machine_that_is_not_made() -> None:
 @with_twisted
 async def test_a_machine_whose_making_is_not_answered_is_found_and_destroyed() -> None:
     async with ill_fly() as fly:
-        fly.faulty.next("create", LoseAnswer())
+        fly.faulty.next("create", LoseResponse())
         await fly.finds("image, region: ", "the API does not answer: try again")
         assert fly.faulty.count("destroy") == 1
 

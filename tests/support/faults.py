@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class Fault:
     """What happens to one call. The base class makes the call as it is."""
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]], /) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]], /) -> Any:
         return await call()
 
 
@@ -29,14 +29,14 @@ class Refuse(Fault):
     def __init__(self, error: Exception) -> None:
         self.error = error
 
-    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         raise self.error
 
 
-class LoseAnswer(Fault):
+class LoseResponse(Fault):
     """The call takes effect, but its response is lost."""
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
         raise UnavailableError("the response is lost")
 
@@ -44,7 +44,7 @@ class LoseAnswer(Fault):
 class Hang(Fault):
     """The call has no effect and never returns."""
 
-    async def strike(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, _: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await Deferred()
 
 
@@ -55,7 +55,7 @@ class Slow(Fault):
         self.clock = clock
         self.seconds = seconds
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await deferLater(self.clock, self.seconds)
         return await call()
 
@@ -63,7 +63,7 @@ class Slow(Fault):
 class Twice(Fault):
     """The call takes effect twice, and returns the second response."""
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
         return await call()
 
@@ -144,4 +144,4 @@ class FaultyMachines(ForwardingMachines):
         self.calls.append((method, arguments[0] if arguments else None))
         due = self.faults.get(method)
         fault = due.popleft() if due else self.always.get(method, self.always.get("*", Fault()))
-        return await fault.strike(lambda: getattr(self.api, method)(*arguments))
+        return await fault.apply(lambda: getattr(self.api, method)(*arguments))

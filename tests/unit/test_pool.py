@@ -25,7 +25,7 @@ from bfaas.machines.emulator.state import EmulatedMachines, Timing
 from bfaas.pool import Allocation, Pool, PoolClosedError
 from bfaas.pooling.config import PoolConfig, StepTimeouts, lease_ttl, pool_of
 from bfaas.pooling.slot import Phase
-from tests.support.faults import Fault, FaultyMachines, Hang, LoseAnswer, Refuse, Slow, Twice
+from tests.support.faults import Fault, FaultyMachines, Hang, LoseResponse, Refuse, Slow, Twice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -42,7 +42,7 @@ class LostStart(Fault):
     def __init__(self, clock: Clock, seconds: float, refusal: NotReadyError) -> None:
         self.clock, self.seconds, self.refusal = clock, seconds, refusal
 
-    async def strike(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
+    async def apply(self, call: Callable[[], Coroutine[Deferred[Any], Any, Any]]) -> Any:
         await call()
         await deferLater(self.clock, self.seconds)
         raise self.refusal
@@ -711,7 +711,7 @@ class LeaseTests(PoolCase):
 
 class FailureTests(PoolCase):
     def test_a_create_whose_answer_is_lost_is_found_and_counted_once(self) -> None:
-        self.api.next("create", LoseAnswer())
+        self.api.next("create", LoseResponse())
         places = [self.pool.allocate("c"), self.pool.allocate("c"), self.pool.allocate("c")]
         self.world.advance(10)
 
@@ -726,9 +726,9 @@ class FailureTests(PoolCase):
 
     def test_a_create_that_was_done_keeps_its_place_whatever_comes_of_looking_for_it(self) -> None:
         troubles = (
-            ("create", LoseAnswer(), "get", Refuse(UnavailableError("500"))),
-            ("create", LoseAnswer(), "get_lease", Refuse(UnavailableError("500"))),
-            ("create", LoseAnswer(), "create", Refuse(CapacityError("full"))),
+            ("create", LoseResponse(), "get", Refuse(UnavailableError("500"))),
+            ("create", LoseResponse(), "get_lease", Refuse(UnavailableError("500"))),
+            ("create", LoseResponse(), "create", Refuse(CapacityError("full"))),
         )
         for first, fault, second, other in troubles:
             world = self.world = World()
@@ -742,7 +742,7 @@ class FailureTests(PoolCase):
 
     def test_a_lost_create_that_is_done_after_its_machine_vanished_is_found(self) -> None:
         pool, api = self.world.pool("q", size=1)
-        api.next("create", LoseAnswer())
+        api.next("create", LoseResponse())
         first = self.allocated(pool, within=10)
         first.release()
         self.world.advance(2)
@@ -783,7 +783,7 @@ class FailureTests(PoolCase):
         self.assertEqual(1, self.api.count("list"))  # nobody doubts that the API is well
 
     def test_a_create_at_the_limit_whose_first_answer_was_lost_keeps_its_place(self) -> None:
-        self.api.next("create", LoseAnswer(), *[Refuse(RateLimitedError("429"))] * 5)
+        self.api.next("create", LoseResponse(), *[Refuse(RateLimitedError("429"))] * 5)
         self.allocated(within=30)
 
         self.assertEqual(1, len(self.machines()))
@@ -921,7 +921,7 @@ class FailureTests(PoolCase):
         self.successResultOf(place)
 
     def test_a_machine_is_not_used_again_until_its_stop_is_known(self) -> None:
-        for fault in (Refuse(UnavailableError("500")), LoseAnswer(), Hang()):
+        for fault in (Refuse(UnavailableError("500")), LoseResponse(), Hang()):
             first = self.allocated(within=40)
             self.api.next("stop", fault)
             first.release()
