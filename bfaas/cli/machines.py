@@ -1,4 +1,4 @@
-"""What `bfaas machines` and `bfaas destroy` do: look at an app's machines, and destroy a pool's."""
+"""`bfaas machines` and `bfaas destroy`: list the machines of an app, and destroy those of a pool."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_HEADINGS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
+_HEADERS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
 
 
 def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]) -> T:
-    """Do something with the Machines API, in a reactor of its own. Raises `MachinesError`."""
+    """Call `work` with the Machines API, in a reactor, and return its result. Raise `MachinesError`."""
 
     async def run(reactor: Any) -> T:
         agent, connections = pooled_agent(reactor)
@@ -40,37 +40,37 @@ def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Defe
     return run_with_reactor(run)
 
 
-async def table(api: MachinesAPI) -> str:
-    """Describe the app's machines, a line each: whose, in which state, how old, how long still leased."""
-    rows = [_HEADINGS]
+async def format_table(api: MachinesAPI) -> str:
+    """Return a table of the app's machines: pool, state, age, and remaining time of the lease."""
+    rows = [_HEADERS]
     for machine in sorted(await api.list(), key=lambda machine: machine.name):
         try:
-            left = _span((await api.get_lease(machine.id)).expires_at - time.time())
+            lease = _format_span((await api.get_lease(machine.id)).expires_at - time.time())
         except NotFoundError:
-            left = "none"
-        age = _span(time.time() - machine.created_at)
-        rows.append((machine.id, pool_of(machine.name) or "-", machine.state, age, left, machine.name))
+            lease = "none"
+        age = _format_span(time.time() - machine.created_at)
+        rows.append((machine.id, pool_of(machine.name) or "-", machine.state, age, lease, machine.name))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-async def of_pool(api: MachinesAPI, pool: str) -> list[Machine]:
-    """Find a pool's machines."""
+async def machines_of(api: MachinesAPI, pool: str) -> list[Machine]:
+    """Return a pool's machines."""
     return [machine for machine in await api.list() if pool_of(machine.name) == pool]
 
 
 async def destroy(api: MachinesAPI, machines: list[Machine]) -> int:
-    """Destroy machines, one after the other; tells how many."""
+    """Destroy machines, one after the other. Return how many."""
     for machine in machines:
         await destroy_own(api, machine)
     return len(machines)
 
 
-def _span(seconds: float) -> str:
-    """Write a span of time in its two largest units."""
-    whole = max(0, round(seconds))
+def _format_span(seconds: float) -> str:
+    """Format a span of time in its two largest units, such as `4m59s`."""
+    total = max(0, round(seconds))
     for size, unit, smaller, name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // smaller}{name}"
-    return f"{whole}s"
+        if total >= size:
+            return f"{total // size}{unit}{total % size // smaller}{name}"
+    return f"{total}s"

@@ -1,7 +1,7 @@
 """
-The `bfaas` command: runs scripts, and helps those who run coordinators.
+The `bfaas` command: run scripts, and manage keys and machines.
 
-Modules that take their time to load are imported by the commands that need them, once signals are handled.
+Modules that are slow to load are imported by the commands that need them, after signals are handled.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ if TYPE_CHECKING:
 
     from bfaas.machines.api import MachinesAPI
 
-    Command = Callable[[Namespace, Mapping[str, str]], int]  # does it and returns the exit code
+    Command = Callable[[Namespace, Mapping[str, str]], int]  # runs the command and returns its exit code
 
 
 T = TypeVar("T")
 
-_URL = "http://127.0.0.1:8000"
+_DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 class CommandError(Exception):
-    """A command cannot be done. The message is one line for standard error."""
+    """A command failed. The message is one line for standard error."""
 
     code: ClassVar[int] = 1
 
 
 class UsageError(CommandError):
-    """An argument is not what it has to be."""
+    """An argument is invalid."""
 
     code: ClassVar[int] = 2
 
 
 def program() -> NoReturn:
-    """Be the program `bfaas`: prepare the process, run the command, exit."""
+    """Run the program `bfaas`: prepare the process, run the command, exit."""
     prepare_command()
     sys.exit(main())
 
@@ -64,8 +64,8 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     """
     Run the command and return its exit code.
 
-    It is 1 if the command cannot be done, 2 if an argument is invalid, 74 (`EX_IOERR`) if output cannot be
-    written. Ends the process by SIGPIPE if the reader of its output has left. Raises `SystemExit` for
+    The code is 1 if the command failed, 2 if an argument is invalid, 74 (`EX_IOERR`) if output cannot be
+    written. End the process by SIGPIPE if the reader of its output has left. Raise `SystemExit` for
     `--help` and `--version` (0), and for unknown, missing and surplus arguments (2).
     """
     try:
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
 
 
 class _Parser(ArgumentParser):
-    """A parser whose messages are written like all other output: argparse ignores errors, or ends in one."""
+    """A parser that writes its messages like all other output (argparse ignores or raises write errors)."""
 
     def print_help(self, file: object = None) -> None:  # noqa: ARG002 - argparse's signature
         write_output(self.format_help())
@@ -106,44 +106,52 @@ class _Version(Action):
 
 
 def _parser() -> ArgumentParser:
-    """Describe the commands; each names, as `command`, the function that does it."""
+    """Return the parser. Each command sets `command` to the function that runs it."""
     parser = _Parser(
-        prog="bfaas", description="Runs scripts at a coordinator; keys and machines for its owner."
+        prog="bfaas", description="Run scripts at a coordinator, and manage its keys and machines."
     )
     parser.add_argument("--version", action=_Version, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    command = commands.add_parser("run", help="have a coordinator run a script, and exit as it did")
-    command.add_argument("--url", metavar="URL", help=f"the coordinator; $BFAAS_URL, or else {_URL}")
-    command.add_argument("--timeout", metavar="5s", help="a time of its own, below the coordinator's")
-    command.add_argument("--stdin", action="store_true", help="give the script this standard input")
+    command = commands.add_parser("run", help="run a script at a coordinator, and exit with its exit code")
     command.add_argument(
-        "--env", metavar="NAME=VALUE", action="append", default=[], help="a variable for it; may be repeated"
+        "--url", metavar="URL", help=f"the coordinator; default: $BFAAS_URL, or {_DEFAULT_URL}"
     )
-    command.add_argument("--json", action="store_true", help="print events, one JSON object a line")
+    command.add_argument("--timeout", metavar="5s", help="a time limit below the coordinator's")
+    command.add_argument("--stdin", action="store_true", help="pass standard input to the script")
+    command.add_argument(
+        "--env",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="a variable of the script; may be repeated",
+    )
+    command.add_argument("--json", action="store_true", help="print events, one JSON object per line")
     which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("-f", "--file", metavar="FILE", help="a file that holds the script")
+    which.add_argument("-f", "--file", metavar="FILE", help="run the script in this file")
     which.add_argument(
         "script", metavar="SCRIPT", nargs="?", help="the script; - reads it from standard input"
     )
     command.set_defaults(command=_run)
 
-    command = commands.add_parser("genkey", help="make a pair of keys, as shell variables")
+    command = commands.add_parser("genkey", help="print a new key pair as shell variables")
     command.set_defaults(command=_genkey)
 
-    command = commands.add_parser("genauth", help="sign a header with the key in $PRIVATE, good for a minute")
-    command.add_argument("machine", metavar="MACHINE", help="the machine that will accept it")
+    command = commands.add_parser(
+        "genauth", help="print an auth token, valid for a minute, signed with the key in $PRIVATE"
+    )
+    command.add_argument("machine", metavar="MACHINE", help="the machine that accepts it")
     command.set_defaults(command=_genauth)
 
-    command = commands.add_parser("doctor", help="try all that a coordinator with these settings needs")
+    command = commands.add_parser("doctor", help="check the configuration end to end")
     command.set_defaults(command=_doctor)
 
     command = commands.add_parser("machines", help="list the machines of the app $WORKER_APP")
     command.set_defaults(command=_machines)
 
-    command = commands.add_parser("destroy", help="destroy a pool's machines, after asking")
-    command.add_argument("--pool", metavar="NAME", help="the pool; $FLY_MACHINE_ID where it is not given")
-    command.add_argument("--yes", action="store_true", help="do not ask")
+    command = commands.add_parser("destroy", help="destroy a pool's machines, after a confirmation")
+    command.add_argument("--pool", metavar="NAME", help="the pool; default: $FLY_MACHINE_ID")
+    command.add_argument("--yes", action="store_true", help="destroy without a confirmation")
     command.set_defaults(command=_destroy)
 
     return parser
@@ -155,11 +163,11 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
     if arguments.stdin and arguments.script == "-":
         raise UsageError("standard input cannot be both the script and its input")
     try:
-        # Before anything is read: an input may take its time, or never end.
-        default = environ.get("BFAAS_URL", "").strip() or _URL
+        # Checked before any input is read, which can take long or never end.
+        default = environ.get("BFAAS_URL", "").strip() or _DEFAULT_URL
         url = run.base_url(default if arguments.url is None else arguments.url)
         env = dict(map(_variable, arguments.env))
-        errand = run.RunCommand.of(
+        command = run.RunCommand.of(
             url,
             _script(arguments),
             read_input() if arguments.stdin else None,
@@ -168,12 +176,13 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
             as_json=arguments.json,
         )
     except UnicodeDecodeError:
-        raise UsageError("with --stdin, --env or --timeout, all of it must be UTF-8") from None
+        problem = "with --stdin, --env or --timeout, script, input and variables must be UTF-8"
+        raise UsageError(problem) from None
     except ValueError as error:
         raise UsageError(str(error)) from None
     except InputError as error:
         raise CommandError(str(error)) from None
-    return run.run(errand)
+    return run.run(command)
 
 
 def _script(arguments: Namespace) -> bytes:
@@ -182,11 +191,11 @@ def _script(arguments: Namespace) -> bytes:
     return read_input() if arguments.script == "-" else os.fsencode(arguments.script)
 
 
-def _variable(word: str) -> tuple[str, str]:
-    """Split NAME=VALUE. Raises `ValueError`."""
-    name, equals, value = os.fsencode(word).decode().partition("=")
+def _variable(text: str) -> tuple[str, str]:
+    """Split NAME=VALUE. Raise `ValueError`."""
+    name, equals, value = os.fsencode(text).decode().partition("=")
     if not equals:
-        raise ValueError(f"--env: {word!r} is not NAME=VALUE")
+        raise ValueError(f"--env: {text!r} is not NAME=VALUE")
     return name, value
 
 
@@ -221,7 +230,7 @@ def _doctor(_arguments: Namespace, environ: Mapping[str, str]) -> int:
 def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:
     from bfaas.cli import machines as commands  # noqa: PLC0415 - see the module's docstring
 
-    write_output(_with_api(environ, commands.table))
+    write_output(_with_api(environ, commands.format_table))
     return 0
 
 
@@ -230,29 +239,31 @@ def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
 
     pool = arguments.pool or environ.get("FLY_MACHINE_ID", "").strip()
     if not pool:
-        raise CommandError("which pool? Give --pool, or FLY_MACHINE_ID")
+        raise CommandError("no pool: use --pool, or set FLY_MACHINE_ID")
 
-    async def ask_and_destroy(api: MachinesAPI) -> int | None:
-        machines = await commands.of_pool(api, pool)
+    async def confirm_and_destroy(api: MachinesAPI) -> int | None:
+        machines = await commands.machines_of(api, pool)
         for machine in machines:
             write_output(f"{machine.id}  {machine.state}  {machine.name}\n")
-        sure = (
-            arguments.yes or not machines or await _sure(f"Destroy these {len(machines)} machines of {pool}?")
+        confirmed = (
+            arguments.yes
+            or not machines
+            or await _confirm(f"Destroy these {len(machines)} machines of {pool}?")
         )
-        return await commands.destroy(api, machines) if sure else None
+        return await commands.destroy(api, machines) if confirmed else None
 
-    destroyed = _with_api(environ, ask_and_destroy)
+    destroyed = _with_api(environ, confirm_and_destroy)
     if destroyed is None:
         raise CommandError("nothing was destroyed")
     write_output(f"destroyed {destroyed} machines of {pool}\n")
     return 0
 
 
-async def _sure(question: str) -> bool:
+async def _confirm(question: str) -> bool:
     from twisted.internet.threads import deferToThread  # noqa: PLC0415 - see the module's docstring
 
     write_output(f"{question} [y/N] ")
-    # In a thread, for the reactor takes signals only where it is not held up.
+    # In a thread, since a blocked reactor handles no signals.
     answer: bytes = await deferToThread(read_line)
     return answer.strip().lower() in (b"y", b"yes")
 
@@ -260,7 +271,7 @@ async def _sure(question: str) -> bool:
 def _with_api(
     environ: Mapping[str, str], work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]
 ) -> T:
-    """Do something with the Machines API that the environment names."""
+    """Call `work` with the Machines API that the environment names, and return its result."""
     from bfaas.cli.machines import with_api  # noqa: PLC0415
     from bfaas.machines.api import MachinesError  # noqa: PLC0415
     from bfaas.settings import ApiSettings, SettingsError  # noqa: PLC0415

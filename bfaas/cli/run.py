@@ -1,10 +1,11 @@
 """
-What `bfaas run` does: have a coordinator run a script, and end as the script did.
+`bfaas run`: run a script at a coordinator, write its output, and exit with its exit code.
 
-Its own exit codes, beside the script's (124 where its time was over, 125 where its worker was lost): 75 where
-the coordinator said to come back later (429, 503), 69 where it refused otherwise or cannot be reached, 125
-where the answer broke off, 74 where output cannot be written. After SIGINT, SIGTERM and SIGHUP it ends by
-that signal, and by SIGPIPE if the reader of its output has left: a shell shows 130, 143, 129 and 141.
+Exit codes other than the script's (124 if it exceeded its time limit, 125 if its worker was lost):
+`EX_TEMPFAIL` (75) if the coordinator asks to try again later (429, 503), `EX_UNAVAILABLE` (69) if it rejects
+the request otherwise or cannot be reached, 125 if the response breaks off, `EX_IOERR` (74) if output cannot
+be written. After SIGINT, SIGTERM and SIGHUP the command ends by that signal, and by SIGPIPE if the reader of
+its output has left: a shell shows 130, 143, 129 and 141.
 """
 
 from __future__ import annotations
@@ -39,16 +40,18 @@ if TYPE_CHECKING:
 
     from twisted.web.iweb import IResponse
 
-TRY_LATER, UNAVAILABLE, LOST, UNWRITTEN = os.EX_TEMPFAIL, os.EX_UNAVAILABLE, 125, os.EX_IOERR
+_LOST = 125
+"""Exit code of a run that broke off, as of one whose worker was lost."""
 
-_OK, _TRY_LATER_STATUSES = 200, (429, 503)
-_MAX_REFUSAL = 4096
+_OK = 200
+_TRY_LATER_STATUSES = (429, 503)
+_MAX_ERROR_SIZE = 4096
 _NO_LIMIT = 1 << 62  # the coordinator has one
 
 
 @dataclass(frozen=True)
 class RunCommand:
-    """A request for a run, to a coordinator's URL, and whether events are wanted instead of its output."""
+    """A request for a run, the coordinator's URL, and whether to print events instead of the output."""
 
     url: str
     headers: dict[str, str]
@@ -67,22 +70,22 @@ class RunCommand:
         as_json: bool,
     ) -> RunCommand:
         """
-        Make the request as plain as it can be, for coordinators of the Go original.
+        Make the request: a plain body if possible, which coordinators of the Go original accept, or JSON.
 
-        Raises `ValueError` for what a coordinator would not take: of that, `InvalidRequestError` where it
-        is in what is asked for, and `UnicodeDecodeError` where JSON cannot hold it.
+        Raise `ValueError` for requests that a coordinator rejects: `InvalidRequestError` for invalid fields,
+        `UnicodeDecodeError` for bytes that JSON cannot contain.
         """
         url = base_url(url)
         if stdin is None and timeout is None and not env:
             return cls(url, {}, script, as_json)
-        told: dict[str, object] = {"script": script.decode()}
+        fields: dict[str, object] = {"script": script.decode()}
         if stdin is not None:
-            told["stdin"] = stdin.decode()
+            fields["stdin"] = stdin.decode()
         if env:
-            told["env"] = dict(env)
+            fields["env"] = dict(env)
         if timeout is not None:
-            told["timeout"] = timeout
-        body = json.dumps(told).encode()
+            fields["timeout"] = timeout
+        body = json.dumps(fields).encode()
         RunRequest.from_json(body)
         return cls(url, {"Content-Type": JSON}, body, as_json)
 
@@ -105,10 +108,10 @@ _NAME = re.compile(r"(?=.{1,253}\.?\Z)([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-
 
 def base_url(text: str) -> str:
     """
-    Check a coordinator's URL: a scheme, a host, perhaps a port. Returns it without a slash at its end.
+    Check a coordinator's URL (scheme, host, optional port), and return it without a trailing slash.
 
-    A host is an IPv4 or IPv6 address, or a name of ASCII letters, digits, dashes and underscores. Raises
-    `ValueError`, whose message is one line and does not show a URL that may contain a password.
+    A host is an IPv4 or IPv6 address, or a name of ASCII letters, digits, dashes and underscores. Raise
+    `ValueError` with a message of one line, which does not contain a URL that may contain a password.
     """
     if "@" in text:
         raise ValueError("a coordinator's URL cannot contain credentials")
@@ -134,43 +137,47 @@ def _is_port(text: str | None) -> bool:
     return not text or 0 < int(text) < 1 << 16
 
 
-def run(errand: RunCommand) -> int:
-    """Do it in a reactor of its own; returns the exit code."""
+def run(command: RunCommand) -> int:
+    """Run the command in a reactor. Return its exit code."""
     try:
-        outcome = run_with_reactor(lambda reactor: _relay(reactor, errand))
+        outcome = run_with_reactor(lambda reactor: _relay(reactor, command))
     except BrokenPipeError:
         end_by_signal(signal.SIGPIPE)
     except OutputError as error:
-        outcome = _Outcome(UNWRITTEN, (f"the output cannot be written: {error}",))
+        outcome = _Outcome(os.EX_IOERR, (f"the output cannot be written: {error}",))
     for line in outcome.lines:
-        write_error(f"bfaas: {line}\n")
+        _print_error(line)
     return outcome.code
 
 
-async def _relay(reactor: Any, errand: RunCommand) -> _Outcome:
-    """Relay a run. Cancelling it closes the connection, which ends the script."""
+def _print_error(line: str) -> None:
+    write_error(f"bfaas: {line}\n")
+
+
+async def _relay(reactor: Any, command: RunCommand) -> _Outcome:
+    """Send the request and write the output. Cancelling closes the connection, which kills the script."""
     agent = single_use_agent(reactor)
-    named = Headers({name: [value] for name, value in errand.headers.items()})
-    url = f"{errand.url}{formats.RUN_PATH}".encode()
+    headers = Headers({name: [value] for name, value in command.headers.items()})
+    url = f"{command.url}{formats.RUN_PATH}".encode()
     try:
-        response = await wait_for_response(agent.request(b"POST", url, named, BytesProducer(errand.body)))
+        response = await wait_for_response(agent.request(b"POST", url, headers, BytesProducer(command.body)))
     except CancelledError:
         raise
-    except Exception as error:  # noqa: BLE001 - refused, no such host, no HTTP: whichever
-        return _Outcome(UNAVAILABLE, (f"{errand.url} does not answer: {describe(error)}",))
+    except Exception as error:  # noqa: BLE001 - connection refused, unknown host, no HTTP
+        return _Outcome(os.EX_UNAVAILABLE, (f"{command.url} does not respond: {describe(error)}",))
     if response.code != _OK:
-        code = TRY_LATER if response.code in _TRY_LATER_STATUSES else UNAVAILABLE
-        return _Outcome(code, (f"{response.code}: {await _refusal(response)}",))
-    return await _Output(reactor, as_json=errand.as_json).write(response)
+        code = os.EX_TEMPFAIL if response.code in _TRY_LATER_STATUSES else os.EX_UNAVAILABLE
+        return _Outcome(code, (f"{response.code}: {await _error_line(response)}",))
+    return await _Output(reactor, as_json=command.as_json).write(response)
 
 
-async def _refusal(response: IResponse) -> str:
-    """Read what a refusal says, as one line that does nothing to a terminal."""
+async def _error_line(response: IResponse) -> str:
+    """Return the text of an error response as one line without control characters."""
     try:
-        text = (await read_body(response, _MAX_REFUSAL)).decode("ascii", "replace").strip()
+        text = (await read_body(response, _MAX_ERROR_SIZE)).decode("ascii", "replace").strip()
     except CancelledError:
         raise
-    except Exception:  # noqa: BLE001 - too long, cut off: the status says enough
+    except Exception:  # noqa: BLE001 - too long or incomplete: the status is sufficient
         text = ""
     line = "".join(character if character.isprintable() else " " for character in text)
     retry = response.headers.getRawHeaders("Retry-After", [""])[0]
@@ -178,7 +185,7 @@ async def _refusal(response: IResponse) -> str:
 
 
 class _Output:
-    """Receives a run's events and writes its output, at the pace of its readers."""
+    """Receive a run's events and write its output, at the pace of its readers."""
 
     def __init__(self, reactor: Any, *, as_json: bool) -> None:
         self._as_json = as_json
@@ -188,14 +195,14 @@ class _Output:
         self._written: Deferred[None] = Deferred()
 
     async def write(self, response: IResponse) -> _Outcome:
-        """Write everything, and return how the run ended. Raises `BrokenPipeError` and `OutputError`."""
+        """Write everything, and return the outcome. Raise `BrokenPipeError` and `OutputError`."""
         response.deliverBody(self._body)
         broken = ""
         try:
             await self._body.done
         except (CancelledError, BrokenPipeError, OutputError):
             raise
-        except Exception as error:  # noqa: BLE001 - however it broke off
+        except Exception as error:  # noqa: BLE001 - every error means that it broke off
             broken = str(error)
         exit_ = self._reader.exit
         if exit_ is not None and self._as_json:
@@ -203,7 +210,7 @@ class _Output:
         self._writer.finish(lambda: self._written.callback(None))
         await self._written
         if exit_ is None:
-            return _Outcome(LOST, (f"the answer broke off {broken}".strip(),))
+            return _Outcome(_LOST, (f"the response broke off: {broken}".removesuffix(": "),))
         return _Outcome(exit_.code, () if self._as_json else tuple(_remarks(exit_)))
 
     def _take(self, data: bytes) -> None:
@@ -223,7 +230,7 @@ class _Output:
             self._writer.write(standard.fileno(), data)
         elif stream == formats.Stream.STDOUT and data:
             raise OutputError(os.strerror(errno.EBADF))
-        # A closed standard error loses what is written there, as other programs' does.
+        # Output to a closed standard error is lost, as with other programs.
 
     def _pause(self) -> None:
         self._body.transport.pauseProducing()

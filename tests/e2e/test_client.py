@@ -151,7 +151,10 @@ async def test_wrong_arguments_are_one_line_and_nothing_is_sent(coordinator: Run
         (("--env", "NO-NAME=1"), b'env: "NO-NAME" is no name: letters, digits, underscores; no digit first'),
         (("--env", "1ST=1"), b'env: "1ST" is no name: letters, digits, underscores; no digit first'),
         (("--env", "=1"), b'env: "" is no name: letters, digits, underscores; no digit first'),
-        (("--env", "A=\udcff"), b"with --stdin, --env or --timeout, all of it must be UTF-8"),
+        (
+            ("--env", "A=\udcff"),
+            b"with --stdin, --env or --timeout, script, input and variables must be UTF-8",
+        ),
         (("--timeout", "5"), b'timeout: "5" is not a duration such as 2.5s'),
         (("--timeout", "0s"), b'timeout: "0s" is not above zero'),
         (("--url", "localhost:8000"), b"'localhost:8000' is not a URL such as http://127.0.0.1:8000"),
@@ -334,7 +337,7 @@ async def test_refusals_are_one_line_and_a_code_of_their_own(coordinator: Runnin
 
     code, output, errors = await run(coordinator, "--url", f"http://127.0.0.1:{free_port()}", ":")
     assert (code, output, errors.count(b"\n")) == (69, b"", 1)
-    assert b"does not answer" in errors
+    assert b"does not respond" in errors
 
 
 @with_twisted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -36,7 +37,7 @@ from tests.support.faults import Fault, FaultyMachines, LoseResponse, Refuse
 from tests.support.network import free_port
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 
     from twisted.internet.defer import Deferred
 
@@ -55,11 +56,13 @@ SETTINGS = {
 }
 
 
-DEAD = "WORKER_IMAGE: it does not start, or ends; look at `fly logs` of the workers' app"
+DEAD = "WORKER_IMAGE: it does not start, or exits; see `fly logs` of the workers' app"
 
 
-async def doctor(settings: Mapping[str, str]) -> tuple[int | None, str]:
-    program, _ = start(["-m", "bfaas.cli.main", "doctor"], dict(settings))
+async def doctor(
+    settings: Mapping[str, str], leaders: Sequence[str] = (sys.executable,)
+) -> tuple[int | None, str]:
+    program, _ = start(["-m", "bfaas.cli.main", "doctor"], dict(settings), leaders)
     code = await Deadline(reactor, 3 * PATIENCE).run(program.ended)
     return code, program.said.decode()
 
@@ -193,13 +196,14 @@ async def test_local_machines_are_tried() -> None:
 
 @with_twisted
 async def test_a_local_worker_that_does_not_start_says_why() -> None:
-    code, said = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s", "PATH": "/nowhere"})
+    few_files = ("/bin/bash", "-c", 'ulimit -n 40; exec "$@"', "bash", sys.executable)
+    code, said = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s"}, few_files)
     *_, log, found, advice = said.splitlines()
     assert code == 1
-    assert log.startswith("warn  log: worker-doctor-"), said
-    assert "No such file or directory" in log, said
-    assert found.startswith("FAIL  start: machine "), said
-    assert "see above" in advice, said
+    assert log.startswith("warn  log: the worker of "), said
+    assert "40 open files (ulimit -n) are too few" in log, said
+    assert found.startswith("FAIL  "), said
+    assert "see the log lines above" in advice, said
 
 
 @with_twisted
@@ -243,14 +247,14 @@ async def test_a_machine_that_is_not_made() -> None:
             fly.faulty.next("create", fault)
             await fly.finds(f"image, region: POST /v1/apps/workers/machines: {failure}", remedy)
 
-    image = "WORKER_IMAGE: is there basher:1? FLY_REGION: is there ams?"
+    image = "WORKER_IMAGE: does basher:1 exist? FLY_REGION: does ams exist?"
     await together([
         refused(Refuse(BadRequestError("manifest unknown")), "400 invalid_argument: manifest", image),
         refused(Refuse(NotFoundError("region not found")), "404 region not found", image),
-        refused(Refuse(CapacityError("insufficient memory")), "409 aborted: could not", "no room in ams"),
+        refused(Refuse(CapacityError("insufficient memory")), "409 aborted: could not", "no capacity in ams"),
         refused(Refuse(RateLimitedError("")), "429 rate limit exceeded", "try again in a minute"),
-        refused(Refuse(PermissionError()), "401 Authenticate", "it may look, but not make machines"),
-        refused(Refuse(MachinesError("down")), "503 down", "the API does not answer"),
+        refused(Refuse(PermissionError()), "401 Authenticate", "it may list machines, but not create them"),
+        refused(Refuse(MachinesError("down")), "503 down", "the API does not respond"),
     ])  # fmt: skip
 
 
@@ -258,7 +262,7 @@ async def test_a_machine_that_is_not_made() -> None:
 async def test_a_machine_whose_making_is_not_answered_is_found_and_destroyed() -> None:
     async with ill_fly() as fly:
         fly.faulty.next("create", LoseResponse())
-        await fly.finds("image, region: ", "the API does not answer: try again")
+        await fly.finds("image, region: ", "the API does not respond: try again")
         assert fly.faulty.count("destroy") == 1
 
 
@@ -305,13 +309,13 @@ async def test_a_worker_that_cannot_be_reached() -> None:
 
     nowhere = f"http://127.0.0.1:{free_port()}"
     await together([
-        lost(lambda _: nowhere, "worker: Connection was refused", f"WORKER_URL: {nowhere} leads nowhere"),
+        lost(lambda _: nowhere, "worker: Connection was refused", f"WORKER_URL: {nowhere} cannot be reached"),
         lost(deaf, "worker: status 502 after 15 s", "does it listen on port 8001?"),
         lost(short_lived, "is stopped", DEAD),
-        lost(lambda fly: fly.serve(Silent()), "worker: ", "leads nowhere"),
+        lost(lambda fly: fly.serve(Silent()), "worker: ", "cannot be reached"),
         lost(
             lambda fly: fly.serve(Impostor(200, Date="Wed, 25 Nov 2020 09:00:00 GMT")),
-            "worker: it answers, and says that it is Wed, 25 Nov 2020",
+            "worker: it responds, but as another machine or with another time: its Date is Wed, 25 Nov 2020",
             "clock",
         ),
     ])  # fmt: skip
@@ -328,5 +332,5 @@ async def test_a_worker_that_is_another() -> None:
     well = b"well\n\nexit: 0\n"
     await together([
         impostor(Impostor(404, b"no such page"), "404 b'no such page'"),
-        impostor(Impostor(200, well, Worker="other"), "another machine than the one that was made"),
+        impostor(Impostor(200, well, Worker="other"), "a machine other than the one that was created"),
     ])  # fmt: skip

@@ -279,7 +279,7 @@ def test_run_reaches_a_coordinator_at_any_address(network: Network) -> None:
     assert network.bfaas("run", "echo fine", BFAAS_URL="http://under_score.test.:8001") == (0, "fine\n")
     code, said = network.bfaas("run", "--url", "http://nowhere.test", "true")
     assert code == 69
-    assert said.startswith("bfaas: http://nowhere.test does not answer: DNS lookup failed: nowhere.test: ")
+    assert said.startswith("bfaas: http://nowhere.test does not respond: DNS lookup failed: nowhere.test: ")
     assert network.end(listener) == 0
 
 
@@ -304,22 +304,22 @@ FAILURES: list[tuple[dict[str, str], str, str]] = [
     (
         {"FLY_FLAPS_BASE_URL": "http://silent.internal:4280"},
         "no connection within 5 s",
-        "FLY_FLAPS_BASE_URL: is the host in http://silent.internal:4280 right? It cannot be reached",
+        "FLY_FLAPS_BASE_URL: is the host in http://silent.internal:4280 right? It is not reachable",
     ),
     (
         {"FLY_FLAPS_BASE_URL": "https://_api.internal:4280"},
         "TLS: ",
-        "FLY_FLAPS_BASE_URL: does https://_api.internal:4280 speak TLS there?",
+        "FLY_FLAPS_BASE_URL: does https://_api.internal:4280 use TLS?",
     ),
     (
         {"WORKER_URL": "http://other.flycast"},
         "FAIL  worker: DNS lookup failed: other.flycast: Name or service not known",
-        "WORKER_URL: http://other.flycast leads nowhere; has the workers' app `fly ips allocate",
+        "WORKER_URL: http://other.flycast cannot be reached; does the workers' app have an address",
     ),
     (
         {"WORKER_URL": "http://[fdaa:0:18:0:1::3]:81"},
         "FAIL  worker: Connection was refused",
-        "WORKER_URL: http://[fdaa:0:18:0:1::3]:81 leads nowhere",
+        "WORKER_URL: http://[fdaa:0:18:0:1::3]:81 cannot be reached",
     ),
 ]
 

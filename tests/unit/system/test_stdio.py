@@ -130,7 +130,7 @@ class InputTests(SynchronousTestCase):
             self.assertEqual((1, "", f"{line}\n"), shell(f"$BFAAS run {arguments}"), arguments)
 
     def test_text_that_is_not_utf_8_is_one_line(self) -> None:
-        utf8 = "with --stdin, --env or --timeout, all of it must be UTF-8"
+        utf8 = "with --stdin, --env or --timeout, script, input and variables must be UTF-8"
         for arguments, line in {
             "run --env A=$'\\xff' true": utf8,
             "run --env $'\\xff'=1 true": utf8,
@@ -157,7 +157,7 @@ class InputTests(SynchronousTestCase):
             os.close(theirs)
             _, errors = process.communicate(timeout=LIMIT)
         self.assertEqual(69, process.returncode)
-        self.assertIn(b"does not answer", errors)
+        self.assertIn(b"does not respond", errors)
 
 
 WRITE = """
@@ -234,7 +234,7 @@ class SignalTests(SynchronousTestCase):
             process.send_signal(number)
         _, errors = process.communicate(timeout=LIMIT)
         self.assertEqual(69, process.returncode)
-        self.assertIn(b"does not answer", errors)
+        self.assertIn(b"does not respond", errors)
 
     def test_ctrl_c_at_a_terminal_ends_a_loop(self) -> None:
         ours, theirs = pty.openpty()
