@@ -1,8 +1,8 @@
 """
-Everything that descends from a process, found in /proc, and what can be done to all of it.
+The descendants of a process, found in /proc, and how to stop, kill and reap all of them.
 
-A process is signalled through a descriptor of it whose start time was checked, so that a number that was
-reaped and given to another is never hit. Where there is no /proc, nothing is found and nothing is done.
+A process is signalled through a pidfd, after a check of its start time, so that a reused pid is never hit.
+On systems without /proc, no processes are found and nothing is done.
 """
 
 from __future__ import annotations
@@ -12,121 +12,193 @@ import signal
 import sys
 import time
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from twisted.internet.task import deferLater
-
-from bfaas.backoff import BackoffSchedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable
 
     from twisted.internet.interfaces import IReactorTime
 
+KILL_TIMEOUT = 2.0
+"""Seconds after which `kill_descendants` gives up on processes that survive SIGKILL."""
+
 _PR_SET_DUMPABLE = 4
 _PR_SET_CHILD_SUBREAPER = 36
-_ROUNDS = 20
+_MAX_ROUNDS = 20
 
 
 class Process(NamedTuple):
-    """A process; `started` (clock ticks since boot) tells it from a later one of the same number."""
+    """A process. Its start time, in clock ticks since boot, tells it from others that had the same pid."""
 
     pid: int
     parent: int
-    started: int
+    start_time: int
     state: str
 
     @property
     def dead(self) -> bool:
-        """It has ended, and is at most waiting to be reaped."""
+        """Whether it has ended; it may still have to be reaped."""
         return self.state in "ZX"
 
 
+# Finding processes
+
+
 def children(pid: int) -> list[int]:
-    """Tell the numbers of its direct children, the dead that were not reaped among them."""
-    return [process.pid for process in _all() if process.parent == pid]
+    """Return the pids of the direct children of a process, including dead ones that are not reaped."""
+    return [process.pid for process in _all_processes() if process.parent == pid]
 
 
 def descendants(pid: int, exclude: Container[int] = ()) -> list[Process]:
-    """Tell everything below it, parents first, but for the spared and what is below those alone."""
+    """Return all descendants of a process, parents first, without excluded pids and their descendants."""
     by_parent: dict[int, list[Process]] = {}
-    for process in _all():
+    for process in _all_processes():
         by_parent.setdefault(process.parent, []).append(process)
     found: list[Process] = []
     parents = [pid]
-    for parent in parents:
-        below = [process for process in by_parent.pop(parent, ()) if process.pid not in exclude]
-        found += below
-        parents += [process.pid for process in below]
+    for parent in parents:  # grows while it is iterated
+        included = [process for process in by_parent.pop(parent, ()) if process.pid not in exclude]
+        found += included
+        parents += [process.pid for process in included]
     return found
+
+
+def process_and_descendants(pid: int) -> list[Process]:
+    """Return a process and all of its descendants, parents first; nothing if there is no such process."""
+    root = _read_process(pid)
+    return [root, *descendants(pid)] if root else []
+
+
+def is_running(process: Process) -> bool:
+    """Return whether the process still runs; a later one with the same pid does not count."""
+    current = _read_process(process.pid)
+    return current is not None and current.start_time == process.start_time and not current.dead
+
+
+def _all_processes() -> Iterable[Process]:
+    """
+    Return all processes, without missing any that is alive.
+
+    Reading /proc takes time, in which processes that fork and exit at once could all be missed. So it is
+    read again for new processes, which is much faster, until no pid was assigned in the meantime.
+    """
+    found: dict[int, Process] = {}
+    for _ in range(_MAX_ROUNDS):
+        last_pid = _last_pid()
+        for pid in _pids():
+            known = found.get(pid)
+            # A process whose parent was not found may have been reparented since.
+            if (known is None or known.parent not in found) and (process := _read_process(pid)):
+                found[pid] = process
+        if last_pid == _last_pid():
+            break
+    return found.values()
+
+
+def _last_pid() -> bytes:
+    """Return the pid that was assigned last in this pid namespace."""
+    try:
+        return Path("/proc/loadavg").read_bytes().rpartition(b" ")[2]
+    except FileNotFoundError:
+        return b""
+
+
+def _pids() -> list[int]:
+    try:
+        names = os.listdir("/proc")  # noqa: PTH208 - ten times faster than Path.iterdir
+    except FileNotFoundError:
+        return []
+    return [int(name) for name in names if name.isdigit()]
+
+
+def _read_process(pid: int) -> Process | None:
+    try:
+        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123 - twice as fast as Path.read_bytes
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # PermissionError: mounted with hidepid
+        return None
+    # The fields follow the program's name, which is in parentheses and may contain parentheses and spaces.
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return Process(pid, int(fields[1]), int(fields[19]), fields[0].decode())
+
+
+# Stopping and killing them
 
 
 def kill_descendants_once(pid: int, exclude: Container[int] = ()) -> int:
     """
-    Kill everything below it. Tell how many there were: 0 means that nothing is left, and no zombie of ours.
+    Send SIGKILL to all descendants of a process, without excluded pids and their descendants.
 
-    What they forked while they were looked for may be left, so call it until it answers 0, with pauses in
-    which the killed can die. Below a subreaper nothing gets away.
+    Returns how many there were, counting dead ones only if they are unreaped children of this process.
+    Processes that were forked during the search may have been missed. So call this until it returns 0, with
+    pauses in which the processes can die; below a subreaper none escapes.
     """
     found = _stop_all(lambda: descendants(pid, exclude))
-    _signal(found, signal.SIGKILL)
+    _send_signal(found, signal.SIGKILL)
     return sum(not process.dead or process.parent == os.getpid() for process in found)
-
-
-_KILL_BACKOFF = BackoffSchedule(initial=0.001, maximum=0.05)
-
-KILL_TIMEOUT = 2.0
-"""Seconds after which descendants that survive SIGKILL are left."""
 
 
 async def kill_descendants(
     clock: IReactorTime, exclude: Callable[[], Container[int]], timeout: float = KILL_TIMEOUT
 ) -> int:
     """
-    Kill and reap until nothing is left below us but what `exclude` tells, and what is below that.
+    Kill and reap all descendants of this process.
 
-    Gives up after `timeout` seconds. Tells how many are left. We must be a subreaper.
+    `exclude` returns pids that are left alone, with their descendants. Returns how many processes are left
+    after `timeout` seconds, usually 0. This process must be a subreaper.
     """
+    pause = 0.001
     end = clock.seconds() + timeout
-    for attempts in count():
-        left = kill_descendants_once(os.getpid(), exclude())
-        if not left or clock.seconds() > end:
+    while left := kill_descendants_once(os.getpid(), exclude()):
+        if clock.seconds() > end:
             break
-        await deferLater(clock, _KILL_BACKOFF.delay(attempts))
+        await deferLater(clock, pause)
+        pause = min(2 * pause, 0.05)
         reap_orphans(exclude())
     return left
 
 
 def kill_tree(pid: int) -> list[Process]:
-    """Kill it and everything below it. Return what was killed."""
+    """Kill a process and all of its descendants, and return them."""
     found = stop_tree(pid)
-    _signal(found, signal.SIGKILL)
+    _send_signal(found, signal.SIGKILL)
     return found
 
 
 def kill_user(uid: int) -> bool:
     """
-    Kill every process of a user, wherever it descends from. Return False if some survive. Blocks.
+    Kill all processes of a user, whatever their parents. Return False if any survive. Blocks.
 
-    The user must be one whose processes are all ours to kill.
+    The user must not have any processes but those of scripts.
     """
-    for _ in range(_ROUNDS):
-        found = [process for process in _stop_all(lambda: _of_user(uid)) if not process.dead]
+    for _ in range(_MAX_ROUNDS):
+        found = [process for process in _stop_all(lambda: _processes_of_user(uid)) if not process.dead]
         if not found:
             return True
-        _signal(found, signal.SIGKILL)
+        _send_signal(found, signal.SIGKILL)
         time.sleep(0.001)
     return False
 
 
-def _of_user(uid: int) -> list[Process]:
-    return [process for process in _all() if uid in _user_ids(process.pid)]
+def stop_tree(pid: int) -> list[Process]:
+    """Send SIGSTOP to a process and all of its descendants, and return them."""
+    return _stop_all(lambda: process_and_descendants(pid))
+
+
+def continue_tree(pid: int) -> None:
+    """Send SIGCONT to a process and all of its descendants."""
+    _send_signal(process_and_descendants(pid), signal.SIGCONT)
+
+
+def _processes_of_user(uid: int) -> list[Process]:
+    return [process for process in _all_processes() if uid in _user_ids(process.pid)]
 
 
 def _user_ids(pid: int) -> tuple[int, ...]:
-    # Not the owner of /proc/PID, which is root where a process is not dumpable.
+    # The owner of /proc/PID is no substitute: it is root if the process is not dumpable.
     try:
         status = Path(f"/proc/{pid}/status").read_bytes()
     except OSError:
@@ -134,135 +206,21 @@ def _user_ids(pid: int) -> tuple[int, ...]:
     return tuple(map(int, status.partition(b"\nUid:")[2].partition(b"\n")[0].split()))
 
 
-def stop_tree(pid: int) -> list[Process]:
-    """Freeze it and everything below it, where it stands."""
-    return _stop_all(lambda: process_and_descendants(pid))
-
-
-def continue_tree(pid: int) -> None:
-    """Thaw what was frozen."""
-    _signal(process_and_descendants(pid), signal.SIGCONT)
-
-
-def process_and_descendants(pid: int) -> list[Process]:
-    """Tell it, and everything below it, parents first."""
-    root = _look(pid)
-    return [root, *descendants(pid)] if root else []
-
-
-def become_subreaper() -> bool:
-    """Let orphans among our descendants become our children, where the system can do that."""
-    return _control(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-def set_non_dumpable() -> bool:
-    """
-    Close our memory, environment and descriptors to other processes of our user, where the system can.
-
-    Linux then also lets none of them trace us. It still lets them signal us, and root do anything.
-    """
-    return _control(_PR_SET_DUMPABLE, 0)
-
-
-def reap_orphans(known: Container[int]) -> int:
-    """Reap our dead children other than the known ones, which somebody else waits for. Tells how many."""
-    us, reaped = os.getpid(), 0
-    for process in _all():
-        if process.parent == us and process.dead and process.pid not in known:
-            with suppress(ChildProcessError):
-                reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
-    return reaped
-
-
-def _control(option: int, value: int) -> bool:
-    if sys.platform != "linux":
-        return False
-    import ctypes  # noqa: PLC0415 - only who runs scripts pays for it
-
-    return bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)
-
-
-def _last_pid() -> bytes:
-    """Tell the pid that was given out last, in our pid namespace."""
-    try:
-        return Path("/proc/loadavg").read_bytes().rpartition(b" ")[2]
-    except FileNotFoundError:
-        return b""
-
-
-def reap_dead_until(known: Container[int]) -> None:
-    """
-    Reap our dead children in the order in which the system tells them, up to one that is known.
-
-    That takes no look at all processes, so it can be done often.
-    """
-    with suppress(ChildProcessError):
-        while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            if dead.si_pid in known:
-                return
-            os.waitpid(dead.si_pid, os.WNOHANG)
-
-
 def _stop_all(find: Callable[[], list[Process]]) -> list[Process]:
-    # A stopped process forks no more: two rounds are usual, more mean a fork bomb.
+    # Stopped processes cannot fork. Two rounds are usual; more mean a fork bomb.
     stopped: set[tuple[int, int]] = set()
     found: list[Process] = []
-    for _ in range(_ROUNDS):
+    for _ in range(_MAX_ROUNDS):
         found = find()
-        new = [p for p in found if not p.dead and (p.pid, p.started) not in stopped]
+        new = [p for p in found if not p.dead and (p.pid, p.start_time) not in stopped]
         if not new:
             break
-        _signal(new, signal.SIGSTOP)
-        stopped.update((p.pid, p.started) for p in new)
+        _send_signal(new, signal.SIGSTOP)
+        stopped.update((p.pid, p.start_time) for p in new)
     return found
 
 
-def _all() -> Iterable[Process]:
-    """
-    Tell all processes; whatever lives is among them.
-
-    To read them takes time, in which those that end as soon as they have forked can all be missed. So look
-    for new ones, which takes far less, until no pid was given out meanwhile: then nothing was forked.
-    """
-    found: dict[int, Process] = {}
-    for _ in range(_ROUNDS):
-        last = _last_pid()
-        for pid in _pids():
-            known = found.get(pid)
-            # One whose parent was not met may have got another.
-            if (known is None or known.parent not in found) and (process := _look(pid)):
-                found[pid] = process
-        if last == _last_pid():
-            break
-    return found.values()
-
-
-def _pids() -> list[int]:
-    try:
-        names = os.listdir("/proc")  # noqa: PTH208 - ten times the speed of Path.iterdir
-    except FileNotFoundError:
-        return []
-    return [int(name) for name in names if name.isdigit()]
-
-
-def _look(pid: int) -> Process | None:
-    try:
-        with open(f"/proc/{pid}/stat", "rb", 0) as file:  # noqa: PTH123 - twice the speed of Path.read_bytes
-            stat = file.read()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last where others' are hidden
-        return None
-    # The name before it is in brackets, and may contain brackets and spaces.
-    fields = stat[stat.rindex(b")") + 2 :].split()
-    return Process(pid, int(fields[1]), int(fields[19]), fields[0].decode())
-
-
-def is_running(process: Process) -> bool:
-    """Return whether this very process, not a later one of the same number, still runs."""
-    now = _look(process.pid)
-    return now is not None and now.started == process.started and not now.dead
-
-
-def _signal(processes: Iterable[Process], number: signal.Signals) -> None:
+def _send_signal(processes: Iterable[Process], number: signal.Signals) -> None:
     if sys.platform != "linux":
         return
     for process in processes:
@@ -273,3 +231,55 @@ def _signal(processes: Iterable[Process], number: signal.Signals) -> None:
                     signal.pidfd_send_signal(descriptor, number)
             finally:
                 os.close(descriptor)
+
+
+# Reaping them
+
+
+def reap_orphans(exclude: Container[int]) -> int:
+    """Reap all dead children of this process, except excluded ones, and return their number."""
+    reaped = 0
+    for process in _all_processes():
+        if process.parent == os.getpid() and process.dead and process.pid not in exclude:
+            with suppress(ChildProcessError):
+                reaped += os.waitpid(process.pid, os.WNOHANG)[0] != 0
+    return reaped
+
+
+def reap_until_excluded(exclude: Container[int]) -> None:
+    """
+    Reap dead children of this process in the order in which Linux reports them, up to an excluded one.
+
+    Unlike `reap_orphans` this does not read /proc, so it can be called often.
+    """
+    with suppress(ChildProcessError):
+        while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            if dead.si_pid in exclude:
+                return
+            os.waitpid(dead.si_pid, os.WNOHANG)
+
+
+# This process
+
+
+def become_subreaper() -> bool:
+    """Become the parent of orphaned descendants. Return whether the system supports that."""
+    return _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_non_dumpable() -> bool:
+    """
+    Protect memory, environment and descriptors from other processes of the same user.
+
+    Linux then also forbids them to trace this process, but not to signal it; root is not restricted. Returns
+    whether the system supports that.
+    """
+    return _prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _prctl(option: int, value: int) -> bool:
+    if sys.platform != "linux":
+        return False
+    import ctypes  # noqa: PLC0415 - takes time to load, and only processes that run scripts need it
+
+    return bool(ctypes.CDLL(None).prctl(option, value, 0, 0, 0) == 0)

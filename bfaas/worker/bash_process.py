@@ -319,7 +319,7 @@ class BashRun(ProcessProtocol):
     def _reap_orphans(self) -> None:
         # Orphans become children of this process. Dead ones that are not reaped would count towards the
         # script's limit of processes.
-        process_tree.reap_dead_until(self._preexisting_children | {self.transport.pid})
+        process_tree.reap_until_excluded(self._preexisting_children | {self.transport.pid})
         self._reap_timer = self._reactor.callLater(self._REAP_INTERVAL, self._reap_orphans)
 
     # The exit
