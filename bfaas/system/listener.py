@@ -1,4 +1,4 @@
-"""Where a program of ours listens: a Twisted endpoint string, checked, and what is against it in one line."""
+"""The service that listens on the endpoint of a `--listen` or `--metrics` option."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ if TYPE_CHECKING:
     from bfaas.http.server import BoundedSite
 
 _PROXIED = "haproxy:"
-"""Twisted's prefix of endpoints whose connections begin with a header of the PROXY protocol."""
+"""Twisted's prefix for endpoints whose connections start with a PROXY protocol header."""
 
 
 class Listener(Service):
-    """Listens on an endpoint from the service's privileged start to its end."""
+    """Listens on an endpoint from the privileged start of the service until it stops."""
 
     def __init__(self, reactor: Any, option: str, description: str, site: BoundedSite) -> None:
-        """Read an endpoint's description, the value of `option`; raise `StartError` if it is invalid."""
+        """
+        Parse an endpoint description, the value of `option`.
+
+        Raises `StartError` if it is invalid.
+        """
         self._site = site
         self._name = f"{option} {description}"
         self._listening: Deferred[IListeningPort | None] | None = None
         site.proxied = description.startswith(_PROXIED)
         try:
             self._endpoint = serverFromString(reactor, description.removeprefix(_PROXIED))
-        except Exception as error:  # noqa: BLE001 - endpoints are plugins, and raise what they like
+        except Exception as error:  # noqa: BLE001 - endpoints are plugins, which may raise anything
             raise StartError(f"{self._name}: {in_one_line(error)}") from None
         if isinstance(self._endpoint, StandardIOEndpoint):
-            raise StartError(f"{self._name}: not an endpoint that takes connections")
+            raise StartError(f"{self._name}: the endpoint does not accept connections")
 
     def privilegedStartService(self) -> None:
-        """Listen, or raise `StartError`. Twisted's own endpoints fail at once, or not at all."""
+        """Listen. Raises `StartError`. Twisted's own endpoints fail at once, or not at all."""
         failures: list[Failure] = []
         self._listening = maybeDeferred(self._endpoint.listen, self._site).addErrback(failures.append)
         for failure in failures:
@@ -46,13 +50,13 @@ class Listener(Service):
             raise StartError(text if failure.check(CannotListenError) else f"{self._name}: {text}")
 
     def startService(self) -> None:
-        """Listen, unless the privileged start did."""
+        """Listen, unless the privileged start has done so."""
         super().startService()
         if self._listening is None:
             self.privilegedStartService()
 
     def stopService(self) -> Deferred[None]:
-        """Listen no more."""
+        """Stop listening."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:

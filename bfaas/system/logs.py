@@ -1,8 +1,8 @@
 """
-The log: text as Twisted writes it, or JSON, an object a line, for programs that read it; and where it goes.
+The log of a role: Twisted's text format, or JSON with one object per line.
 
-Under twistd its own options say where: `--logfile` (rotated as twistd does), `--syslog`, or `--logger`, whose
-observer replaces ours. Otherwise it is standard output.
+Under twistd, its options choose the destination: `--logfile` (rotated as twistd does), `--syslog`, or
+`--logger`, whose observer replaces ours. Otherwise it is standard output.
 """
 
 from __future__ import annotations
@@ -27,109 +27,75 @@ if TYPE_CHECKING:
 _log = Logger()
 
 
-def _format(text: str) -> str:
+def _log_format(text: str) -> str:
     if text not in ("text", "json"):
         raise ValueError(f"{text!r} is neither text nor json")
     return text
 
 
-LOG_FORMAT = ["log-format", None, "text", "How to write the log: text, or json, an object a line.", _format]
-"""The option that both roles have."""
+LOG_FORMAT = [
+    "log-format",
+    None,
+    "text",
+    "Format of the log: text, or json with one object per line.",
+    _log_format,
+]
+"""The command-line option of all roles."""
 
 
-class Out(Protocol):
-    """Where the text of a log goes."""
-
-    def write(self, text: str, /) -> object:
-        """Write a line, with its end."""
-
-    def flush(self) -> object:
-        """Pass on what was written."""
+def with_logging(service: IService, options: Options, reactor: Any) -> IService:
+    """Return the service in another one that makes twistd write the log as the options say."""
+    return _LoggingService(service, make_observer(options, reactor))
 
 
-class StandardOutput:
+class _LoggingService(MultiService):
+    """Sets the log observer of twistd's application when it is added to it."""
+
+    def __init__(self, service: IService, observer: ILogObserver | None) -> None:
+        super().__init__()
+        self._observer = observer
+        service.setServiceParent(self)
+
+    def setServiceParent(self, parent: Any) -> None:
+        """Add the service to an application."""
+        if self._observer is not None:
+            parent.setComponent(ILogObserver, self._observer)
+        super().setServiceParent(parent)
+
+
+def make_observer(options: Options, reactor: Any) -> ILogObserver | None:
     """
-    Standard output for a log, which never blocks and never fails.
+    Return the observer that writes the log of a role as its options say, or None if twistd has its own.
 
-    A pipe or terminal that takes no more would stop the whole program at the next line. Lines that find no
-    room are dropped, and their number is logged once there is room again. So are those of a full disk.
-    """
-
-    _PIECE = select.PIPE_BUF
-    """Bytes that are written at once: where poll(2) finds a pipe writable, it takes so many."""
-
-    def __init__(self, descriptor: int = 1) -> None:
-        self._descriptor = descriptor
-        self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
-        self._dropped = 0
-        self._cut = False
-
-    def write(self, text: str) -> None:
-        """Write a line, or drop it."""
-        if self._dropped and self._has_room():
-            dropped, self._dropped = self._dropped, 0
-            _log.warn("standard output was full: {dropped} lines of the log were dropped", dropped=dropped)
-        data = text.encode("utf-8", "backslashreplace")
-        if self._cut:
-            data = b"\n" + data
-        whole = len(data)
-        try:
-            while data and self._has_room():
-                data = data[os.write(self._descriptor, data[: self._PIECE]) :]
-        except OSError:
-            pass  # a full disk, a pipe without a reader
-        if data:
-            self._dropped += 1
-        if len(data) < whole:
-            self._cut = bool(data)
-
-    def flush(self) -> None:
-        """Do nothing: what is written has been passed on."""
-
-    def _has_room(self) -> bool:
-        return any(happened & select.POLLOUT for _, happened in self._poll.poll(0))
-
-
-class _Syslog:
-    """Twistd's syslog, for lines that are made already."""
-
-    def __init__(self, prefix: str) -> None:
-        import syslog  # noqa: PLC0415 - a worker that boots for every run does without
-
-        syslog.openlog(prefix)
-        self._write = syslog.syslog
-
-    def write(self, text: str) -> None:
-        self._write(text.rstrip("\n"))
-
-    def flush(self) -> None:
-        """Do nothing: what is written has been passed on."""
-
-
-def observer_of(options: Options, reactor: Any) -> ILogObserver | None:
-    """
-    Make the observer that writes the log of a program of ours, in the format and to the place of its options.
-
-    None where twistd has to make it. Raises `OSError` where the log file cannot be opened.
+    Raises `OSError` if the log file cannot be opened.
     """
     twistd: Mapping[str, Any] = options.parent or {}
     is_json = options.get("log-format") == "json"
     if twistd.get("logger") or (twistd.get("syslog") and not is_json):
         return None
-    out: Any = _out(twistd, reactor)
-    return json_lines(out) if is_json else textFileLogObserver(out)
+    stream: Any = _open_stream(twistd, reactor)
+    return json_observer(stream) if is_json else textFileLogObserver(stream)
 
 
-def is_elsewhere(options: Options) -> bool:
-    """Tell whether the log does not go to standard output."""
+def logs_to_standard_output(options: Options) -> bool:
+    """Return whether the log goes to standard output."""
     twistd: Mapping[str, Any] = options.parent or {}
-    file = twistd.get("logfile")
-    daemon = bool(twistd) and not twistd["nodaemon"]
-    return daemon or bool(twistd.get("logger") or twistd.get("syslog")) or file not in (None, "", "-")
+    is_daemon = bool(twistd) and not twistd["nodaemon"]
+    has_observer = bool(twistd.get("logger") or twistd.get("syslog"))
+    return not is_daemon and not has_observer and twistd.get("logfile") in (None, "", "-")
 
 
-def _out(twistd: Mapping[str, Any], reactor: Any) -> Out:
+class LogStream(Protocol):
+    """A destination of log lines."""
+
+    def write(self, text: str, /) -> object:
+        """Write a line, including its newline."""
+
+    def flush(self) -> object:
+        """Pass on what was written."""
+
+
+def _open_stream(twistd: Mapping[str, Any], reactor: Any) -> LogStream:
     if twistd.get("syslog"):
         return _Syslog(twistd["prefix"])
     name = twistd.get("logfile")
@@ -137,7 +103,7 @@ def _out(twistd: Mapping[str, Any], reactor: Any) -> Out:
         raise ValueError("a daemon cannot log to standard output (--logfile -)")
     if name == "-" or not twistd or (not name and twistd["nodaemon"]):
         return StandardOutput()
-    from twisted.python.logfile import LogFile  # noqa: PLC0415 - a worker by itself does without
+    from twisted.python.logfile import LogFile  # noqa: PLC0415 - a worker without twistd does not need it
 
     file: Any = LogFile.fromFullPath(name or "twistd.log")
     if not signal.getsignal(signal.SIGUSR1):
@@ -146,55 +112,96 @@ def _out(twistd: Mapping[str, Any], reactor: Any) -> Out:
             reactor.callFromThread(file.rotate)
 
         signal.signal(signal.SIGUSR1, rotate)
-    out: Out = file
-    return out
+    stream: LogStream = file
+    return stream
 
 
-def json_lines(out: Out) -> ILogObserver:
+class StandardOutput:
     """
-    Write each event as an object: `time` (RFC 3339), `level`, `from`, `message`, and the event's own fields.
+    A log stream to standard output that never blocks and never fails.
 
-    A field that is neither a number nor a truth value is written as text; a failure has its `traceback`.
+    Otherwise a full pipe or a stopped terminal would block the whole program. Lines without room are dropped,
+    and their number is logged once there is room again; the same applies to a full disk.
+    """
+
+    _CHUNK_SIZE = select.PIPE_BUF
+    """Bytes per write: a pipe that poll(2) reports as writable accepts this many without blocking."""
+
+    def __init__(self, descriptor: int = 1) -> None:
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+        self._dropped = 0
+        self._line_incomplete = False
+
+    def write(self, text: str) -> None:
+        """Write a line, or drop it."""
+        if self._dropped and self._is_writable():
+            dropped, self._dropped = self._dropped, 0
+            _log.warn("standard output was full: {dropped} lines of the log were dropped", dropped=dropped)
+        data = text.encode("utf-8", "backslashreplace")
+        if self._line_incomplete:
+            data = b"\n" + data
+        size = len(data)
+        try:
+            while data and self._is_writable():
+                data = data[os.write(self._descriptor, data[: self._CHUNK_SIZE]) :]
+        except OSError:
+            pass  # a full disk, or a pipe without a reader
+        if data:
+            self._dropped += 1
+        if len(data) < size:
+            self._line_incomplete = bool(data)
+
+    def flush(self) -> None:
+        """Do nothing: `write` does not buffer."""
+
+    def _is_writable(self) -> bool:
+        return any(events & select.POLLOUT for _, events in self._poll.poll(0))
+
+
+class _Syslog:
+    """A log stream to syslog, for lines that are formatted already."""
+
+    def __init__(self, prefix: str) -> None:
+        import syslog  # noqa: PLC0415 - workers usually do not need it
+
+        syslog.openlog(prefix)
+        self._write = syslog.syslog
+
+    def write(self, text: str) -> None:
+        self._write(text.rstrip("\n"))
+
+    def flush(self) -> None:
+        """Do nothing: `write` does not buffer."""
+
+
+def json_observer(stream: LogStream) -> ILogObserver:
+    """
+    Return an observer that writes each event as a JSON object.
+
+    It has `time` (RFC 3339), `level`, `logger`, `message`, and `traceback` if the event has a failure; also
+    the event's own fields, as text unless they are numbers, booleans or null.
     """
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
-        fields = {key: _plain(value) for key, value in event.items() if not key.startswith("log_")}
+        own_fields = {key: _json_value(value) for key, value in event.items() if not key.startswith("log_")}
         level: Any = event.get("log_level", LogLevel.info)
-        told = {
+        fields = {
             "time": datetime.fromtimestamp(event["log_time"], UTC).isoformat(timespec="milliseconds"),
             "level": level.name,
-            "from": event.get("log_namespace", ""),
+            "logger": event.get("log_namespace", ""),
             "message": formatEvent(event),
         }
         if "log_failure" in event:
-            told["traceback"] = event["log_failure"].getTraceback()
-        out.write(json.dumps({**fields, **told}) + "\n")
-        out.flush()
+            fields["traceback"] = event["log_failure"].getTraceback()
+        stream.write(json.dumps({**own_fields, **fields}) + "\n")
+        stream.flush()
 
     observer: ILogObserver = observe
     return observer
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def with_logging(service: IService, options: Options, reactor: Any) -> IService:
-    """Have twistd write the log of a service as its options say."""
-    return _Logged(service, observer_of(options, reactor))
-
-
-class _Logged(MultiService):
-    """Tells twistd's application how to log, as it is made a part of it."""
-
-    def __init__(self, service: IService, observer: ILogObserver | None) -> None:
-        super().__init__()
-        self._observer = observer
-        service.setServiceParent(self)
-
-    def setServiceParent(self, parent: Any) -> None:
-        """Join an application."""
-        if self._observer is not None:
-            parent.setComponent(ILogObserver, self._observer)
-        super().setServiceParent(parent)

@@ -1,7 +1,7 @@
 """
-What a role needs of the process it is: its settings, a steady clock, an exit status, an end.
+The process of a role or of a command at run time: options, settings, reactor, signals, and its end.
 
-Only composition roots (`makeService`) and the `bfaas` command call this.
+Only composition roots (`makeService`) and the `bfaas` command use this module.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from bfaas import __version__
 from bfaas.settings import SettingsError
-from bfaas.system.logs import is_elsewhere, observer_of
+from bfaas.system.logs import logs_to_standard_output, make_observer
 from bfaas.system.startup import StartError, in_one_line, prepare_role, report_errors_in_one_line
 from bfaas.system.stdio import end_by_signal, write_output
 
@@ -35,23 +35,31 @@ if TYPE_CHECKING:
     from twisted.application.service import IService
     from twisted.python.failure import Failure
 
-S = TypeVar("S")
+T = TypeVar("T")
 
-_MAX_FILES = 1 << 14
-"""Open files that are enough; where Linux allows a thousand million, some programs go through them all."""
+_MAX_OPEN_FILES = 1 << 14
+"""
+The limit of open files is not raised above this. Where Linux allows a billion, programs that close all
+possible descriptors take long.
+"""
 
-_FILES_EACH = 3
-_OTHER_FILES = 64
-_FEWEST_CONNECTIONS = 8
+_FILES_PER_CONNECTION = 3
+"""The connection, its body, and the connection to a worker."""
+
+_SPARE_FILES = 64
+_MIN_CONNECTIONS = 8
+
+
+# Options and settings of roles
 
 
 class RoleOptions(Options):
-    """Command-line options of a program of ours, `role`. A usage error is one line, and exit code 1."""
+    """Command-line options of a role. A usage error is one line on standard error, with exit code 1."""
 
     role: str
 
     def parseOptions(self, options: Any = None) -> None:
-        """Read the options."""
+        """Parse the options, or exit."""
         try:
             super().parseOptions(options)
         except UsageError as error:
@@ -65,100 +73,91 @@ class RoleOptions(Options):
 
 def check_options(options: RoleOptions) -> None:
     """
-    Have errors reported where the options say that the log goes, too.
+    Check twistd's options, and report start errors to the log, too, if it is not standard output.
 
-    Raise `StartError` where twistd would itself log a traceback.
+    Raises `StartError` where twistd would log a traceback.
     """
-    report_errors_in_one_line(options.role, logged=is_elsewhere(options))
+    report_errors_in_one_line(options.role, log=not logs_to_standard_output(options))
     twistd: Mapping[str, Any] = options.parent or {}
     pid_file = twistd.get("pidfile")
     if pid_file and not os.access(Path(pid_file).parent, os.W_OK | os.X_OK):
         raise StartError(f"--pidfile {pid_file}: no such directory, or it is not writable")
 
 
-def reset_signals() -> None:
-    """
-    Undo what the parent has set that keeps us from our children's ends and from signals.
-
-    While SIGCHLD is ignored, the kernel keeps no exit status of a child: all seem to end with 0.
-    """
-    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], S]) -> S:
-    """Read the environment; where it is wrong, say so in one line a variable, and exit with 1."""
+def settings_or_exit(role: str, load: Callable[[Mapping[str, str]], T]) -> T:
+    """Load settings from the environment. If they are invalid, print one line per problem and exit with 1."""
     try:
         return load(os.environ)
     except SettingsError as error:
         raise SystemExit("\n".join(f"{role}: {problem}" for problem in error.problems)) from None
 
 
+# The reactor of roles
+
+
 def configure_reactor(reactor: Any) -> None:
     """
-    Make the reactor's time steady, SIGTERM, SIGINT and SIGHUP an ordinary end, and room for connections.
+    Configure signals, the reactor's clock, and the limit of open files. Call this before scheduling anything.
 
-    SIGHUP, a terminal's end, stays ignored where it is at the start (nohup).
+    SIGTERM, SIGINT and SIGHUP stop the reactor, and the exit code is then 0, as service managers expect.
+    With Twisted's own handlers, the process would end by the signal (exit code 143). If SIGHUP is ignored at
+    the start, as with nohup, it stays ignored.
 
-    Twisted's reactor counts in wall-clock time, so that a clock that is set back by an hour would
-    lengthen every deadline by an hour. And it ends a signalled process by that signal (status 143), where
-    service managers expect 0 of one that ended in order. Call it before anything is scheduled.
+    The clock becomes monotonic. Twisted's is the wall clock, so that setting it back by an hour would extend
+    every deadline by an hour.
     """
-    reset_signals()
+    _reset_inherited_signals()
     reactor.seconds = time.monotonic
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_FILES)), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, _MAX_OPEN_FILES)), hard))
 
     def stop(*_: object) -> None:
         reactor.callFromThread(_stop, reactor)
 
-    def take_signals() -> None:
+    def on_running() -> None:
         signal.signal(signal.SIGTERM, stop)
         signal.signal(signal.SIGINT, stop)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
             signal.signal(signal.SIGHUP, stop)
-
-    def run() -> None:
-        take_signals()
         sys.excepthook = sys.__excepthook__
 
-    # The reactor installs its own handlers as it starts to run.
-    reactor.callWhenRunning(run)
+    # The reactor installs its own handlers when it starts to run.
+    reactor.callWhenRunning(on_running)
 
 
-def max_connections(others: int = 0) -> int:
+def _reset_inherited_signals() -> None:
+    """Undo signal settings of the parent process that hide exit statuses of children, or block signals."""
+    # While SIGCHLD is ignored, Linux discards exit statuses, and all children seem to exit with 0.
+    if signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def max_connections(other_files: int = 0) -> int:
     """
-    Return how many connections fit into the files that may be open, of which each can need three.
+    Return how many connections the limit of open files allows, besides `other_files`.
 
-    They are the connection, its body, and the connection to its worker. `others` are files that are needed
-    besides, and some more are left. Raise `StartError` where next to none would fit.
+    Raises `StartError` if it allows hardly any.
     """
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    others += _OTHER_FILES
-    room = (limit - others) // _FILES_EACH
-    if room < _FEWEST_CONNECTIONS:
-        least = others + _FILES_EACH * _FEWEST_CONNECTIONS
-        raise StartError(f"{limit} open files (ulimit -n) are too few: at least {least} are needed")
-    return room
-
-
-def _stop(reactor: Any) -> None:
-    # A second signal finds it stopping already.
-    with suppress(ReactorNotRunning):
-        reactor.stop()
+    other_files += _SPARE_FILES
+    connections = (limit - other_files) // _FILES_PER_CONNECTION
+    if connections < _MIN_CONNECTIONS:
+        minimum = other_files + _FILES_PER_CONNECTION * _MIN_CONNECTIONS
+        raise StartError(f"{limit} open files (ulimit -n) are too few: at least {minimum} are needed")
+    return connections
 
 
 def run_service(options: RoleOptions, make_service: Callable[[Any, Any], IService]) -> None:
-    """Run a role without twistd, whose start-up a worker that boots for every run can do without."""
+    """Run a role without twistd, which takes longer to start than a worker should."""
     prepare_role(options.role)
     options.parseOptions()
     check_options(options)
     from twisted.internet import reactor  # noqa: PLC0415 - importing it installs it
 
     service = make_service(options, reactor)
-    observer = observer_of(options, reactor)
-    assert observer is not None  # noqa: S101 - only twistd makes another
+    observer = make_observer(options, reactor)
+    assert observer is not None  # noqa: S101 - it is None only under twistd
     globalLogBeginner.beginLoggingTo([observer], redirectStandardIO=False)
     service.privilegedStartService()
     service.startService()
@@ -166,76 +165,14 @@ def run_service(options: RoleOptions, make_service: Callable[[Any, Any], IServic
     reactor.run()
 
 
-class _EndingSignals:
-    """
-    SIGHUP, SIGINT and SIGTERM while a command's reactor runs: blocked, then handled, then as before.
-
-    They are blocked at first because the reactor, when it starts, installs handlers of its own.
-    """
-
-    _NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.caught: list[int] = []
-        self._before = {number: signal.getsignal(number) for number in self._NUMBERS}
-
-    def __enter__(self) -> Self:
-        signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
-        return self
-
-    def handle(self, on_signal: Callable[[], object]) -> None:
-        """Note each of them in `caught`, and call `on_signal`; but those that are ignored stay ignored."""
-
-        def take(number: int, _: object) -> None:
-            self.caught.append(number)
-            on_signal()
-
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else take)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
-        self.end_if_caught()
-
-    def end_if_caught(self) -> None:
-        """End the process by the first that was caught."""
-        if self.caught:
-            end_by_signal(self.caught[0])
-
-
-def run_with_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, S]]) -> S:
-    """
-    Do a command's work in a reactor, and return its result or raise its exception.
-
-    SIGHUP, SIGINT and SIGTERM cancel the work. Once it has cleaned up, the process ends by that signal. Those
-    that are ignored stay ignored. A process can call this once.
-    """
-    done: list[S] = []
-    failed: list[Exception] = []
-
-    async def run(reactor: Any) -> None:
-        running = Deferred.fromCoroutine(work(reactor))
-        reactor.callWhenRunning(signals.handle, lambda: reactor.callFromThread(running.cancel))
-        try:
-            done.append(await running)
-        except Exception as error:  # noqa: BLE001 - the caller's
-            failed.append(error)
-        # At once: as it stops, the reactor waits for names that are still being resolved.
-        signals.end_if_caught()
-
-    with _EndingSignals() as signals, suppress(SystemExit):
-        react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
-    if failed:
-        raise failed[0]
-    return done[0]
+def stop_at_end_of_input(reactor: Any) -> None:
+    """Stop the reactor at the end of standard input, which comes when the process at its other end dies."""
+    reactor.callWhenRunning(reactor.addReader, _EndOfInput(reactor))
 
 
 @implementer(IReadDescriptor)
 class _EndOfInput:
-    """Watches standard input, which somebody else holds open, for its end."""
+    """Reads and discards standard input, and stops the reactor at its end."""
 
     def __init__(self, reactor: Any) -> None:
         self._reactor = reactor
@@ -255,6 +192,76 @@ class _EndOfInput:
         _stop(self._reactor)
 
 
-def stop_at_end_of_input(reactor: Any) -> None:
-    """Stop the reactor when standard input ends, as it does when the process that holds it dies."""
-    reactor.callWhenRunning(reactor.addReader, _EndOfInput(reactor))
+def _stop(reactor: Any) -> None:
+    with suppress(ReactorNotRunning):  # a second signal, or the end of input after a signal
+        reactor.stop()
+
+
+# The reactor of commands
+
+
+def run_with_reactor(work: Callable[[Any], Coroutine[Deferred[Any], Any, T]]) -> T:
+    """
+    Run a command's work in a reactor, and return its result or raise its exception.
+
+    SIGHUP, SIGINT and SIGTERM cancel the work, and the process ends by the signal after the cleanup. Signals
+    that are ignored stay ignored. A process can call this only once.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    async def run(reactor: Any) -> None:
+        running = Deferred.fromCoroutine(work(reactor))
+        reactor.callWhenRunning(signals.handle, lambda: reactor.callFromThread(running.cancel))
+        try:
+            results.append(await running)
+        except Exception as error:  # noqa: BLE001 - the caller handles it
+            errors.append(error)
+        # Before the reactor stops, which would wait for name resolutions that are still running.
+        signals.end_if_caught()
+
+    with _TerminationSignals() as signals, suppress(SystemExit):
+        react(lambda reactor: Deferred.fromCoroutine(run(reactor)))
+    if errors:
+        raise errors[0]
+    return results[0]
+
+
+class _TerminationSignals:
+    """
+    SIGHUP, SIGINT and SIGTERM while a command's reactor runs: first blocked, then handled, finally restored.
+
+    They are blocked at first because the reactor installs its own handlers when it starts.
+    """
+
+    _NUMBERS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._caught: list[int] = []
+        self._original = {number: signal.getsignal(number) for number in self._NUMBERS}
+
+    def __enter__(self) -> Self:
+        signal.pthread_sigmask(signal.SIG_BLOCK, self._NUMBERS)
+        return self
+
+    def handle(self, on_signal: Callable[[], object]) -> None:
+        """Record each of the signals, and call `on_signal`. Signals that are ignored stay ignored."""
+
+        def record(number: int, _: object) -> None:
+            self._caught.append(number)
+            on_signal()
+
+        for number, handler in self._original.items():
+            signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else record)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._original.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self._NUMBERS)
+        self.end_if_caught()
+
+    def end_if_caught(self) -> None:
+        """End the process by the first signal that was caught, if any."""
+        if self._caught:
+            end_by_signal(self._caught[0])

@@ -1,8 +1,8 @@
 """
-Standard streams and signals of the `bfaas` command, treated as coreutils treat theirs.
+Standard streams and signals of the `bfaas` command, which behaves like coreutils.
 
-Output is written to descriptors, not through `sys.stdout`: with PYTHONUNBUFFERED that writes short without an
-error, and where the descriptor does not block it raises in the middle.
+Output is written to descriptors instead of `sys.stdout`, which loses data: with PYTHONUNBUFFERED it ignores
+short writes, and with a non-blocking descriptor it raises an error in the middle of the data.
 """
 
 from __future__ import annotations
@@ -17,49 +17,46 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from bfaas.system.startup import open_standard_descriptors
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 MAX_INPUT = 64 * 1024 * 1024
-"""Bytes that are read of a script or of its standard input; the default limit of coordinators is 1 MiB."""
+"""Largest script or standard input in bytes. The default limit of coordinators is 1 MiB."""
 
-_PIECE = 1024 * 1024
+_READ_SIZE = 1024 * 1024
 
 _MAX_QUEUED = 1024 * 1024
-"""Bytes of output above which the source is paused; it is resumed below half of them."""
+"""Bytes of queued output above which the source is paused. It is resumed below half of this."""
 
 
 class OutputError(Exception):
-    """Output cannot be written; the message is the reason. A reader that left is a `BrokenPipeError`."""
+    """Output cannot be written; the message is the reason. A closed pipe is a `BrokenPipeError` instead."""
 
 
 class InputError(Exception):
-    """Input cannot be read; the message is one line that begins with the input's name."""
+    """Input cannot be read; the message is one line that starts with the input's name."""
 
 
 def prepare_command() -> None:
     """
-    Prepare the process, before anything else is opened.
+    Prepare the process of a command. Call this before any file is opened.
 
-    Descriptors 0 to 2 are opened on /dev/null where they are closed, so that no socket takes their place;
-    Python has set their streams to None. SIGINT ends the process as it does in C, instead of with a
-    `KeyboardInterrupt`, but stays ignored if it was ignored at start (`nohup`, a background job).
+    Streams of closed descriptors stay None, so that their use is an error. SIGINT ends the process as in C,
+    without a `KeyboardInterrupt`, unless it is ignored at the start (`nohup`, a background job).
     """
-    for fd in range(3):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    open_standard_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def end_by_signal(number: int) -> NoReturn:
     """
-    End the process by a signal's default action, so that a shell which runs it in a loop ends the loop.
+    End the process by a signal's default action, so that a shell also ends a loop around it.
 
     See https://www.cons.org/cracauer/sigint.html. The first process of a PID namespace has no default
-    actions: there, `SystemExit` with 128 + `number` is raised.
+    actions; there, this raises `SystemExit` with 128 + `number`.
     """
     signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
@@ -68,40 +65,38 @@ def end_by_signal(number: int) -> NoReturn:
 
 
 def read_input() -> bytes:
-    """Read standard input up to its end. Raises `InputError`."""
+    """Read standard input to its end. Raises `InputError`."""
     if sys.stdin is None:
         raise InputError("standard input: is closed")
     return _read("standard input", sys.stdin.fileno, close=False)
 
 
 def read_line() -> bytes:
-    """Read a line of standard input: b"" at its end, or if it cannot be read."""
+    """Read a line of standard input. Return b"" at its end, or if it cannot be read."""
     line = b""
     with suppress(OSError):
         while (
-            sys.stdin is not None
-            and not line.endswith(b"\n")
-            and (byte := _read_piece(sys.stdin.fileno(), 1))
+            sys.stdin is not None and not line.endswith(b"\n") and (byte := _read_some(sys.stdin.fileno(), 1))
         ):
             line += byte
     return line
 
 
 def read_file(path: str) -> bytes:
-    """Read a file, which may be a FIFO, up to its end. Raises `InputError`."""
+    """Read a file, which may be a FIFO, to its end. Raises `InputError`."""
     return _read(path, lambda: os.open(path, os.O_RDONLY), close=True)
 
 
 def _read(name: str, open_: Callable[[], int], *, close: bool) -> bytes:
     pieces: list[bytes] = []
-    room = MAX_INPUT
+    remaining = MAX_INPUT
     try:
         fd = open_()
         try:
-            while piece := _read_piece(fd):
+            while piece := _read_some(fd):
                 pieces.append(piece)
-                room -= len(piece)
-                if room < 0:
+                remaining -= len(piece)
+                if remaining < 0:
                     raise InputError(f"{name}: larger than {MAX_INPUT >> 20} MiB")
         finally:
             if close:
@@ -111,8 +106,8 @@ def _read(name: str, open_: Callable[[], int], *, close: bool) -> bytes:
     return b"".join(pieces)
 
 
-def _read_piece(fd: int, size: int = _PIECE) -> bytes:
-    """Read what there is, waiting for it also where the descriptor does not block; b"" is the end."""
+def _read_some(fd: int, size: int = _READ_SIZE) -> bytes:
+    """Read what is available, and wait for it even if the descriptor is non-blocking. b"" is the end."""
     while True:
         try:
             return os.read(fd, size)
@@ -128,15 +123,15 @@ def _wait(fd: int, event: int) -> None:
 
 def write_all(fd: int, data: bytes) -> None:
     """
-    Write all of it, waiting for room also where the descriptor does not block.
+    Write all data, and wait even if the descriptor is non-blocking.
 
-    Raises `BrokenPipeError` if the reader has left, `OutputError` for all else.
+    Raises `BrokenPipeError` if the reader has closed the pipe, and `OutputError` for all other errors.
     """
-    left = memoryview(data)
+    remaining = memoryview(data)
     try:
-        while left:
+        while remaining:
             try:
-                left = left[os.write(fd, left) :]
+                remaining = remaining[os.write(fd, remaining) :]
             except BlockingIOError:
                 _wait(fd, select.POLLOUT)
     except BrokenPipeError:
@@ -146,14 +141,14 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def write_output(text: str) -> None:
-    """Write to standard output, all of it. Raises `BrokenPipeError` and `OutputError`."""
+    """Write all of the text to standard output. Raises `BrokenPipeError` and `OutputError`."""
     if sys.stdout is None:
         raise OutputError(os.strerror(errno.EBADF))
     _write(sys.stdout, text)
 
 
 def write_error(text: str) -> None:
-    """Write to standard error, if that is possible: there is no other place to report that it is not."""
+    """Write to standard error, and ignore errors, which could not be reported anywhere."""
     if sys.stderr is not None:
         with suppress(BrokenPipeError, OutputError):
             _write(sys.stderr, text)
@@ -162,7 +157,7 @@ def write_error(text: str) -> None:
 def _write(stream: TextIO, text: str) -> None:
     try:
         fd = stream.fileno()
-    except OSError:  # `contextlib.redirect_stdout` and the like: a stream without a descriptor
+    except OSError:  # a stream without a descriptor, for example of `contextlib.redirect_stdout`
         stream.write(text)
     else:
         write_all(fd, text.encode(errors="backslashreplace"))
@@ -170,14 +165,14 @@ def _write(stream: TextIO, text: str) -> None:
 
 class QueuedWriter:
     """
-    Writes to descriptors in the order of the calls, in a thread of its own.
+    Writes to descriptors from a thread of its own, in the order of the calls.
 
-    The reactor's thread must not wait for a reader: it could not take a signal meanwhile. Polling is not
-    enough, as a terminal with room for one byte is writable and a write of two blocks. Nor can the descriptor
-    be set not to block, as other processes share that setting.
+    The reactor's thread must not block on a slow reader, or it could not handle signals. Polling is not
+    enough: a terminal with room for one byte is writable, but a write of two bytes blocks. The descriptor
+    cannot be made non-blocking either, because other processes share that flag.
 
-    `pause` and `resume` are called for back-pressure. `on_error` is called once, with `BrokenPipeError` or
-    `OutputError`; nothing is written after that.
+    `pause` and `resume` apply back-pressure to the source. `on_error` is called once, with `BrokenPipeError`
+    or `OutputError`, and nothing is written after that.
     """
 
     def __init__(
@@ -192,27 +187,27 @@ class QueuedWriter:
         self._resume = resume
         self._on_error = on_error
         self._queue: SimpleQueue[tuple[int, bytes] | Callable[[], object]] = SimpleQueue()
-        self._queued = 0
+        self._queued_bytes = 0
         self._paused = False
         self._failed = False
-        # A thread that waits for a reader must not hold up the end of the process.
-        Thread(target=self._work, daemon=True).start()
+        # A daemon thread, so that a blocked write does not keep the process from exiting.
+        Thread(target=self._run, daemon=True).start()
 
     def write(self, fd: int, data: bytes) -> None:
-        """Queue bytes for a descriptor."""
+        """Queue data for a descriptor."""
         if self._failed or not data:
             return
-        self._queued += len(data)
+        self._queued_bytes += len(data)
         self._queue.put((fd, data))
-        if self._queued > _MAX_QUEUED and not self._paused:
+        if self._queued_bytes > _MAX_QUEUED and not self._paused:
             self._paused = True
             self._pause()
 
     def finish(self, on_written: Callable[[], object]) -> None:
-        """Have `on_written` called, in the reactor's thread, once all is written; after an error, never."""
+        """Call `on_written` in the reactor's thread after all data is written; never after an error."""
         self._queue.put(on_written)
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         while True:
             item = self._queue.get()
             if not isinstance(item, tuple):
@@ -224,11 +219,11 @@ class QueuedWriter:
             except (BrokenPipeError, OutputError) as error:
                 self._reactor.callFromThread(self._fail, error)
                 return
-            self._reactor.callFromThread(self._written, len(data))
+            self._reactor.callFromThread(self._on_written, len(data))
 
-    def _written(self, size: int) -> None:
-        self._queued -= size
-        if self._paused and self._queued < _MAX_QUEUED // 2:
+    def _on_written(self, size: int) -> None:
+        self._queued_bytes -= size
+        if self._paused and self._queued_bytes < _MAX_QUEUED // 2:
             self._paused = False
             self._resume()
 

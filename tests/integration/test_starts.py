@@ -118,7 +118,7 @@ class ErrorTests(StartTestCase):
             "ssl:0:privateKey=/nonexistent": "--listen ssl:.*No such file|--listen ssl:.*OpenSSL",
             "systemd:domain=INET:index=0": "--listen systemd:",
             "haproxy:tcp:foo": "--listen haproxy:tcp:foo: invalid literal",
-            "stdio:": "--listen stdio:: not an endpoint that takes connections",
+            "stdio:": "--listen stdio:: the endpoint does not accept connections",
         }
         for endpoint, line in listens.items():
             yield (*COORD, "--listen", endpoint), MOCK, line

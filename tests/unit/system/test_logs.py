@@ -1,4 +1,4 @@
-"""The log as JSON: each event an object on a line of its own."""
+"""The log in JSON format, and the option that chooses the format."""
 
 from __future__ import annotations
 
@@ -11,41 +11,43 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas import basher, coord
-from bfaas.system.logs import json_lines
+from bfaas.system.logs import json_observer
 
 
-class JsonLinesTests(SynchronousTestCase):
+class JsonObserverTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.out = StringIO()
+        self.stream = StringIO()
         publisher = LogPublisher()
-        publisher.addObserver(json_lines(self.out))
+        publisher.addObserver(json_observer(self.stream))
         self.log = Logger("a.name", observer=publisher)
 
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.getvalue().splitlines()]
+    def objects(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
 
-    def test_an_event_is_a_line_with_its_fields(self) -> None:
+    def test_event_is_one_line_with_its_fields(self) -> None:
         self.log.info("run {run} took {ms} ms: {error}", run="ab", ms=3, error=ValueError("two\nlines"))
 
-        [told] = self.lines()
-        self.assertRegex(told.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00$")
+        [fields] = self.objects()
+        self.assertRegex(fields.pop("time"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00$")
         message = "run ab took 3 ms: two\nlines"
-        expected = {"level": "info", "from": "a.name", "message": message, "run": "ab", "ms": 3}
-        self.assertEqual({**expected, "error": "two\nlines"}, told)
+        expected = {"level": "info", "logger": "a.name", "message": message, "run": "ab", "ms": 3}
+        self.assertEqual({**expected, "error": "two\nlines"}, fields)
 
-    def test_fields_do_not_hide_what_each_line_has(self) -> None:
+    def test_own_fields_of_an_event_do_not_replace_common_fields(self) -> None:
         self.log.error("{time} {message}", time="never", message="none")
-        [told] = self.lines()
-        self.assertEqual(("error", "never none"), (told["level"], told["message"]))
-        self.assertNotEqual("never", told["time"])
+        [fields] = self.objects()
+        self.assertEqual(("error", "never none"), (fields["level"], fields["message"]))
+        self.assertNotEqual("never", fields["time"])
 
-    def test_a_failure_has_its_traceback(self) -> None:
-        self.log.failure("in a test", Failure(KeyError("gone")))
-        [told] = self.lines()
-        self.assertEqual(("critical", "in a test"), (told["level"], told["message"]))
-        self.assertIn("KeyError: 'gone'", told["traceback"])
+    def test_failure_has_its_traceback(self) -> None:
+        self.log.failure("in a test", Failure(KeyError("missing")))
+        [fields] = self.objects()
+        self.assertEqual(("critical", "in a test"), (fields["level"], fields["message"]))
+        self.assertIn("KeyError: 'missing'", fields["traceback"])
 
-    def test_there_are_no_other_formats(self) -> None:
+
+class LogFormatTests(SynchronousTestCase):
+    def test_unknown_formats_are_usage_errors(self) -> None:
         for role in (basher, coord):
             options: Any = role.Options()
             options.parseOptions(["--log-format", "json"])

@@ -1,4 +1,4 @@
-"""What a role makes of the process it is."""
+"""The limit of open files of a role, and how many connections it allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ print(*resource.getrlimit(resource.RLIMIT_NOFILE), max_connections())
 
 
 class OpenFileTests(SynchronousTestCase):
-    def test_a_role_may_open_what_it_is_allowed_and_not_without_end(self) -> None:
+    def test_soft_limit_is_raised_up_to_a_maximum(self) -> None:
         cases = {
             (256, 4096): (4096, 4096, 1344),
             (256, 256): (256, 256, 64),
@@ -27,12 +27,12 @@ class OpenFileTests(SynchronousTestCase):
         }
         for (soft, hard), expected in cases.items():
             command = ["prlimit", f"--nofile={soft}:{hard}", sys.executable, "-c", PROGRAM]
-            said = subprocess.run(command, check=True, capture_output=True).stdout
-            self.assertEqual(expected, tuple(map(int, said.split())))
+            output = subprocess.run(command, check=True, capture_output=True).stdout
+            self.assertEqual(expected, tuple(map(int, output.split())))
 
-    def test_where_next_to_no_connection_would_fit_it_says_what_is_needed(self) -> None:
+    def test_limit_that_allows_hardly_any_connection_is_a_start_error(self) -> None:
         command = ["prlimit", "--nofile=64:80", sys.executable, "-c", PROGRAM]
-        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        completed = subprocess.run(command, check=False, capture_output=True, text=True)
         self.assertIn(
-            "StartError: 80 open files (ulimit -n) are too few: at least 88 are needed", done.stderr
+            "StartError: 80 open files (ulimit -n) are too few: at least 88 are needed", completed.stderr
         )
