@@ -1,22 +1,15 @@
+"""Settings from environment variables: defaults, values, and the lines of invalid ones."""
+
 from __future__ import annotations
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.settings import ApiSettings, BasherSettings, CoordSettings, FlySettings, SettingsError
 from bfaas.tokens import Signer, genkey
-from bfaas.units import _nanoseconds, parse_duration, parse_size
-
-MICROSECOND = 1_000
-MILLISECOND = 1_000_000
-SECOND = 1_000_000_000
-MINUTE = 60 * SECOND
-HOUR = 60 * MINUTE
 
 PAIR = genkey()
 
-# The least that each role needs.
+# The required variables of each role.
 MOCK = {"MAXREQTIME": "10s", "WORKER_APP": "mock"}
 FLY = {
     "WORKER_IMAGE": "registry/basher:1",
@@ -30,122 +23,6 @@ FLY = {
 BASHER = {"PUBLIC": PAIR.public, "FLY_MACHINE_ID": "3d8d9d"}
 
 
-class ParseDurationTests(SynchronousTestCase):
-    """What Go reads and refuses is taken from the two tables of its own time/time_test.go."""
-
-    def test_it_reads_what_go_reads(self) -> None:
-        expected = {
-            "0": 0,
-            "5s": 5 * SECOND,
-            "30s": 30 * SECOND,
-            "1478s": 1478 * SECOND,
-            "-5s": -5 * SECOND,
-            "+5s": 5 * SECOND,
-            "-0": 0,
-            "+0": 0,
-            "5.0s": 5 * SECOND,
-            "5.6s": 5 * SECOND + 600 * MILLISECOND,
-            "5.s": 5 * SECOND,
-            ".5s": 500 * MILLISECOND,
-            "1.0s": SECOND,
-            "1.00s": SECOND,
-            "1.004s": SECOND + 4 * MILLISECOND,
-            "1.0040s": SECOND + 4 * MILLISECOND,
-            "100.00100s": 100 * SECOND + MILLISECOND,
-            "10ns": 10,
-            "11us": 11 * MICROSECOND,
-            "12\u00b5s": 12 * MICROSECOND,
-            "12\u03bcs": 12 * MICROSECOND,
-            "13ms": 13 * MILLISECOND,
-            "14s": 14 * SECOND,
-            "15m": 15 * MINUTE,
-            "16h": 16 * HOUR,
-            "3h30m": 3 * HOUR + 30 * MINUTE,
-            "10.5s4m": 4 * MINUTE + 10 * SECOND + 500 * MILLISECOND,
-            "-2m3.4s": -(2 * MINUTE + 3 * SECOND + 400 * MILLISECOND),
-            "1h2m3s4ms5us6ns": HOUR + 2 * MINUTE + 3 * SECOND + 4 * MILLISECOND + 5 * MICROSECOND + 6,
-            "39h9m14.425s": 39 * HOUR + 9 * MINUTE + 14 * SECOND + 425 * MILLISECOND,
-            "52763797000ns": 52763797000,
-            "0.3333333333333333333h": 20 * MINUTE,
-            "9007199254740993ns": 2**53 + 1,
-            "9223372036854775807ns": 2**63 - 1,
-            "9223372036854775.807us": 2**63 - 1,
-            "9223372036s854ms775us807ns": 2**63 - 1,
-            "-9223372036854775808ns": -(2**63),
-            "-9223372036854775.808us": -(2**63),
-            "-9223372036s854ms775us808ns": -(2**63),
-            "-2562047h47m16.854775808s": -(2**63),
-            "0.100000000000000000000h": 6 * MINUTE,
-            "0.830103483285477580700h": 49 * MINUTE + 48 * SECOND + 372539827,
-        }
-        self.assertEqual(expected, {text: _nanoseconds(text) for text in expected})
-
-    def test_it_refuses_what_go_refuses(self) -> None:
-        # Where Go's cases hold bytes that are not UTF-8, these hold what Python reads them as.
-        bad = [
-            "", "3", "-", "s", ".", "-.", ".s", "+.s", "1d", "\x85\x85", "\udc85\udc85", "\xffff", "\udcffff",
-            "hello \xffff world", "\ufffd", "\ufffd hello \ufffd world",
-            "9223372036854775810ns", "9223372036854775808ns", "-9223372036854775809ns", "9223372036854776us",
-            "3000000h", "9223372036854775.808us", "9223372036854ms775us808ns",
-        ]  # fmt: skip
-        self.assert_refused(bad)
-
-    def test_it_refuses_what_is_nearly_a_duration(self) -> None:
-        bad = [
-            " 5s", "5s ", "5 s", "5s\n", "5S", "5sec", "5s5", "5s.", "--5s", "5s-5s", "00", "0.0", "0.",
-            "1.2.3s", "1,5s", "1e3s", "1_0s", "0x1s", "\u0665s", "1\u00b5", "5s0", "inf", "nan",
-            "1" * 5000 + "ns",
-        ]  # fmt: skip
-        self.assert_refused(bad)
-
-    def assert_refused(self, bad: list[str]) -> None:
-        for text in bad:
-            error = self.assertRaises(ValueError, parse_duration, text)
-            self.assertEqual(1, len(str(error).splitlines()), text)
-
-    def test_any_number_of_zeros_makes_no_difference(self) -> None:
-        zeros = "0" * 5000
-        self.assertEqual(1, _nanoseconds(f"{zeros}1ns"))
-        self.assertEqual(0, _nanoseconds(f".{zeros}1h"))
-        self.assertEqual(SECOND, _nanoseconds(f"1.{zeros}s"))
-
-    def test_it_is_in_seconds(self) -> None:
-        expected = {"10s": 10.0, "1m30s": 90.0, "1.5h": 5400.0, "250ms": 0.25, "-1ns": -1e-9, "0": 0.0}
-        self.assertEqual(expected, {text: parse_duration(text) for text in expected})
-
-    @settings(deadline=None)
-    @given(st.text() | st.text("0123456789.hmsnuµμ+-"))
-    def test_whatever_the_text_the_answer_is_in_range_or_a_value_error(self, text: str) -> None:
-        try:
-            nanoseconds = _nanoseconds(text)
-        except ValueError:
-            return
-        self.assertTrue(-(2**63) <= nanoseconds < 2**63)
-
-    @settings(deadline=None)
-    @given(st.integers(-(2**63), 2**63 - 1))
-    def test_every_number_of_nanoseconds_can_be_written(self, nanoseconds: int) -> None:
-        self.assertEqual(nanoseconds, _nanoseconds(f"{nanoseconds}ns"))
-
-
-class ParseSizeTests(SynchronousTestCase):
-    def test_it_reads_units_of_both_kinds(self) -> None:
-        expected = {
-            "0": 0, "1024": 1024, "007": 7, "10B": 10, "2kB": 2_000, "2KB": 2_000, "3MB": 3_000_000,
-            "4GB": 4_000_000_000, "64 KiB": 65_536, "1MiB": 1_048_576, "2GiB": 2_147_483_648,
-        }  # fmt: skip
-        self.assertEqual(expected, {text: parse_size(text) for text in expected})
-
-    def test_it_refuses_all_else(self) -> None:
-        bad = (
-            "", " ", "B", "MiB", "-1", "+1", "1.5MiB", "1_000", "1,000", "1  MiB", "1\tMiB", "1MiB1",
-            "1 ", " 1", "1\n", "1M", "1k", "1kib", "1mb", "1TiB", "0x10", "1e3", "\u0661", "1" * 5000,
-        )  # fmt: skip
-        for text in bad:
-            error = self.assertRaises(ValueError, parse_size, text)
-            self.assertEqual(1, len(str(error).splitlines()), text)
-
-
 class CoordSettingsTests(SynchronousTestCase):
     def problems(self, environ: dict[str, str]) -> tuple[str, ...]:
         error = self.assertRaises(SettingsError, CoordSettings.from_environment, environ)
@@ -154,7 +31,7 @@ class CoordSettingsTests(SynchronousTestCase):
             self.assertEqual(1, len(line.splitlines()), line)
         return tuple(error.problems)
 
-    def test_mock_needs_little_and_has_defaults(self) -> None:
+    def test_defaults_with_local_machines(self) -> None:
         found = CoordSettings.from_environment(MOCK)
 
         expected = CoordSettings(
@@ -177,20 +54,20 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, found)
 
-    def test_mock_makes_a_new_pair_each_time(self) -> None:
+    def test_local_machines_get_a_new_key_each_time(self) -> None:
         first, second = (CoordSettings.from_environment(MOCK).signer for _ in range(2))
 
         self.assertNotEqual(first.public, second.public)
 
-    def test_mock_takes_what_it_is_given(self) -> None:
-        given = {"PRIVATE": PAIR.private, "FLY_MACHINE_ID": "laptop_1", "FLY_REGION": "home"}
-        found = CoordSettings.from_environment(MOCK | given)
+    def test_key_and_names_can_be_set_for_local_machines(self) -> None:
+        environ = {"PRIVATE": PAIR.private, "FLY_MACHINE_ID": "laptop_1", "FLY_REGION": "home"}
+        found = CoordSettings.from_environment(MOCK | environ)
 
         self.assertEqual(
             (PAIR.public, "laptop_1", "home"), (found.signer.public, found.machine_id, found.region)
         )
 
-    def test_every_variable_is_read(self) -> None:
+    def test_reads_every_variable(self) -> None:
         tuning = {
             "FLY_FLAPS_BASE_URL": "http://127.0.0.1:4280/",
             "FLY_REPLAY": "on",
@@ -237,7 +114,7 @@ class CoordSettingsTests(SynchronousTestCase):
         self.assertEqual(PAIR.public, found.signer.public)
         self.assertNotIn("FlyV1 secret", repr(found))
 
-    def test_all_that_is_missing_is_told_at_once(self) -> None:
+    def test_reports_all_missing_variables_together(self) -> None:
         expected = (
             "WORKER_APP: missing; a Fly app, or mock for local machines",
             "MAXREQTIME: missing; a duration such as 10s",
@@ -250,7 +127,7 @@ class CoordSettingsTests(SynchronousTestCase):
         self.assertEqual(expected, self.problems({}))
         self.assertEqual(expected, self.problems(dict.fromkeys(FLY, " \t")))
 
-    def test_what_is_silent_for_longer_than_the_proxy_waits_is_a_warning(self) -> None:
+    def test_warns_of_limits_beyond_the_idle_timeout_of_the_proxy(self) -> None:
         for environ, names in (
             (MOCK | {"MAXREQTIME": "1h"}, []),  # no proxy
             (MOCK | {"MAXREQTIME": "1h", "PROXY_IDLE_TIMEOUT": "60s"}, ["MAXREQTIME"]),
@@ -265,14 +142,14 @@ class CoordSettingsTests(SynchronousTestCase):
             for line in warnings:
                 self.assertIn("PROXY_IDLE_TIMEOUT", line)
 
-    def test_a_blank_value_is_its_default(self) -> None:
+    def test_blank_value_means_the_default(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOLSIZE": " "}).pool_size)
         for on_exit in ("", "stop"):
             found = CoordSettings.from_environment(MOCK | {"POOL_ON_EXIT": on_exit})
             self.assertIs(False, found.destroy_on_exit)
 
-    def test_all_that_is_malformed_is_told_at_once(self) -> None:
-        given = {
+    def test_reports_all_invalid_values_together(self) -> None:
+        environ = {
             "MAXREQTIME": "10",
             "FLY_MACHINE_ID": "a b",
             "POOLSIZE": "x",
@@ -304,9 +181,9 @@ class CoordSettingsTests(SynchronousTestCase):
             'MAXOUTPUT: "0B" is not above zero',
             'POOL_ON_EXIT: "Destroy" is neither stop nor destroy',
         )
-        self.assertEqual(expected, self.problems(MOCK | given))
+        self.assertEqual(expected, self.problems(MOCK | environ))
 
-    def test_a_url_is_a_scheme_a_host_and_a_port(self) -> None:
+    def test_url_has_a_scheme_a_host_and_perhaps_a_port(self) -> None:
         for url in (
             "http://_api.internal:4280",
             "https://api.machines.dev",
@@ -316,8 +193,8 @@ class CoordSettingsTests(SynchronousTestCase):
             "http://my_app.flycast.",
             "http://localhost:65535",
         ):
-            given = {"FLY_FLAPS_BASE_URL": url, "WORKER_URL": f"{url}/"}
-            fly = CoordSettings.from_environment(FLY | given).fly
+            environ = {"FLY_FLAPS_BASE_URL": url, "WORKER_URL": f"{url}/"}
+            fly = CoordSettings.from_environment(FLY | environ).fly
             assert fly is not None
             self.assertEqual((url, url), (fly.api.url, fly.worker_url))
         for url, why in {
@@ -336,7 +213,7 @@ class CoordSettingsTests(SynchronousTestCase):
             [problem] = self.problems(FLY | {"WORKER_URL": url})
             self.assertIn(why, problem, url)
 
-    def test_what_is_suspended_has_no_more_memory_than_fly_suspends(self) -> None:
+    def test_memory_is_limited_if_standby_machines_are_suspended(self) -> None:
         suspended = FLY | {"POOL_STANDBY_STATE": "suspended", "WORKER_MEMORY_MB": "2048"}
         self.assertEqual(2048, CoordSettings.from_environment(suspended).worker_memory_mb)
         self.assertEqual(
@@ -346,36 +223,36 @@ class CoordSettingsTests(SynchronousTestCase):
         started = suspended | {"POOL_STANDBY_STATE": "started", "WORKER_MEMORY_MB": "4096"}
         self.assertEqual(4096, CoordSettings.from_environment(started).worker_memory_mb)
 
-    def test_no_more_can_stand_by_than_there_are(self) -> None:
+    def test_standby_is_at_most_the_pool_size(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOL_STANDBY": "2"}).standby)
         self.assertEqual(
             ('POOL_STANDBY: "3" is more than 2 (POOLSIZE)',), self.problems(MOCK | {"POOL_STANDBY": "3"})
         )
 
-    def test_a_request_must_have_some_time(self) -> None:
+    def test_time_limit_must_be_positive(self) -> None:
         for text in ("0", "0s", "0.1ns", "-10s"):
             self.assertEqual(
                 (f'MAXREQTIME: "{text}" is not above zero',), self.problems(MOCK | {"MAXREQTIME": text})
             )
 
-    def test_a_number_is_plain_digits(self) -> None:
+    def test_number_has_only_decimal_digits(self) -> None:
         for text in ("+1", "1_0", "1 0", "0x1", "1e1", "\u0661", "1" * 5000):
             self.assertEqual(1, len(self.problems(MOCK | {"POOLSIZE": text})), text)
 
-    def test_a_machines_name_is_short_and_plain(self) -> None:
+    def test_machine_id_has_63_plain_characters_at_most(self) -> None:
         for name in ("a", "A-b_9", "m" * 63):
             found = CoordSettings.from_environment(MOCK | {"FLY_MACHINE_ID": name})
             self.assertEqual(name, found.machine_id)
         for name in ("m" * 64, "a/b", "a,b", "a.b", "ä", "a\nb", "\udcff"):
             self.assertEqual(1, len(self.problems(MOCK | {"FLY_MACHINE_ID": name})), name)
 
-    def test_a_malformed_private_key_is_not_shown(self) -> None:
+    def test_invalid_private_key_is_not_shown(self) -> None:
         for environ in (MOCK, FLY):
             (problem,) = self.problems(environ | {"PRIVATE": PAIR.private[:-1]})
 
             self.assertEqual("PRIVATE: not a key of 64 bytes in hex", problem)
 
-    def test_their_repr_does_not_show_the_private_key(self) -> None:
+    def test_repr_does_not_show_the_private_key(self) -> None:
         shown = repr(CoordSettings.from_environment(FLY))
 
         self.assertIn(PAIR.public, shown)
@@ -383,7 +260,7 @@ class CoordSettingsTests(SynchronousTestCase):
 
 
 class BasherSettingsTests(SynchronousTestCase):
-    def test_a_worker_needs_little_and_has_defaults(self) -> None:
+    def test_defaults(self) -> None:
         found = BasherSettings.from_environment(BASHER)
 
         expected = BasherSettings(
@@ -399,7 +276,7 @@ class BasherSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, found)
 
-    def test_every_variable_is_read(self) -> None:
+    def test_reads_every_variable(self) -> None:
         tuning = {
             "FLY_REGION": "ams",
             "MAXREQTIME": "10s",
@@ -424,16 +301,16 @@ class BasherSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, found)
 
-    def test_the_verifier_knows_every_key_given(self) -> None:
+    def test_verifier_accepts_each_of_several_keys(self) -> None:
         other = genkey()
         found = BasherSettings.from_environment(BASHER | {"PUBLIC": f"{PAIR.public}, {other.public}"})
 
         for pair in (PAIR, other):
             found.verifier.verify(Signer(pair.private).sign("3d8d9d", 0), "3d8d9d", 0)
 
-    def test_all_problems_are_told_at_once(self) -> None:
-        given = {"PUBLIC": PAIR.private, "MAXREQTIME": "0", "SANDBOX": "bwrap 'a"}
-        error = self.assertRaises(SettingsError, BasherSettings.from_environment, given)
+    def test_reports_all_problems_together(self) -> None:
+        environ = {"PUBLIC": PAIR.private, "MAXREQTIME": "0", "SANDBOX": "bwrap 'a"}
+        error = self.assertRaises(SettingsError, BasherSettings.from_environment, environ)
 
         expected = (
             "PUBLIC: not a key of 32 bytes in hex",
@@ -443,7 +320,7 @@ class BasherSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, error.problems)
 
-    def test_a_missing_key_is_told(self) -> None:
+    def test_key_is_required(self) -> None:
         error = self.assertRaises(SettingsError, BasherSettings.from_environment, {"FLY_MACHINE_ID": "m"})
 
         self.assertEqual("PUBLIC: missing; the public key of the coordinator's PRIVATE", str(error))
