@@ -1,1 +1,1 @@
-"""Programs that measure what is promised."""
+"""Benchmarks, whose results are in `docs/performance.md`."""

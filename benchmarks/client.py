@@ -1,4 +1,4 @@
-"""A client that costs next to nothing: each request on a blocking socket of its own, read into one buffer."""
+"""A minimal HTTP client: each request on a blocking socket of its own, received into one buffer."""
 
 from __future__ import annotations
 
@@ -6,67 +6,73 @@ import socket
 import time
 from typing import NamedTuple
 
-_PIECE = 1 << 20
-_TAIL = 80
-_PATIENCE = 120.0
+_BUFFER_SIZE = 1 << 20
+_TAIL_SIZE = 80
+_TIMEOUT = 120.0
 
 
-class Heard(NamedTuple):
-    """An answer: ms from before the connection to its body's first byte, and to its end; size; last bytes."""
+class Response(NamedTuple):
+    """
+    A response that was received.
+
+    `first_ms` and `end_ms` are the milliseconds from before the connection to the first byte of the body and
+    to its end; `size` is the length of the body, `tail` its last bytes.
+    """
 
     first_ms: float
     end_ms: float
     size: int
     tail: bytes
 
-    def check(self, mark: bytes) -> Heard:
-        """Raise `RuntimeError` unless it ends as it should."""
-        if mark not in self.tail:
-            raise RuntimeError(f"an answer that ends with {self.tail!r}")
+    def check(self, marker: bytes) -> Response:
+        """Return the response. Raises `RuntimeError` unless the marker is in its tail."""
+        if marker not in self.tail:
+            raise RuntimeError(f"a response that ends with {self.tail!r}")
         return self
 
 
 def get(path: str) -> bytes:
-    """Write a request."""
+    """Encode a GET request."""
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
 
 
 def post(script: str, query: str = "", *headers: str) -> bytes:
-    """Write a request to run a script."""
+    """Encode a request to run a script."""
     lines = ["Host: localhost", "Connection: close", f"Content-Length: {len(script)}", *headers]
     return "\r\n".join([f"POST /run{query} HTTP/1.1", *lines, "", script]).encode()
 
 
-def begin(port: int, request: bytes) -> socket.socket:
-    """Send a request, and leave the rest to the caller."""
-    connection = socket.create_connection(("127.0.0.1", port), _PATIENCE)
+def open_request(port: int, request: bytes) -> socket.socket:
+    """Send a request; return its connection, from which nothing is read yet."""
+    connection = socket.create_connection(("127.0.0.1", port), _TIMEOUT)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(request)
     return connection
 
 
-def ask(port: int, request: bytes) -> Heard:
-    """Send a request, read the answer to its end. Raises `RuntimeError` unless it is 200."""
-    buffer = bytearray(_PIECE)
-    began = time.perf_counter()
-    with begin(port, request) as connection:
+def fetch(port: int, request: bytes) -> Response:
+    """Send a request, and read the response to its end. Raises `RuntimeError` unless its status is 200."""
+    buffer = bytearray(_BUFFER_SIZE)
+    started_at = time.perf_counter()
+    with open_request(port, request) as connection:
         start = read_to_body(connection)
         first_at = time.perf_counter()
-        size, tail = len(start), start[-_TAIL:]
-        while read := connection.recv_into(buffer):
-            size += read
-            tail = (tail + buffer[max(0, read - _TAIL) : read])[-_TAIL:]
-    return Heard(1000 * (first_at - began), 1000 * (time.perf_counter() - began), size, tail)
+        size, tail = len(start), start[-_TAIL_SIZE:]
+        while count := connection.recv_into(buffer):
+            size += count
+            tail = (tail + buffer[max(0, count - _TAIL_SIZE) : count])[-_TAIL_SIZE:]
+    end_at = time.perf_counter()
+    return Response(1000 * (first_at - started_at), 1000 * (end_at - started_at), size, tail)
 
 
 def read_to_body(connection: socket.socket) -> bytes:
-    """Read until some of the body is there. Raises `RuntimeError` unless the answer is 200."""
-    heard = b""
-    while not heard.partition(b"\r\n\r\n")[2]:
-        piece = connection.recv(65536)
-        if not piece:
+    """Read until part of the body has arrived. Raises `RuntimeError` unless the status is 200."""
+    received = b""
+    while not received.partition(b"\r\n\r\n")[2]:
+        data = connection.recv(65536)
+        if not data:
             break
-        heard += piece
-    if not heard.startswith(b"HTTP/1.1 200 "):
-        raise RuntimeError(f"an answer that begins with {heard[:200]!r}")
-    return heard
+        received += data
+    if not received.startswith(b"HTTP/1.1 200 "):
+        raise RuntimeError(f"a response that starts with {received[:200]!r}")
+    return received

@@ -1,23 +1,24 @@
 """
-What a fleet asks of the Machines API, and how long the machines of coordinators that have died are left.
+Calls of a fleet to the Machines API, and how long the machines of crashed coordinators remain.
 
-A hundred coordinators of a hundred machines each, in one app and in simulated time: the real pool, the real
-client with all its repetitions, the API's rules and Fly's limits in memory (`benchmarks/counted.py`). A fifth
-of a pool's machines has runs of 30 to 60 s, one after the other; the others stand by. In turn:
+A hundred coordinators with a hundred machines each share an app, in simulated time: the real pool, the real
+client with all its retries, the API's rules and Fly's rate limits in memory
+(`benchmarks/counting_machines.py`). A fifth of a pool's machines has runs of 30 to 60 s, one after the
+other; the others are warm standbys. The phases:
 
-- `start`: all begin at once, in an empty app. How often a second they ask for a list and for machines, and
-  after how many seconds each knows which machines there are. Fly allows an app one of each a second, so
+- `start`: all coordinators start at once, in an empty app: the rates of list and create calls, and the
+  seconds until each coordinator has listed its machines. Fly allows an app one of each call per second, so
   that ten thousand machines take hours.
-- `steady`: that is past, the app is full. How often a second it is asked, by action. The baseline `alone` is
-  one such coordinator in an app of its own, times as many as there are: what they would ask if they did not
-  have to look after each other. `refused` is what of it Fly refuses with 429. `hottest` is how often a second
-  the machine that is asked most is asked for one thing; Fly allows one.
-- `orphans`: half of the coordinators die at once. After how many seconds each of their machines is gone;
-  the baseline is the length of a lease, before the end of which nobody may touch them. And what is asked
-  meanwhile.
+- `steady`: the app is full: the rates of calls, by action. The baseline `alone` is the rate of one
+  coordinator in an app of its own, multiplied by the number of coordinators: the calls without
+  reconciliation of other pools' machines. `rejected` is the rate of 429 responses. `hottest` is the rate of
+  one action on the machine that gets it most often; Fly allows one per second.
+- `orphans`: half of the coordinators crash at once: the seconds until each of their machines is gone, with
+  the length of a lease as the baseline, since no other coordinator may touch them before its end; and the
+  rates of calls meanwhile.
 
-Rates are of ten seconds each. Run it with `python -m benchmarks.fleet`. COORDINATORS, MACHINES (of each),
-LATENCY (seconds of a call, there and back), BOOT and SECONDS (of steady state) can be set.
+Rates are over ten seconds each. Run it with `python -m benchmarks.fleet`. COORDINATORS, MACHINES (of each),
+LATENCY (seconds of a call's round trip), BOOT and SECONDS (of steady state) can be set.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogEvent, globalLogBeginner
 from zope.interface import provider
 
-from benchmarks.counted import Book, CountedMachines
+from benchmarks.counting_machines import CallLog, CountingMachines
 from benchmarks.report import Report
 from bfaas.machines.api import MachineConfig
 from bfaas.machines.emulator.state import EmulatedMachines, Timing
@@ -48,25 +49,25 @@ if TYPE_CHECKING:
 
 _MAX_REQ_TIME = 60.0
 _WINDOW = 10
-_FILLED = 150.0
-_PATIENCE = 3600.0
-_UNKNOWN = "the pool has not listed its machines yet"
-_REFUSED = ("refused", "refused list", "refused create", "refused start")
+_FILL_TIME = 150.0
+_TIMEOUT = 3600.0
+_NOT_LISTED = "the pool has not listed its machines yet"
+_REJECTED = ("rejected", "rejected list", "rejected create", "rejected start")
 _ACTIONS = (
     "all", "get lease", "refresh lease", "start", "wait", "get", "stop", "create", "destroy", "list",
-    *_REFUSED,
+    *_REJECTED,
 )  # fmt: skip
 
 
 class Coordinator:
-    """A pool, and those who ask it for machines."""
+    """A pool, and requests that use its machines."""
 
     def __init__(self, fleet: Fleet, name: str) -> None:
         self.name = name
-        self.knows_at: float | None = None
+        self.listed_at: float | None = None
         self.clock = NodeClock(fleet.heap)
-        self._random = Random(name)  # noqa: S311 - a run is to be the same each time
-        api = CountedMachines(self.clock, self._random, fleet.machines, fleet.book, fleet.latency)
+        self._random = Random(name)  # noqa: S311 - repeatable
+        api = CountingMachines(self.clock, self._random, fleet.machines, fleet.calls, fleet.latency)
         self._size = fleet.size
         settings = PoolConfig(
             name=name, size=fleet.size, region="ams", template=MachineConfig("basher:1"),
@@ -75,12 +76,12 @@ class Coordinator:
         )  # fmt: skip
         self.pool = Pool(api, self, self.clock, self._random, settings)
 
-    def begin_runs(self) -> None:
-        """Let a fifth of the machines be in use from now on."""
+    def start_runs(self) -> None:
+        """Keep a fifth of the machines in use from now on."""
         for _ in range(self._size // 5):
-            Deferred.fromCoroutine(self._run_on_and_on())
+            Deferred.fromCoroutine(self._run_forever())
 
-    async def _run_on_and_on(self) -> None:
+    async def _run_forever(self) -> None:
         while True:
             allocation = await self.pool.allocate("client")
             await deferLater(self.clock, self._random.uniform(0.5, 1.0) * _MAX_REQ_TIME)
@@ -100,19 +101,19 @@ class Fleet:
         self.size = size
         self.latency = latency
         clock = NodeClock(self.heap)
-        self.book = Book(clock)
+        self.calls = CallLog(clock)
         timing = Timing(boot=boot, stop=0.3, stop_cooldown=0.4)
-        random = Random(1)  # noqa: S311 - a run is to be the same each time
+        random = Random(1)  # noqa: S311 - repeatable
         self.machines = EmulatedMachines(clock, lambda: 1e9 + self.heap.now, timing=timing, random=random)
         self.coordinators = [Coordinator(self, f"c{number}") for number in range(coordinators)]
 
-    def begin(self) -> None:
-        """Let all begin at once."""
+    def start(self) -> None:
+        """Start all coordinators at once."""
         for coordinator in self.coordinators:
             coordinator.pool.start()
 
     def run(self, seconds: float) -> None:
-        """Let time pass. Most garbage is collected while it is young: to go through all takes seconds."""
+        """Advance the time. Most collections are of young garbage: a full one takes seconds."""
         end = self.heap.now + seconds
         while self.heap.now < end:
             self.heap.run_until(min(end, self.heap.now + _WINDOW))
@@ -120,112 +121,119 @@ class Fleet:
             gc.collect(1 if self._windows % 10 else 2)
 
     def fill(self) -> None:
-        """Let it come to rest with all its machines, as if limits had not been in the way."""
-        self.book.enforced = False
-        self.begin()
+        """Create all machines without rate limits, and wait until the fleet is in a steady state."""
+        self.calls.enforced = False
+        self.start()
         self.run(1.0)
         for coordinator in self.coordinators:
-            coordinator.begin_runs()
-        self.run(_FILLED)
-        self.book.enforced = True
+            coordinator.start_runs()
+        self.run(_FILL_TIME)
+        self.calls.enforced = True
         gc.freeze()
 
     def rates(self, action: str, since: float) -> list[float]:
-        """Tell how often a second the API was asked for something since then, window by window."""
+        """Return the calls per second of an action since a moment, window by window."""
         windows = range(int(since), int(self.heap.now) - _WINDOW + 1, _WINDOW)
-        asked = self.book.asked
-        return [sum(asked[second, action] for second in range(at, at + _WINDOW)) / _WINDOW for at in windows]
+        counts = self.calls.by_second
+        return [
+            sum(counts[second, action] for second in range(start, start + _WINDOW)) / _WINDOW
+            for start in windows
+        ]
 
     def hottest(self, since: Counter[tuple[str, str]], seconds: float) -> Iterator[tuple[str, float]]:
-        """Tell for each action how often a second the machine was asked for it that was asked most."""
-        most: Counter[str] = Counter()
-        for (action, machine_id), count in (self.book.of_machine - since).items():
+        """Yield for each action the calls per second on the machine that got most of them."""
+        maxima: Counter[str] = Counter()
+        for (action, machine_id), count in (self.calls.by_machine - since).items():
             if machine_id:
-                most[action] = max(most[action], count)
-        for action, count in most.most_common():
+                maxima[action] = max(maxima[action], count)
+        for action, count in maxima.most_common():
             yield action, count / seconds
 
 
 def measure(coordinators: int, size: int, latency: float, boot: float, seconds: float) -> Report:
-    """Measure a fleet's start, so many seconds of its life, and the end of half of it."""
+    """Measure a fleet's start, so many seconds of steady state, and a crash of half of it."""
     gc.disable()
     report = Report("fleet")
     report.notes.append(
-        f"{coordinators} coordinators of {size} machines; {latency:g} s a call, {boot:g} s a boot, leases of "
-        f"{lease_ttl(_MAX_REQ_TIME)} s"
+        f"{coordinators} coordinators with {size} machines each; {latency:g} s per call, "
+        f"{boot:g} s per boot, leases of {lease_ttl(_MAX_REQ_TIME)} s"
     )
-    said = _count_warnings()
+    failures = _count_failed_reconciliations()
     _start(report, Fleet(coordinators, size, latency, boot))
     alone, fleet = Fleet(1, size, latency, boot), Fleet(coordinators, size, latency, boot)
-    for each in (alone, fleet):
-        each.fill()
-        said.clear()
-        asked_before = each.book.of_machine.copy()
-        each.run(seconds)
+    for measured in (alone, fleet):
+        measured.fill()
+        failures.clear()
+        counts_before = measured.calls.by_machine.copy()
+        measured.run(seconds)
     since = fleet.heap.now - seconds
     for action in _ACTIONS:
-        without = [coordinators * rate for rate in alone.rates(action, since)]
-        if any(without):
-            report.add(f"alone: {action}", "/s", without)
+        baseline = [coordinators * rate for rate in alone.rates(action, since)]
+        if any(baseline):
+            report.add(f"alone: {action}", "/s", baseline)
         if any(rates := fleet.rates(action, since)):
-            report.add(f"steady: {action}", "/s", rates, *([f"alone: {action}"] if any(without) else []))
+            report.add(f"steady: {action}", "/s", rates, *([f"alone: {action}"] if any(baseline) else []))
     ready = sum(coordinator.pool.not_ready_reason is None for coordinator in fleet.coordinators)
-    report.notes.append(f"steady: {ready} of {coordinators} ready; sweeps not done: {dict(said) or 'none'}")
-    for action, rate in fleet.hottest(asked_before, seconds):
+    report.notes.append(
+        f"steady: {ready} of {coordinators} ready; failed reconciliations: {dict(failures) or 'none'}"
+    )
+    for action, rate in fleet.hottest(counts_before, seconds):
         report.add(f"hottest: {action}", "/s", [rate])
-    _let_half_die(report, fleet)
+    _crash_half(report, fleet)
     return report
 
 
 def _start(report: Report, fleet: Fleet) -> None:
-    fleet.begin()
+    fleet.start()
     for coordinator in fleet.coordinators:
-        coordinator.begin_runs()
-    while waiting := [each for each in fleet.coordinators if each.knows_at is None]:
+        coordinator.start_runs()
+    while waiting := [coord for coord in fleet.coordinators if coord.listed_at is None]:
         fleet.run(1.0)
         for coordinator in waiting:
-            if coordinator.pool.not_ready_reason != _UNKNOWN:
-                coordinator.knows_at = fleet.heap.now
-    report.add("start: knows after", "s", [each.knows_at or 0.0 for each in fleet.coordinators])
+            if coordinator.pool.not_ready_reason != _NOT_LISTED:
+                coordinator.listed_at = fleet.heap.now
+    report.add("start: listed after", "s", [coord.listed_at or 0.0 for coord in fleet.coordinators])
     fleet.run(60.0)
-    report.notes.append(f"start: {len(fleet.book.there())} machines after {fleet.heap.now:g} s")
-    for action in ("all", "list", "create", *_REFUSED[:3]):
+    report.notes.append(f"start: {len(fleet.calls.existing())} machines after {fleet.heap.now:g} s")
+    for action in ("all", "list", "create", *_REJECTED[:3]):
         report.add(f"start: {action}", "/s", fleet.rates(action, 0))
 
 
-def _let_half_die(report: Report, fleet: Fleet) -> None:
+def _crash_half(report: Report, fleet: Fleet) -> None:
     """Stop the clocks of half of the coordinators, and wait until their machines are gone."""
-    died = fleet.heap.now
-    dead = {coordinator.name for coordinator in fleet.coordinators[::2]}
+    crashed_at = fleet.heap.now
+    crashed = {coordinator.name for coordinator in fleet.coordinators[::2]}
     for coordinator in fleet.coordinators[::2]:
         coordinator.clock.dead = True
-    orphans = {machine_id for machine_id, name in fleet.book.there() if pool_of(name) in dead}
-    while fleet.heap.now < died + _PATIENCE and not orphans <= fleet.book.destroyed.keys():
+    orphans = {machine_id for machine_id, name in fleet.calls.existing() if pool_of(name) in crashed}
+    while fleet.heap.now < crashed_at + _TIMEOUT and not orphans <= fleet.calls.destroyed.keys():
         fleet.run(_WINDOW)
-    gone = [fleet.book.destroyed[orphan] - died for orphan in orphans & fleet.book.destroyed.keys()]
-    report.notes.append(f"orphans: {len(gone)} of {len(orphans)} gone after {fleet.heap.now - died:g} s")
+    gone = [fleet.calls.destroyed[orphan] - crashed_at for orphan in orphans & fleet.calls.destroyed.keys()]
+    report.notes.append(
+        f"orphans: {len(gone)} of {len(orphans)} gone after {fleet.heap.now - crashed_at:g} s"
+    )
     report.add("lease", "s", [lease_ttl(_MAX_REQ_TIME)])
     if gone:
         report.add("orphans: gone after", "s", gone, "lease")
-    for action in ("all", "get lease", "get", "destroy", "refused"):
-        report.add(f"orphans: {action}", "/s", fleet.rates(action, died))
+    for action in ("all", "get lease", "get", "destroy", "rejected"):
+        report.add(f"orphans: {action}", "/s", fleet.rates(action, crashed_at))
 
 
-def _count_warnings() -> Counter[str]:
-    """Count the sweeps that are not done, by why; nothing else that is logged is told."""
-    said: Counter[str] = Counter()
+def _count_failed_reconciliations() -> Counter[str]:
+    """Count failed reconciliations by error; discard the rest of the log."""
+    failures: Counter[str] = Counter()
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
         if event.get("log_format") == "reconciliation failed: {error}":
-            said[type(event["error"]).__name__] += 1
+            failures[type(event["error"]).__name__] += 1
 
     globalLogBeginner.beginLoggingTo([observe], redirectStandardIO=False, discardBuffer=True)
-    return said
+    return failures
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and report."""
     coordinators, size = int(os.environ.get("COORDINATORS", "100")), int(os.environ.get("MACHINES", "100"))
     latency, boot = float(os.environ.get("LATENCY", "0.05")), float(os.environ.get("BOOT", "1"))
     report = measure(coordinators, size, latency, boot, float(os.environ.get("SECONDS", "320")))

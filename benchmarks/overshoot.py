@@ -1,23 +1,23 @@
 """
-How long after `MAXREQTIME` a client sees its ending, while the host is busy.
+How long after `MAXREQTIME` a client receives the end of its response on a busy host.
 
-A coordinator with eight local machines, and 48 clients that send scripts which outlive their time, each
-its next one when the last has ended: eight run, forty wait, and machines boot and die all the while.
+There are a coordinator with eight local machines, and 48 clients that send scripts which do not end by
+themselves, each its next one after the last: eight run, forty are queued, and machines boot and stop.
 
-What is measured, of each run, in ms, on the clock that all processes of a host share (CLOCK_MONOTONIC):
+Measured for each run, in ms, on the clock that all processes of a host share (CLOCK_MONOTONIC):
 
-- `overshoot`: from the moment at which `MAXREQTIME` is over to the moment at which the client has read the
-  last byte of its answer. `MAXREQTIME` begins when the coordinator takes a machine that answers; when that
-  was, its log tells: a run's line is written as its answer is, and has the time since then, to the ms.
-- `decided`: the coordinator's part of that, until it writes the ending: its timer, and its judgement.
-- `delivered`: the rest: until the client has read it.
-- `body`: by the client's own clock alone, the time from head to last byte, less `MAXREQTIME`. The head
-  comes after `MAXREQTIME` has begun, so this is below the overshoot, and may be below 0.
-- `baseline`: how late a bare `callLater` of the same length is in the client's process at the same time.
+- `overshoot`: from the end of `MAXREQTIME` until the client has read the last byte of its response.
+  `MAXREQTIME` starts when the run gets a ready machine. That moment is computed from the coordinator's log:
+  the line of a run is written together with the end of its response, and has the duration of the run in ms.
+- `decided`: the coordinator's part of that, until it writes the end of the response.
+- `delivered`: the rest, until the client has read it.
+- `body`: by the client's clock alone: the time from the head to the last byte, less `MAXREQTIME`. The head
+  arrives after the start of `MAXREQTIME`, so that this is less than the overshoot, and may be negative.
+- `baseline`: the delay of a bare `callLater` of the same length in the client's process at the same time.
 
-The lateness of the client's own process is in all but `decided`: it has the same two processors. What is
-left out: the network, runs that ended before their time (counted as `others`), and answers that
-did not begin in time (504, counted too).
+All but `decided` include delays of the client's process, which shares the processors. Not included: the
+network, runs that ended early (counted as `others`), and responses that did not start in time (504, counted
+too).
 
 Run it with `make overshoot`; RUNS and MAXREQTIME (in seconds) can be set.
 """
@@ -60,52 +60,52 @@ SCRIPTS = (
     "for _ in 1 2 3 4 5; do sleep 1000 & done; setsid sleep 1000 & echo begun; wait",
     "echo begun; while :; do :; done",
 )
-"""They print, and then outlive any deadline: one in six spins, one ignores signals, one forks."""
+"""Scripts that write a line and never end: one of them spins, one ignores signals, one forks."""
 
-_MARK = "ENDED "
+_PREFIX = "ENDED "
 _FAILED = re.compile(r"run ([0-9a-f]+): \S+ failed: (.*)")
 
 
-def tell_endings() -> Callable[[LogEvent], None]:
-    """Make an observer for the coordinator, which tells its runs with the time, and all else as usual."""
-    out = sys.stdout  # twistd takes its place
+def log_ends() -> Callable[[LogEvent], None]:
+    """Return a log observer for the coordinator, which writes the ends of runs as JSON with the time."""
+    out = sys.stdout  # twistd replaces it
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
         if "run_ms" in event:
-            told = {"run": event["run"], "run_ms": event["run_ms"]}
-            out.write(_MARK + json.dumps({**told, "at": time.monotonic()}) + "\n")
+            end = {"run": event["run"], "run_ms": event["run_ms"], "at": time.monotonic()}
+            out.write(_PREFIX + json.dumps(end) + "\n")
         else:
             out.write(formatEventAsClassicLogText(event) or "")
         out.flush()
 
-    telling: Callable[[LogEvent], None] = observe
-    return telling
+    observer: Callable[[LogEvent], None] = observe
+    return observer
 
 
 class Run(NamedTuple):
-    """A run as its client saw it: when its head and its last byte came, and how late the timer was."""
+    """A run of a client: the moments of head and last byte, and the delay of the timer."""
 
-    answer: Response
+    response: Response
     head_at: float
     end_at: float
-    timer_late: float
+    timer_delay: float
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Samples in ms by the name of what they measure, and how many runs ended otherwise, by how."""
+class Result:
+    """Samples in ms by name, and the number of runs with other outcomes, by outcome."""
 
     max_req_time: float
     samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     others: Counter[str] = field(default_factory=Counter)
 
     def percentile(self, name: str, percent: float) -> float:
-        """Tell the smallest sample that so many of a hundred do not exceed."""
+        """Return a percentile of the samples of a name."""
         return percentile(self.samples[name], percent)
 
     def report(self) -> Report:
-        """Tell it all, compared with a timer of the same length."""
+        """Return a report, with the timer as the baseline."""
         report = Report("overshoot")
         report.notes.append(f"MAXREQTIME {self.max_req_time:g} s; others: {dict(self.others) or 'none'}")
         for name, values in self.samples.items():
@@ -115,67 +115,67 @@ class Measured:
 
 async def measure(
     reactor: Any, runs: int, *, clients: int = 48, machines: int = 8, max_req_time: float = 1.0
-) -> Measured:
-    """Start a coordinator, load it with so many runs, stop it, and compare what both sides saw."""
+) -> Result:
+    """Start a coordinator, send it so many runs, stop it, and compare its log with the clients."""
     settings = {
         "WORKER_APP": "mock", "POOLSIZE": str(machines), "MAXREQTIME": f"{max_req_time}s", "MAXWAIT": "10m",
         "MAXPERCLIENT": str(clients),
     }  # fmt: skip
-    program = [*TWISTD, "--logger", "benchmarks.overshoot.tell_endings", "bfaas-coord"]
+    program = [*TWISTD, "--logger", "benchmarks.overshoot.log_ends", "bfaas-coord"]
     coordinator = await start_program(program, free_port(), settings)
-    seen: list[Run] = []
-    left = iter(range(runs))
+    finished: list[Run] = []
+    numbers = iter(range(runs))
 
-    async def be_a_client() -> None:
-        for number in left:
+    async def run_client() -> None:
+        for number in numbers:
             run = await _run(reactor, coordinator, SCRIPTS[number % len(SCRIPTS)], max_req_time)
-            seen.append(run)
+            finished.append(run)
 
-    await gatherResults([Deferred.fromCoroutine(be_a_client()) for _ in range(clients)], consumeErrors=True)
-    status, said = await stop(coordinator), coordinator.program.said.decode()
+    await gatherResults([Deferred.fromCoroutine(run_client()) for _ in range(clients)], consumeErrors=True)
+    status, log = await stop(coordinator), coordinator.program.said.decode()
     if status != 0:
-        raise RuntimeError(said)
-    return _compare(seen, said, max_req_time)
+        raise RuntimeError(log)
+    return _compare(finished, log, max_req_time)
 
 
 async def _run(reactor: Any, coordinator: Running, script: str, max_req_time: float) -> Run:
-    pieces: list[bytes] = []
-    exchange = await coordinator.begin(script, "", pieces.append)
+    chunks: list[bytes] = []
+    exchange = await coordinator.begin(script, "", chunks.append)
     head_at = time.monotonic()
-    late: Deferred[float] = Deferred()
-    reactor.callLater(max_req_time, lambda: late.callback(time.monotonic() - head_at - max_req_time))
+    delay: Deferred[float] = Deferred()
+    reactor.callLater(max_req_time, lambda: delay.callback(time.monotonic() - head_at - max_req_time))
     await exchange.end()
     end_at = time.monotonic()
-    answer = Response(exchange.status, exchange.headers, b"".join(pieces))
-    return Run(answer, head_at, end_at, await late)
+    response = Response(exchange.status, exchange.headers, b"".join(chunks))
+    return Run(response, head_at, end_at, await delay)
 
 
-def _compare(seen: list[Run], said: str, max_req_time: float) -> Measured:
-    """Find each run in the coordinator's log, by its id."""
-    lines = [line.removeprefix(_MARK) for line in said.splitlines() if line.startswith(_MARK)]
-    told = {ending["run"]: ending for ending in map(json.loads, lines)}
-    whys = {run: f", {why}" for run, why in _FAILED.findall(said)}
-    measured = Measured(max_req_time)
-    for run in sorted(seen, key=lambda run: run.end_at):
-        if run.answer.status != 200:  # noqa: PLR2004 - OK
-            why = whys.get(run.answer.headers.get("run-id", ""), "")
-            measured.others[f"{run.answer.status}{why}"] += 1
+def _compare(finished: list[Run], log: str, max_req_time: float) -> Result:
+    """Combine each client's run with its line in the coordinator's log, by its id."""
+    lines = [line.removeprefix(_PREFIX) for line in log.splitlines() if line.startswith(_PREFIX)]
+    ends = {end["run"]: end for end in map(json.loads, lines)}
+    reasons = {run: f", {reason}" for run, reason in _FAILED.findall(log)}
+    result = Result(max_req_time)
+    for run in sorted(finished, key=lambda run: run.end_at):
+        if run.response.status != 200:  # noqa: PLR2004 - OK
+            reason = reasons.get(run.response.headers.get("run-id", ""), "")
+            result.others[f"{run.response.status}{reason}"] += 1
             continue
-        ending = told[run.answer.headers["run-id"]]
-        if run.answer.exit.get("reason") != Reason.TIMEOUT:
-            measured.others[json.dumps(run.answer.exit)] += 1
+        end = ends[run.response.headers["run-id"]]
+        if run.response.exit.get("reason") != Reason.TIMEOUT:
+            result.others[json.dumps(run.response.exit)] += 1
             continue
-        over_at = ending["at"] - ending["run_ms"] / 1000 + max_req_time
-        moments = {
-            "overshoot": run.end_at - over_at,
-            "decided": ending["at"] - over_at,
-            "delivered": run.end_at - ending["at"],
+        deadline_at = end["at"] - end["run_ms"] / 1000 + max_req_time
+        durations = {
+            "overshoot": run.end_at - deadline_at,
+            "decided": end["at"] - deadline_at,
+            "delivered": run.end_at - end["at"],
             "body": run.end_at - run.head_at - max_req_time,
-            "baseline": run.timer_late,
+            "baseline": run.timer_delay,
         }
-        for name, seconds in moments.items():
-            measured.samples[name].append(1000 * seconds)
-    return measured
+        for name, seconds in durations.items():
+            result.samples[name].append(1000 * seconds)
+    return result
 
 
 async def _main(reactor: Any) -> None:

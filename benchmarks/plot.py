@@ -1,4 +1,4 @@
-"""Medians as an SVG: a bar each, with a line for the middle half of the samples; on light and on dark."""
+"""SVG bar charts of medians with interquartile ranges, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 
 class Bar(NamedTuple):
-    """A median, and what it lies between."""
+    """A median, and the quartiles below and above it."""
 
     label: str
     unit: str
@@ -36,23 +36,23 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 
 
 def number(value: float) -> str:
-    """Write a number with as many digits as one reads."""
-    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"  # noqa: PLR2004 - three digits, too
+    """Format a number with three significant digits."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"  # noqa: PLR2004 - three digits
 
 
-def plot(title: str, where: str, bars: list[Bar]) -> str:
-    """Draw bars, those of one unit on one scale, from zero."""
-    drawn = [_text(0, 16, title, "title"), _text(_LABELS, 16, where, "unit")]
+def plot(title: str, subtitle: str, bars: list[Bar]) -> str:
+    """Draw bars from zero. Bars of the same unit have the same scale."""
+    elements = [_text(0, 16, title, "title"), _text(_LABELS, 16, subtitle, "unit")]
     y = 28
     for unit, group in groupby(bars, key=lambda bar: bar.unit):
         same = list(group)
-        most = max(max(bar.value, bar.high, 0) for bar in same) or 1.0
-        drawn.append(_text(_LABELS, y + 13, unit, "unit"))
+        maximum = max(max(bar.value, bar.high, 0) for bar in same) or 1.0
+        elements.append(_text(_LABELS, y + 13, unit, "unit"))
         y += _LINE
         for bar in same:
-            drawn += _bar(bar, y, _BARS / most)
+            elements += _bar(bar, y, _BARS / maximum)
             y += _LINE
-    body = "\n".join(drawn)
+    body = "\n".join(elements)
     size = f'width="{_WIDTH}" height="{y + 8}" viewBox="0 0 {_WIDTH} {y + 8}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return f"{head}\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n{body}\n</svg>\n"

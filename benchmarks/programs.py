@@ -1,4 +1,4 @@
-"""The programs that are measured, each run for a while and ended in order; nothing of them is left."""
+"""Context managers that run the measured programs, and end them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from benchmarks.client import ask, get, post
+from benchmarks.client import fetch, get, post
 from benchmarks.report import ROOT
 from bfaas.machines.local.host import available_script_users, can_sandbox
 from bfaas.system.confinement import sandbox_prefix
@@ -29,87 +29,92 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from contextlib import AbstractContextManager
 
-    from benchmarks.client import Heard
+    from benchmarks.client import Response
     from bfaas.system.confinement import User
 
 MAX_OUTPUT = 4 << 30
 COORD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "bfaas-coord")
 
-ENDS_WITH_US = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
-"""What a program is started through that is to end when we are killed: it runs in its place."""
+DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "TERM") if shutil.which("setpriv") else ()
+"""Command prefix of programs that must end if this process is killed."""
 
 _KEYS = genkey()
-_MACHINE = "measured"
-TRUST = {"PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE}
-"""What a worker is told of whom to trust, and who it is."""
+_MACHINE_ID = "measured"
+WORKER_IDENTITY = {"PUBLIC": _KEYS.public, "FLY_MACHINE_ID": _MACHINE_ID}
+"""Settings of a worker: the public key that it trusts, and its machine id."""
 
-_PATIENCE = 60.0
-_TOLD = 4000
+_TIMEOUT = 60.0
+_LOG_TAIL = 4000  # bytes
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program that listens."""
+    """A program that listens on a port."""
 
     process: subprocess.Popen[bytes]
     port: int
 
     def status(self) -> Any:
-        """Ask a coordinator what it does."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
+        """Fetch a coordinator's /status."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=_TIMEOUT)
         with closing(connection):
             connection.request("GET", "/status")
             return json.load(connection.getresponse())
 
     def wait_for(self, **machines: int) -> None:
-        """Wait until a coordinator has so many machines in each phase, and none in any other."""
-        began = time.monotonic()
-        while (there := self.status()["pool"]["machines"]) != machines:
-            if time.monotonic() - began > _PATIENCE:
-                raise RuntimeError(f"{there}, where there should be {machines}")
+        """Wait until a coordinator has exactly these numbers of machines by phase."""
+        started_at = time.monotonic()
+        while (current := self.status()["pool"]["machines"]) != machines:
+            if time.monotonic() - started_at > _TIMEOUT:
+                raise RuntimeError(f"the machines are {current}, not {machines}")
             time.sleep(0.02)
 
     def resident_kib(self) -> int:
-        """Tell how much memory it has now."""
+        """Return the resident memory in KiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
         return int(status.partition("VmRSS:")[2].split()[0])
 
 
 @contextmanager
 def program(*arguments: str, **settings: str) -> Iterator[Program]:
-    """Run a program that is told where to listen, with nothing but these settings, from when it does."""
+    """Run a program with `--listen` and these settings only; enter the context when it listens."""
     port = free_port()
-    usual = {
+    environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",
         "HOME": "/",
         "PYTHONPATH": str(ROOT),
     }
-    command = [*ENDS_WITH_US, sys.executable, *arguments, "--listen", f"tcp:{port}:interface=127.0.0.1"]
+    command = [*DIE_WITH_PARENT, sys.executable, *arguments, "--listen", f"tcp:{port}:interface=127.0.0.1"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=usual | settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, cwd=ROOT, env=environment | settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
             _wait_for(process, port)
             yield Program(process, port)
         except BaseException:
             log.seek(0)
-            sys.stderr.write(log.read()[-_TOLD:].decode("utf-8", "replace"))
+            sys.stderr.write(log.read()[-_LOG_TAIL:].decode("utf-8", "replace"))
             raise
         finally:
             _end(process)
 
 
 def coordinator(command: Sequence[str] = COORD, **settings: str) -> AbstractContextManager[Program]:
-    """Run a coordinator, over local machines where the settings do not say otherwise."""
-    usual = {"WORKER_APP": "mock", "MAXREQTIME": "100s", "MAXPERCLIENT": "1000", "MAXOUTPUT": str(MAX_OUTPUT)}
-    return program(*command, **usual | settings)
+    """Run a coordinator, with local machines unless the settings say otherwise."""
+    defaults = {
+        "WORKER_APP": "mock",
+        "MAXREQTIME": "100s",
+        "MAXPERCLIENT": "1000",
+        "MAXOUTPUT": str(MAX_OUTPUT),
+    }
+    return program(*command, **defaults | settings)
 
 
 def signed(script: str, query: str = "") -> bytes:
-    """Write a request to a worker to run a script, as a coordinator would."""
-    ticket = Signer(_KEYS.private).sign(_MACHINE, time.time())
+    """Encode a request to a worker to run a script, with an auth token."""
+    ticket = Signer(_KEYS.private).sign(_MACHINE_ID, time.time())
     return post(script, query, f"Authorization: {ticket}")
 
 
@@ -119,18 +124,18 @@ class Worker:
 
     program: Program
 
-    def run(self, script: str, query: str = "") -> Heard:
-        """Run a script, as a coordinator would have it run."""
-        return ask(self.program.port, signed(script, query))
+    def run(self, script: str, query: str = "") -> Response:
+        """Run a script."""
+        return fetch(self.program.port, signed(script, query))
 
     def end(self) -> None:
-        """Kill it, as a pool frees a machine."""
+        """Kill it, as a pool stops a machine."""
         self.program.process.kill()
-        self.program.process.wait(_PATIENCE)
+        self.program.process.wait(_TIMEOUT)
 
 
 class Confined(NamedTuple):
-    """What local machines confine a script with: a home, a user, or none, a sandbox if there is one."""
+    """The confinement of scripts on local machines: home, user and sandbox command, as far as available."""
 
     home: str
     user: User | None
@@ -139,7 +144,7 @@ class Confined(NamedTuple):
 
 @contextmanager
 def confined() -> Iterator[Confined]:
-    """Make a home for scripts."""
+    """Create a home, and acquire a user for scripts."""
     with tempfile.TemporaryDirectory(prefix="bfaas-bench-") as directory:
         users = available_script_users()
         home, user = Path(directory, "home"), users.acquire() if users else None
@@ -152,15 +157,15 @@ def confined() -> Iterator[Confined]:
 
 @contextmanager
 def worker() -> Iterator[Worker]:
-    """Run a worker as local machines are run, from when all of it is loaded: it has answered twice."""
+    """Run a worker as a local machine does; enter the context when all its code is loaded."""
     with confined() as (home, user, sandbox):
         settings = {
-            **TRUST, "MAXREQTIME": "100s", "MAXOUTPUT": str(MAX_OUTPUT), "HOME": home,
+            **WORKER_IDENTITY, "MAXREQTIME": "100s", "MAXOUTPUT": str(MAX_OUTPUT), "HOME": home,
             "RUN_AS": str(user.uid) if user else "", "SANDBOX": shlex.join(sandbox),
         }  # fmt: skip
         with program("-m", "bfaas.basher", **settings) as running:
-            for _ in range(2):
-                ask(running.port, get("/healthz"))
+            for _ in range(2):  # the first response does not need all of it
+                fetch(running.port, get("/healthz"))
             yield Worker(running)
 
 
@@ -170,12 +175,12 @@ def _sandboxed() -> bool:
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
-    began = time.monotonic()
+    started_at = time.monotonic()
     while True:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
-        if process.poll() is not None or time.monotonic() - began > _PATIENCE:
+        if process.poll() is not None or time.monotonic() - started_at > _TIMEOUT:
             raise RuntimeError(f"{process.args!r} does not listen")
         time.sleep(0.005)
 
@@ -183,7 +188,7 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
-        process.wait(_PATIENCE)
+        process.wait(_TIMEOUT)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -1,7 +1,7 @@
 """
-What a benchmark found: samples under names, told as a table, as JSON and as a plot, with where that was.
+Reports of benchmarks: named samples as a table, as JSON and as a plot, with the environment.
 
-Each row says what it is compared with; all rows of a report were measured in the same run.
+Each row names its baselines; all rows of a report are measured in the same run.
 """
 
 from __future__ import annotations
@@ -27,72 +27,72 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "bench"
 
 _COLUMNS = {"median": 50, "25 %": 25, "75 %": 75, "99 %": 99, "min": 0, "max": 100}
-"""A table's columns, by percentile: the middle, its half, the slow ones, the extremes."""
+"""Columns of a table: the percentiles that they show."""
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """Tell the smallest sample that so many of a hundred do not exceed."""
+    """Return the smallest sample that at least `percent` % of the samples do not exceed."""
     ordered = sorted(samples)
     return ordered[max(0, -int(-len(ordered) * percent // 100) - 1)]
 
 
 @dataclass(frozen=True)
 class Row:
-    """Samples of one thing, in one unit; `against` are the rows that it is compared with, by other names."""
+    """Samples in one unit; `baselines` maps the names that a report shows to rows."""
 
     name: str
     unit: str
     samples: tuple[float, ...]
-    against: Mapping[str, str]
+    baselines: Mapping[str, str]
 
     @property
     def median(self) -> float:
-        """The middle sample."""
+        """The median sample."""
         return percentile(self.samples, 50)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order in which they are told; notes are sentences beneath them."""
+    """Rows in the order of the table, and notes below it."""
 
     name: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])
 
-    def add(self, name: str, unit: str, samples: Iterable[float], *against: str, **called: str) -> Row:
-        """Add a row, compared with others of this report, some of which are called something else here."""
-        row = Row(name, unit, tuple(samples), {**{base: base for base in against}, **called})
+    def add(self, name: str, unit: str, samples: Iterable[float], *baselines: str, **labelled: str) -> Row:
+        """Add a row, to be compared with baselines, which can be given labels (`label=row`)."""
+        row = Row(name, unit, tuple(samples), {**{base: base for base in baselines}, **labelled})
         if not row.samples:
-            raise RuntimeError(f"nothing was measured of {name}")
+            raise RuntimeError(f"{name} has no samples")
         self.rows.append(row)
         return row
 
     def row(self, name: str) -> Row:
-        """Find a row."""
+        """Return the row of a name."""
         return next(row for row in self.rows if row.name == name)
 
     def ratios(self, row: Row) -> dict[str, float]:
-        """Tell how many times each baseline's median a row's is."""
-        bases = {name: self.row(base).median for name, base in row.against.items()}
+        """Return the ratios of a row's median to those of its baselines."""
+        bases = {name: self.row(base).median for name, base in row.baselines.items()}
         return {name: row.median / base for name, base in bases.items() if base}
 
     def table(self) -> str:
-        """Tell all rows: the head of the table, and a line for each."""
+        """Format the table: a header, and a line for each row."""
         width = max(len(row.name) + len(row.unit) for row in self.rows) + 4
         heads = "".join(f"{head:>9}" for head in ("mean", *_COLUMNS))
         lines = [f"{self.name:<{width}}{'n':>6}{heads}"]
         for row in self.rows:
             values = [fmean(row.samples), *(percentile(row.samples, each) for each in _COLUMNS.values())]
-            told = "".join(f"{number(value):>9}" for value in values)
+            columns = "".join(f"{number(value):>9}" for value in values)
             ratios = ", ".join(f"{number(ratio)} x {name}" for name, ratio in self.ratios(row).items())
             lines.append(
-                f"{f'{row.name}, {row.unit}':<{width}}{len(row.samples):>6}{told}  {ratios}".rstrip()
+                f"{f'{row.name}, {row.unit}':<{width}}{len(row.samples):>6}{columns}  {ratios}".rstrip()
             )
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        """Write everything."""
+        """Encode everything."""
         rows = [
             {
                 "name": row.name,
@@ -104,30 +104,33 @@ class Report:
             }
             for row in self.rows
         ]
-        told = {"benchmark": self.name, "where": where(self.load_before), "notes": self.notes, "rows": rows}
-        return json.dumps(told, indent=1)
+        environment = describe_environment(self.load_before)
+        document = {"benchmark": self.name, "environment": environment, "notes": self.notes, "rows": rows}
+        return json.dumps(document, indent=1)
 
     def to_svg(self) -> str:
-        """Draw the medians, with the middle half of the samples."""
+        """Draw the medians and quartiles."""
         bars = [
             Bar(row.name, row.unit, row.median, percentile(row.samples, 25), percentile(row.samples, 75))
             for row in self.rows
         ]
-        facts = where(self.load_before)
-        return plot(self.name, f"{facts['commit']}, {facts['cores']} cores of {facts['cpu']}", bars)
+        environment = describe_environment(self.load_before)
+        subtitle = "{commit}, {cores} cores of {cpu}".format(**environment)
+        return plot(self.name, subtitle, bars)
 
     def write(self) -> None:
-        """Print the table, and leave JSON and plot in `build/bench`."""
-        told = [self.table(), *self.notes, ", ".join(f"{k} {v}" for k, v in where(self.load_before).items())]
-        sys.stdout.write("\n".join(told) + "\n\n")
+        """Print the table; write JSON and plot to `build/bench`."""
+        environment = describe_environment(self.load_before)
+        lines = [self.table(), *self.notes, ", ".join(f"{k} {v}" for k, v in environment.items())]
+        sys.stdout.write("\n".join(lines) + "\n\n")
         sys.stdout.flush()
         BUILD.mkdir(parents=True, exist_ok=True)
         (BUILD / f"{self.name}.json").write_text(self.to_json() + "\n")
         (BUILD / f"{self.name}.svg").write_text(self.to_svg())
 
 
-def where(load_before: float) -> dict[str, str]:
-    """Tell what was measured, on what, and how busy that was with it and with everything else."""
+def describe_environment(load_before: float) -> dict[str, str]:
+    """Return commit, host and versions, and the load average before and after the measurement."""
     return {
         "commit": _commit(),
         "at": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -142,8 +145,8 @@ def where(load_before: float) -> dict[str, str]:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return told.stdout.strip() or "unknown"
+    completed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return completed.stdout.strip() or "unknown"
 
 
 def _cpu() -> str:

@@ -1,15 +1,15 @@
 """
-How many runs of `true` a second end, while more clients ask than there are machines.
+How many runs of `true` finish per second, with more clients than machines.
 
-Each run is of a machine that was wiped and booted for it, so that the start of workers is what limits it.
+Each run is on a machine that was wiped and booted for it, so that the start of workers limits the rate.
 
-- `bash`: two loops that start `bash -c true`, each its next when the last has ended: as many as cores.
-- `workers`: the baseline: as many loops as there are machines, each of which starts a worker, waits until it
-  answers, has it run `true`, and kills it. No coordinator, no pool.
-- `coordinator`: twice as many clients as there are machines, each with its next request when the last is
-  answered.
+- `bash`: as many loops as cores, each of which runs `bash -c true` again and again.
+- `workers`: the baseline: as many loops as machines, each of which starts a worker, waits until it is
+  ready, runs `true` on it, and kills it, without a coordinator.
+- `coordinator`: twice as many clients as machines, each of which sends its next request after the last
+  response.
 
-In turn, window by window, after a while in which they warm up. Run it with `python -m benchmarks.saturation`.
+The kinds alternate, window by window, each after a warm-up. Run it with `python -m benchmarks.saturation`.
 ROUNDS, SECONDS (of a window) and MACHINES can be set.
 """
 
@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from benchmarks.client import ask, post
+from benchmarks.client import fetch, post
 from benchmarks.programs import coordinator, worker
 from benchmarks.report import Report
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _EXIT = b'"code": 0'
-_WARM = 1.5
+_WARM_UP = 1.5
 
 
 def measure(rounds: int, seconds: float, machines: int) -> Report:
-    """Measure so many windows of each."""
+    """Measure so many windows of each kind."""
     rates: dict[str, list[float]] = {"bash": [], "workers": [], "coordinator": []}
-    with coordinator(POOLSIZE=str(machines)) as ours:
+    with coordinator(POOLSIZE=str(machines)) as coord:
         request = post("true")
         for _ in range(rounds):
             rates["bash"].append(_rate(_run_bash, os.cpu_count() or 1, seconds))
             rates["workers"].append(_rate(_use_a_worker, machines, seconds))
-            asked = _rate(lambda: ask(ours.port, request).check(_EXIT), 2 * machines, seconds)
-            rates["coordinator"].append(asked)
-            ours.wait_for(idle=machines)
+            rate = _rate(lambda: fetch(coord.port, request).check(_EXIT), 2 * machines, seconds)
+            rates["coordinator"].append(rate)
+            coord.wait_for(stopped=machines)
     report = Report("saturation", notes=[f"{machines} machines, windows of {seconds:g} s"])
     report.add("bash", "runs/s", rates["bash"])
     report.add("workers", "runs/s", rates["workers"], "bash")
@@ -61,24 +61,24 @@ def _use_a_worker() -> None:
 
 
 def _rate(work: Callable[[], object], loops: int, seconds: float) -> float:
-    """Do something in so many loops; tell how often a second it was done, once they are warm."""
-    begins = time.monotonic() + _WARM
+    """Call something in parallel loops; return the calls per second after the warm-up."""
+    window_start = time.monotonic() + _WARM_UP
 
     def loop() -> int:
         done = 0
         while True:
             work()
             now = time.monotonic()
-            if now >= begins + seconds:
+            if now >= window_start + seconds:
                 return done
-            done += now >= begins
+            done += now >= window_start
 
     with ThreadPoolExecutor(loops) as threads:
         return sum(threads.map(lambda _: loop(), range(loops))) / seconds
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and report."""
     rounds, machines = int(os.environ.get("ROUNDS", "3")), int(os.environ.get("MACHINES", "8"))
     measure(rounds, float(os.environ.get("SECONDS", "5")), machines).write()
 

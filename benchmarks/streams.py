@@ -1,11 +1,11 @@
 """
-What an open stream costs a coordinator: KiB of resident memory, with the machine that it runs on.
+Memory of a coordinator for each open stream, in KiB, its machine included.
 
-Each stream is a run that has printed a word, and is silent; its worker is one that answers for all, since so
-many real ones do not fit (`benchmarks/one_for_all.py`). A few come first, which count for nothing; then they
-come in steps, and each step is a sample: what the process has grown by, a stream.
+Each stream is a run that has written a line and is silent. One worker serves all runs, since there is not
+enough memory for so many real ones (`benchmarks/shared_worker.py`). After a few streams to warm up, they are
+opened in steps. Each step is a sample: the growth of the process's resident memory, divided by the streams.
 
-The baseline, `plain`, is a plain Twisted server with as many answers that it has begun.
+The baseline, `plain`, is a plain Twisted server with as many open responses.
 
 Run it with `python -m benchmarks.streams`. STREAMS can be set.
 """
@@ -17,7 +17,7 @@ import resource
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-from benchmarks.client import begin, get, post, read_to_body
+from benchmarks.client import get, open_request, post, read_to_body
 from benchmarks.programs import coordinator, program
 from benchmarks.report import Report
 from bfaas.tokens import genkey
@@ -27,39 +27,41 @@ if TYPE_CHECKING:
     from benchmarks.programs import Program
 
 _STEPS = 10
-_FIRST = 20
+_WARM_UP = 20
 
 
 def measure(streams: int) -> Report:
-    """Open so many, of each kind."""
+    """Measure with so many streams of each kind."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * streams + 100)), hard))
-    workers = free_port()
+    worker_port = free_port()
     report = Report("streams", notes=[f"{streams} streams, in {_STEPS} steps"])
-    with program("-m", "benchmarks.plain") as plain:
-        report.add("plain", "KiB", _grow(plain, get("/open"), streams))
-    fly = program("-m", "benchmarks.one_for_all", "--workers", f"tcp:{workers}:interface=127.0.0.1")
-    with fly as api:
+    with program("-m", "benchmarks.plain_twisted") as plain:
+        report.add("plain", "KiB", _growth(plain, get("/open"), streams))
+    emulator = program(
+        "-m", "benchmarks.shared_worker", "--workers", f"tcp:{worker_port}:interface=127.0.0.1"
+    )
+    with emulator as api:
         settings = {
             "WORKER_APP": "workers", "WORKER_IMAGE": "basher:1", "FLY_TOKEN": "token", "FLY_REGION": "ams",
             "FLY_MACHINE_ID": "measured", "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{api.port}",
-            "PRIVATE": genkey().private, "WORKER_URL": f"http://127.0.0.1:{workers}",
-            "POOLSIZE": str(_FIRST + streams), "MAXREQTIME": "600s",
+            "PRIVATE": genkey().private, "WORKER_URL": f"http://127.0.0.1:{worker_port}",
+            "POOLSIZE": str(_WARM_UP + streams), "MAXREQTIME": "600s",
         }  # fmt: skip
-        with coordinator(**settings) as ours:
-            report.add("coordinator", "KiB", _grow(ours, post("sleep 1"), streams), "plain")
+        with coordinator(**settings) as coord:
+            report.add("coordinator", "KiB", _growth(coord, post("sleep 1"), streams), "plain")
     return report
 
 
-def _grow(server: Program, request: bytes, streams: int) -> list[float]:
+def _growth(server: Program, request: bytes, streams: int) -> list[float]:
     costs: list[float] = []
-    with ExitStack() as held:
+    with ExitStack() as connections:
 
         def open_some(count: int) -> None:
             for _ in range(count):
-                read_to_body(held.enter_context(begin(server.port, request)))
+                read_to_body(connections.enter_context(open_request(server.port, request)))
 
-        open_some(_FIRST)
+        open_some(_WARM_UP)
         size = streams // _STEPS
         for _ in range(_STEPS):
             before = server.resident_kib()
@@ -69,7 +71,7 @@ def _grow(server: Program, request: bytes, streams: int) -> list[float]:
 
 
 def main() -> None:
-    """Measure and tell."""
+    """Measure and report."""
     measure(int(os.environ.get("STREAMS", "500"))).write()
 
 

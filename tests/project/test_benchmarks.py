@@ -1,4 +1,4 @@
-"""How benchmarks tell what they found."""
+"""The reports of benchmarks."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ class ReportTests(SynchronousTestCase):
         self.report.add("ours <&>", "ms", [3.0, 6.0, 30.0], "plain", twice="plain")
         self.report.add("memory", "MB", [0.0])
 
-    def test_a_percentile_is_the_smallest_that_so_many_do_not_exceed(self) -> None:
+    def test_percentile_is_the_smallest_sample_that_so_many_do_not_exceed(self) -> None:
         samples = [float(number) for number in range(100, 0, -1)]
-        told = [percentile(samples, percent) for percent in (0, 1, 50, 99, 100)]
-        self.assertEqual([1, 1, 50, 99, 100], told)
+        percentiles = [percentile(samples, percent) for percent in (0, 1, 50, 99, 100)]
+        self.assertEqual([1, 1, 50, 99, 100], percentiles)
         self.assertEqual(7, percentile([7.0], 99))
 
-    def test_the_table_compares_medians(self) -> None:
-        head, plain, ours, memory = self.report.table().splitlines()
-        self.assertEqual(["waits", "n", "mean", "median"], head.split()[:4])
+    def test_table_compares_medians(self) -> None:
+        header, plain, ours, memory = self.report.table().splitlines()
+        self.assertEqual(["waits", "n", "mean", "median"], header.split()[:4])
         self.assertTrue(plain.startswith("plain, ms "), plain)
         self.assertTrue(ours.endswith("  3 x plain, 3 x twice"), ours)
         self.assertEqual(["memory,", "MB", "1", *["0"] * 7], memory.split())
 
-    def test_the_json_holds_every_sample(self) -> None:
-        told = json.loads(self.report.to_json())
-        self.assertEqual([[1, 2, 4], [3, 6, 30], [0]], [row["samples"] for row in told["rows"]])
-        self.assertEqual({"plain": 3, "twice": 3}, told["rows"][1]["ratios"])
-        self.assertTrue(told["where"]["commit"])
+    def test_json_has_every_sample(self) -> None:
+        document = json.loads(self.report.to_json())
+        self.assertEqual([[1, 2, 4], [3, 6, 30], [0]], [row["samples"] for row in document["rows"]])
+        self.assertEqual({"plain": 3, "twice": 3}, document["rows"][1]["ratios"])
+        self.assertTrue(document["environment"]["commit"])
 
-    def test_the_plot_has_a_bar_for_each_row_and_one_scale_for_each_unit(self) -> None:
+    def test_plot_has_a_bar_for_each_row_and_a_scale_for_each_unit(self) -> None:
         plot = ET.fromstring(self.report.to_svg())
         bars = [bar for bar in plot.iter() if bar.get("class") == "bar"]
         plain, ours, memory = (float(bar.get("width", "")) for bar in bars)
@@ -44,5 +44,5 @@ class ReportTests(SynchronousTestCase):
         self.assertEqual(1, memory)
         self.assertIn("ours <&>", [text.text for text in plot.iter() if text.tag.endswith("text")])
 
-    def test_nothing_measured_is_no_row(self) -> None:
+    def test_row_without_samples_is_an_error(self) -> None:
         self.assertRaises(RuntimeError, self.report.add, "none", "ms", [])

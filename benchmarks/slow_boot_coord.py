@@ -1,4 +1,4 @@
-"""A coordinator like any other, but that its local machines boot for BOOT seconds more. Run as a program."""
+"""A coordinator whose local machines take BOOT more seconds to boot. Run as a program."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bfaas.machines.local.processes import LocalMachines
 from bfaas.system.runtime import run_service
 
 
-class _Booting(LocalMachines):
+class _SlowMachines(LocalMachines):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timing = Timing(boot=float(os.environ["BOOT"]))
 
 
 if __name__ == "__main__":
-    coord.LocalMachines = _Booting  # type: ignore[attr-defined]  # it is that, slowed down
+    coord.LocalMachines = _SlowMachines  # type: ignore[attr-defined]  # replaces what coord composes
     run_service(coord.Options(), coord.makeService)

@@ -1,8 +1,8 @@
 """
-Plain Twisted servers, the baselines of streams. Run as a program.
+Plain Twisted servers, the baselines of `stream` and `streams`. Run as a program.
 
-`/SIZE` is answered with so many zeros from memory, `/pipe/SIZE` with those that `head` writes into a pipe,
-`/open` with a word and then nothing for ever. With `--relay PORT`, what is on that port is passed on.
+`/SIZE` responds with so many zeros from memory, `/pipe/SIZE` with those that `head` writes into a pipe,
+`/open` with a line and no end. With `--relay PORT`, it is a TCP relay to that port instead.
 """
 
 from __future__ import annotations
@@ -23,62 +23,62 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.server import Request
 
-_PIECE = bytes(64 * 1024)
+_CHUNK = bytes(64 * 1024)
 
 
 @implementer(IPullProducer)
 class _Zeros:
-    """Writes a piece whenever the one before has gone to the socket."""
+    """Writes a chunk whenever the last one has been sent."""
 
     def __init__(self, request: Request, size: int) -> None:
         self._request = request
-        self._left = size
+        self._remaining = size
 
     def resumeProducing(self) -> None:
-        """Write a piece."""
-        piece = _PIECE[: self._left]
-        self._left -= len(piece)
-        self._request.write(piece)
-        if not self._left:
+        """Write a chunk."""
+        chunk = _CHUNK[: self._remaining]
+        self._remaining -= len(chunk)
+        self._request.write(chunk)
+        if not self._remaining:
             self._request.unregisterProducer()
             self._request.finish()
 
     def stopProducing(self) -> None:
-        """Nobody reads any more."""
-        self._left = 0
+        """Stop: the client has disconnected."""
+        self._remaining = 0
 
 
 @implementer(IPushProducer)
 class _Pipe(ProcessProtocol):
-    """Passes on what a process writes."""
+    """Forwards the output of a process."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:  # noqa: ARG002 - there is one
-        """Pass a piece on."""
+        """Forward a chunk."""
         self._request.write(data)
 
-    def processEnded(self, reason: Failure) -> None:  # noqa: ARG002 - it is told by what has come
-        """End the answer."""
+    def processEnded(self, reason: Failure) -> None:  # noqa: ARG002 - the size shows a failure
+        """End the response."""
         self._request.unregisterProducer()
         self._request.finish()
 
     def pauseProducing(self) -> None:
-        """Leave it in the pipe."""
+        """Stop reading from the pipe."""
         self.transport.pauseProducing()  # type: ignore[union-attr]
 
     def resumeProducing(self) -> None:
-        """Read on."""
+        """Continue reading."""
         self.transport.resumeProducing()  # type: ignore[union-attr]
 
     def stopProducing(self) -> None:
-        """Nobody reads any more."""
+        """Kill the process: the client has disconnected."""
         self.transport.signalProcess("KILL")  # type: ignore[union-attr]
 
 
-class Plain(Resource):
-    """The paths above."""
+class PlainServer(Resource):
+    """Serves the paths above."""
 
     isLeaf = True
 
@@ -87,7 +87,7 @@ class Plain(Resource):
         self._reactor = reactor
 
     def render(self, request: Request) -> Any:
-        """Begin to answer."""
+        """Start the response."""
         *kind, last = request.path.strip(b"/").split(b"/")
         if last == b"open":
             request.write(b"hello\n")
@@ -102,9 +102,12 @@ class Plain(Resource):
 
 
 class Options(UsageOptions):
-    """Where to listen, and what for."""
+    """The endpoint, and the port to relay to, if any."""
 
-    optParameters: ClassVar = [["listen", "l", None, "Endpoint."], ["relay", "r", None, "Port.", int]]
+    optParameters: ClassVar = [
+        ["listen", "l", None, "Endpoint."],
+        ["relay", "r", None, "Port to relay to.", int],
+    ]
 
 
 def main() -> None:
@@ -115,7 +118,7 @@ def main() -> None:
     options = Options()
     options.parseOptions()
     relay = options["relay"]
-    factory = ProxyFactory("127.0.0.1", relay) if relay else Site(Plain(reactor), reactor=reactor)
+    factory = ProxyFactory("127.0.0.1", relay) if relay else Site(PlainServer(reactor), reactor=reactor)
     listening(options["listen"], factory, reactor).startService()
     reactor.run()
 

@@ -1,7 +1,7 @@
 """
-Fly without machines: the Machines API over machines in memory, and one worker that answers for all of them.
+The Machines API over emulated machines, and one worker that serves requests for all of them.
 
-It tells that it is ready, and begins each run with a word and then says nothing for ever. Run as a program.
+The worker is always ready. It starts each run with a line of output and never ends it. Run as a program.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 
 class Worker(Resource):
-    """Answers for whichever machine is asked."""
+    """A worker for all machines: it names the machine of the request in its response."""
 
     isLeaf = True
 
     def render(self, request: Request) -> Any:
-        """Be ready, or begin a run."""
+        """Respond to a probe, or start a run."""
         if request.path == formats.HEALTH_PATH.encode():
             return text_response(request, "ok")
         request.setHeader("Content-Type", formats.Format.EVENTS.value)
@@ -42,17 +42,17 @@ class Worker(Resource):
 
 
 class Options(RoleOptions):
-    """Where to listen."""
+    """The endpoints."""
 
     optParameters: ClassVar = [
-        ["listen", "l", None, "Endpoint of the API."],
+        ["listen", "l", None, "Endpoint of the Machines API."],
         ["workers", "w", None, "Endpoint of the worker."],
         LOG_FORMAT,
     ]
 
 
 def make_service(options: Options, reactor: Any) -> IService:
-    """Compose it."""
+    """Compose the service."""
     configure_reactor(reactor)
     service = MultiService()
     api = MachinesServer(EmulatedMachines(reactor, time.time), "workers", None)
