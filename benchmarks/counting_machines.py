@@ -140,6 +140,10 @@ async def _create(machines: EmulatedMachines, call: _Call) -> tuple[Machine, str
     return machine, lease.nonce
 
 
+async def _start(machines: EmulatedMachines, call: _Call) -> dict[str, Any]:
+    return {"migrated": await machines.start(call.machine_id, call.nonce)}
+
+
 async def _wait(machines: EmulatedMachines, call: _Call) -> dict[str, Any]:
     [state], [seconds] = call.query["state"], call.query["timeout"]
     await machines.wait(await machines.get(call.machine_id), State(state), float(seconds))
@@ -157,7 +161,7 @@ _ACTIONS: dict[tuple[str, str], tuple[str, Callable[[EmulatedMachines, _Call], C
     ("POST", "machines"): ("create", _create),
     ("GET", "machine"): ("get", lambda machines, call: machines.get(call.machine_id)),
     ("DELETE", "machine"): ("destroy", lambda machines, call: machines.destroy(call.machine_id, call.nonce)),
-    ("POST", "start"): ("start", lambda machines, call: machines.start(call.machine_id, call.nonce)),
+    ("POST", "start"): ("start", _start),
     ("POST", "stop"): ("stop", lambda machines, call: machines.stop(call.machine_id, call.nonce)),
     ("POST", "suspend"): ("suspend", lambda machines, call: machines.suspend(call.machine_id, call.nonce)),
     ("GET", "wait"): ("wait", _wait),

@@ -158,8 +158,10 @@ def measure(coordinators: int, size: int, latency: float, boot: float, seconds: 
         f"{coordinators} coordinators with {size} machines each; {latency:g} s per call, "
         f"{boot:g} s per boot, leases of {lease_ttl(_MAX_REQ_TIME)} s"
     )
-    failures = _count_failed_reconciliations()
-    _start(report, Fleet(coordinators, size, latency, boot))
+    failures, errors = _observe_log()
+    # Referenced until the end: collecting its suspended coroutines would run their cleanup.
+    starting = Fleet(coordinators, size, latency, boot)
+    _start(report, starting)
     alone, fleet = Fleet(1, size, latency, boot), Fleet(coordinators, size, latency, boot)
     for measured in (alone, fleet):
         measured.fill()
@@ -180,6 +182,8 @@ def measure(coordinators: int, size: int, latency: float, boot: float, seconds: 
     for action, rate in fleet.hottest(counts_before, seconds):
         report.add(f"hottest: {action}", "/s", [rate])
     _crash_half(report, fleet)
+    if errors:
+        raise RuntimeError(f"{len(errors)} unexpected errors, the first: {errors[0]}")
     return report
 
 
@@ -219,17 +223,20 @@ def _crash_half(report: Report, fleet: Fleet) -> None:
         report.add(f"orphans: {action}", "/s", fleet.rates(action, crashed_at))
 
 
-def _count_failed_reconciliations() -> Counter[str]:
-    """Count failed reconciliations by error; discard the rest of the log."""
+def _observe_log() -> tuple[Counter[str], list[str]]:
+    """Return failed reconciliations by error, and unexpected errors; discard the rest of the log."""
     failures: Counter[str] = Counter()
+    errors: list[str] = []
 
     @provider(ILogObserver)
     def observe(event: LogEvent) -> None:
         if event.get("log_format") == "reconciliation failed: {error}":
             failures[type(event["error"]).__name__] += 1
+        if "log_failure" in event:
+            errors.append(event["log_failure"].getTraceback())
 
     globalLogBeginner.beginLoggingTo([observe], redirectStandardIO=False, discardBuffer=True)
-    return failures
+    return failures, errors
 
 
 def main() -> None:
