@@ -1,15 +1,11 @@
-"""
-The coordinator: its options, what it is made of, how it ends.
-
-`twistd bfaas-coord`.
-"""
+"""The coordinator program, `twistd bfaas-coord`: its options, composition and shutdown."""
 
 from __future__ import annotations
 
 import gc
 import time
 from random import SystemRandom
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
@@ -40,26 +36,28 @@ from bfaas.system.runtime import (
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from random import Random
 
+    from klein import Klein
     from twisted.application.service import IService
 
     from bfaas.machines.api import MachinesAPI
+    from bfaas.settings import FlySettings
 
 _log = Logger()
 
-
 METRICS_CONNECTIONS = 16
-"""Connections to the metrics at the most."""
+"""Limit on connections to the metrics endpoint."""
 
 FEW_CONNECTIONS = 256
-"""Below so many connections the log tells why there are no more."""
+"""If the limit on open files allows fewer connections than this, the start logs a warning."""
 
-FILES_A_MACHINE = 4
-"""Open files for each machine: a local one's three pipes, and a connection to it."""
+FILES_PER_MACHINE = 4
+"""Open files per machine: three pipes of a local one, and a connection to it."""
 
 
 class CoordService(MultiService):
-    """The coordinator as a service: on stopping it drains, then closes its pool, or destroys it."""
+    """The coordinator as a Twisted service. On stop it drains, then closes its pool or destroys it."""
 
     def __init__(
         self,
@@ -80,17 +78,17 @@ class CoordService(MultiService):
         listener.setServiceParent(self)
 
     def startService(self) -> None:
-        """Begin to take requests, and to look after the pool's machines."""
+        """Start to accept requests and to manage machines."""
         super().startService()
         self._pool.start()
 
     def stopService(self) -> Deferred[None]:
-        """Stop listening, let running requests end, deliver their answers, close the pool."""
+        """Stop listening, wait for active runs, deliver their responses, close the pool."""
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
         await MultiService.stopService(self)
-        # Requests that wait in line are told now; the pool waits for machines that are in use.
+        # This rejects queued requests now; the pool waits for machines that are running.
         closing = Deferred.fromCoroutine(self._pool.destroy() if self._destroys else self._pool.close())
         await self._coordinator.drain()
         await self._site.drain()
@@ -99,60 +97,96 @@ class CoordService(MultiService):
 
 
 class Options(RoleOptions):
-    """Command-line options of the coordinator; everything else is in its environment."""
+    """Command-line options of the coordinator. All other settings are environment variables."""
 
     role = "bfaas-coord"
 
     optParameters: ClassVar = [
-        ["listen", "l", None, "Endpoint to take requests on; tcp:8000, on a laptop on loopback alone."],
-        ["metrics", "m", None, "Endpoint to tell Prometheus on, at /metrics; none without it."],
+        ["listen", "l", None, "Endpoint for requests [default: tcp:8000; with WORKER_APP=mock on loopback]."],
+        ["metrics", "m", None, "Endpoint for Prometheus metrics, at /metrics [default: none]."],
         LOG_FORMAT,
     ]
 
 
+class _Provider(NamedTuple):
+    """A provider of machines, and what depends on the choice of one."""
+
+    machines: MachinesAPI
+    shut_down: Callable[[], Awaitable[object]]
+    worker_url: str | None
+    default_endpoint: str
+
+
+def _fly_provider(reactor: Any, random: Random, fly: FlySettings) -> _Provider:
+    agent, connections = pooled_agent(reactor)
+    machines = FlyMachines(reactor, agent, random, fly.api.url, fly.api.worker_app, fly.api.token)
+    return _Provider(machines, connections.closeCachedConnections, fly.worker_url, "tcp:8000")
+
+
+def _local_provider(reactor: Any) -> _Provider:
+    host = examine_host()
+    machines = LocalMachines(reactor, time.time, sandboxed=host.sandboxed, directory=host.directory)
+    return _Provider(machines, machines.shutdown, None, "tcp:8000:interface=127.0.0.1")
+
+
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Compose the coordinator from the environment. Raise, or exit, with one line where it cannot be."""
+    """Compose the coordinator from the environment. Raise `StartError` or exit if it cannot start."""
     if reactor is None:
         check_options(options)
-        from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
+        from twisted.internet import reactor  # noqa: PLC0415 - which reactor is known by now
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     for warning in settings.idle_timeout_warnings:
         _log.warn("{warning}", warning=warning)
     configure_reactor(reactor)
-    # What is there by then stays: looking through all of it for garbage, again and again, takes long enough
-    # to make deadlines late.
+    # Objects made during start-up live on. Frozen, they are not traversed by each garbage collection, which
+    # would delay deadlines.
     reactor.callWhenRunning(gc.freeze)
+
     random, fly = SystemRandom(), settings.fly
-    machines: MachinesAPI
-    if fly is None:
-        host = examine_host()
-        machines = local = LocalMachines(
-            reactor, time.time, sandboxed=host.sandboxed, directory=host.directory
-        )
-        shut_down, worker_url, endpoint = local.shutdown, None, "tcp:8000:interface=127.0.0.1"
-    else:
-        agent, connections = pooled_agent(reactor)
-        machines = FlyMachines(reactor, agent, random, fly.api.url, fly.api.worker_app, fly.api.token)
-        shut_down, worker_url, endpoint = connections.closeCachedConnections, fly.worker_url, "tcp:8000"
-    proxy = WorkerClient(reactor, worker_url, settings.max_output)
+    provider = _local_provider(reactor) if fly is None else _fly_provider(reactor, random, fly)
+    worker_client = WorkerClient(reactor, provider.worker_url, settings.max_output)
     metrics = Metrics()
-    pool = Pool(machines, proxy, reactor, random, pool_config(settings), metrics)
+    pool = Pool(
+        provider.machines,
+        worker_client,
+        reactor,
+        random,
+        pool_config(settings),
+        metrics,
+    )
     runs = RunTracker(reactor, time.time, random, metrics)
-    coordinator = Coordinator(reactor, settings, pool, proxy, time.time, runs)
+    coordinator = Coordinator(reactor, settings, pool, worker_client, time.time, runs)
     metrics.register_gauges(pool, coordinator)
-    others = settings.pool_size * FILES_A_MACHINE + (METRICS_CONNECTIONS if options["metrics"] else 0)
-    most = min(MAX_CONNECTIONS, max_connections(others))
-    if most < FEW_CONNECTIONS:
-        _log.warn("the open files that are allowed (ulimit -n) suffice for {most} connections", most=most)
-    site = BoundedSite(
-        reactor, coordinator.app.resource(), settings.max_body, max_connections=most,
-        # On Fly all connections come from its proxy; on a laptop some come from pages in a browser.
-        max_per_address=most if fly else most // 2, request_filter=None if fly else cross_origin_reason,
-    )  # fmt: skip
-    listener = Listener(reactor, "--listen", options["listen"] or endpoint, site)
-    service = CoordService(coordinator, site, listener, pool, shut_down, destroys=settings.destroy_on_exit)
+
+    site = _public_site(reactor, coordinator.app, settings, has_metrics=bool(options["metrics"]))
+    listener = Listener(reactor, "--listen", options["listen"] or provider.default_endpoint, site)
+    service = CoordService(
+        coordinator, site, listener, pool, provider.shut_down, destroys=settings.destroy_on_exit
+    )
     if options["metrics"]:
-        told = metrics.app.resource()
-        page = BoundedSite(reactor, told, max_body=0, max_connections=METRICS_CONNECTIONS)
-        Listener(reactor, "--metrics", options["metrics"], page).setServiceParent(service)
+        metrics_site = BoundedSite(
+            reactor, metrics.app.resource(), max_body=0, max_connections=METRICS_CONNECTIONS
+        )
+        Listener(reactor, "--metrics", options["metrics"], metrics_site).setServiceParent(service)
     return with_logging(service, options, reactor)
+
+
+def _public_site(reactor: Any, app: Klein, settings: CoordSettings, *, has_metrics: bool) -> BoundedSite:
+    """Return the site for requests, with as many connections as the limit on open files allows."""
+    other_files = settings.pool_size * FILES_PER_MACHINE + (METRICS_CONNECTIONS if has_metrics else 0)
+    connections = min(MAX_CONNECTIONS, max_connections(other_files))
+    if connections < FEW_CONNECTIONS:
+        _log.warn(
+            "the limit on open files (ulimit -n) allows only {connections} connections",
+            connections=connections,
+        )
+    on_fly = settings.fly is not None
+    return BoundedSite(
+        reactor,
+        app.resource(),
+        settings.max_body,
+        max_connections=connections,
+        # On Fly all connections come from its proxy. Elsewhere web pages in a browser can open some.
+        max_per_address=connections if on_fly else connections // 2,
+        request_filter=None if on_fly else cross_origin_reason,
+    )

@@ -1,4 +1,4 @@
-"""The coordinator's resource: takes scripts from anyone, runs each on a worker of its own, in its time."""
+"""The coordinator's HTTP application: runs each script on its own worker machine, within its time limit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from bfaas.coordinator.client_limits import ConcurrencyLimiter, client_key
-from bfaas.coordinator.run_tracker import Refused
+from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.ui import serve_page
 from bfaas.coordinator.worker_client import NotStartedError, WorkerError
 from bfaas.deadline import Deadline, DeadlineExceededError
@@ -35,44 +35,51 @@ if TYPE_CHECKING:
     from bfaas.protocol.request import RunRequest
     from bfaas.settings import CoordSettings
 
-MAX_REPLAYED = 1_000_000
-"""Bytes of a request's body that Fly's proxy replays at the most."""
+MAX_REPLAY_BODY = 1_000_000
+"""Largest request body, in bytes, that Fly's proxy replays."""
 
-REPLAYED = "bfaas-replayed"
+REPLAY_STATE = "bfaas-replayed"
+"""The `state` of `fly-replay` that marks a request as replayed."""
 
 REPLAY_TIMEOUT = "2s"
-"""How long Fly's proxy tries to reach another coordinator, before it sends a request back."""
-
-_REASONS = frozenset(formats.Reason)
+"""How long Fly's proxy tries to reach another coordinator before it returns a request."""
 
 UNCOMPRESSED = {"Content-Encoding": "identity"}
 """
-Keeps proxies from compressing a stream: some hold it back until its end.
+Keeps proxies from compressing a stream: some buffer it until its end.
 
-Of Caddy (2.6) and Fly's proxy nothing else is known to help. RFC 9110 (8.4.1) discourages the word, since it
-says nothing; HTTP clients read it as such.
+Nothing else is known to stop Caddy (2.6) and Fly's proxy. RFC 9110 (8.4.1) discourages `identity` as
+redundant; HTTP clients accept it as such.
 """
 
 MAX_GRACE = 5.0
 """
-Seconds that a worker has to begin its answer, at the most, where its run may take less.
+Upper bound, in seconds, on a worker's time to start its response where the run's limit is shorter.
 
-A run whose time is over is a timeout, however short that time was: a worker needs some milliseconds to start
-bash, more on a busy host. Only a worker that does not answer at all is a failure (504).
+A run that exceeds its limit is a timeout, however short the limit: a worker needs some milliseconds to start
+bash, more on a busy host. Only a worker that does not respond at all is a failure (504).
 """
 
 MIN_GRACE = 2.0
-"""Seconds that a worker has to begin its answer at the least, where `MAXREQTIME` is less."""
+"""Least time, in seconds, that a worker has to start its response, even if `MAXREQTIME` is shorter."""
 
 STARVATION_WINDOW = 60.0
-"""Seconds for which one request that waited in vain speaks for the next, unless one is served."""
+"""Seconds after a queue timeout during which `/readyz` reports 503, unless a request gets a machine."""
+
+
+class RejectedError(HTTPError):
+    """A request is answered with this error; `kind` is its outcome."""
+
+    def __init__(self, code: int, message: str, kind: OutcomeKind, retry_after: str | None = None) -> None:
+        super().__init__(code, message, None if retry_after is None else {"Retry-After": retry_after})
+        self.kind = kind
 
 
 class Coordinator:
     """
-    The coordinator's resource.
+    The coordinator's HTTP application.
 
-    `wall` tells the time that tickets are signed with, in seconds since the epoch.
+    `wall` returns the time in seconds since the epoch, for auth tokens.
     """
 
     app = Klein()
@@ -85,69 +92,74 @@ class Coordinator:
         clock: IReactorTime,
         settings: CoordSettings,
         pool: Pool,
-        proxy: WorkerClient,
+        worker_client: WorkerClient,
         wall: Callable[[], float],
         runs: RunTracker,
     ) -> None:
         self._clock = clock
         self._settings = settings
         self._pool = pool
-        self._proxy = proxy
+        self._worker_client = worker_client
         self._wall = wall
         self._runs = runs
         self._draining = False
         self._last_queue_timeout: float | None = None
-        self._shares = ConcurrencyLimiter(settings.max_per_client)
+        self._limiter = ConcurrencyLimiter(settings.max_per_client)
 
     @app.route(formats.RUN_PATH, methods=["POST"])
     async def run(self, request: Request) -> None:
         """
-        Run the script that is the body, or in it, on a machine from the pool.
+        Run the script in the request's body on a machine from the pool.
 
-        A request of a script counts as any other: among those of the address that it comes from.
+        Requests that come from inside a script count towards the limit of the address that they come from.
         """
         run_id = self._runs.new_id()
         request.setHeader(formats.RUN_ID, run_id)
         try:
-            await self._run(request, run_id)
-        except HTTPError as refusal:
-            self._runs.refused(refusal.reason)
+            run_request = parse_run_request(request)
+        except HTTPError:
+            self._runs.rejected(OutcomeKind.INVALID_REQUEST)
+            raise
+        try:
+            await self._run(request, run_request, run_id)
+        except RejectedError as error:
+            self._runs.rejected(error.kind)
             raise
 
-    async def _run(self, request: Request, run_id: str) -> None:
-        ask = parse_run_request(request)
+    async def _run(self, request: Request, run_request: RunRequest, run_id: str) -> None:
         if self._draining:
-            raise self._refusal(503, "shutting down", Refused.SHUTTING_DOWN)
+            raise self._rejection(503, "shutting down", OutcomeKind.SHUTTING_DOWN)
         client = client_key(request, on_fly=self._settings.fly is not None)
-        if not self._shares.acquire(client):
-            raise self._refusal(429, "too many requests of yours are under way", Refused.CLIENT_LIMIT)
+        if not self._limiter.acquire(client):
+            message = "too many concurrent requests from this client"
+            raise self._rejection(429, message, OutcomeKind.CLIENT_LIMIT)
         run = self._runs.begin(run_id, client)
         try:
-            self._replay_elsewhere(request, ask)
+            self._replay_elsewhere(request, run_request)
             allocation = await self._allocate(client)
-            self._runs.served(run, allocation.machine.id)
+            self._runs.started(run, allocation.machine.id)
             try:
-                await self._answer(request, ask, run, allocation.machine)
+                await self._run_on(allocation.machine, request, run_request, run)
             finally:
                 allocation.release()
-        except HTTPError as refusal:
-            run.ending = refusal.reason
+        except RejectedError as error:
+            run.outcome = Outcome(error.kind)
             raise
         except CancelledError:
-            run.ending = "left"
+            run.outcome = Outcome(OutcomeKind.CLIENT_DISCONNECTED)
             raise
         finally:
-            self._shares.release(client)
+            self._limiter.release(client)
             self._runs.end(run)
 
     @app.route(formats.HEALTH_PATH, methods=["GET"])
     def healthz(self, request: Request) -> bytes:
-        """Tell that we are alive."""
+        """Report that the process is alive."""
         return text_response(request, "ok")
 
     @app.route("/readyz", methods=["GET"])
     def readyz(self, request: Request) -> bytes:
-        """Tell whether a run that came now would find a machine, as far as we know; 503 and why if not."""
+        """Report whether a new request could get a machine; 503 with the reason if not."""
         reason = self.not_ready_reason
         if reason is not None:
             raise HTTPError(503, reason, {"Retry-After": self._retry_after})
@@ -155,32 +167,34 @@ class Coordinator:
 
     @app.route("/status", methods=["GET"])
     def status(self, request: Request) -> bytes:
-        """Tell, as JSON, what the pool and the line look like, and what became of the latest runs."""
+        """Return the state of the pool and the queue, and the latest runs, as JSON."""
         settings, pool = self._settings, self._pool
-        phases = {phase.value: count for phase in Phase if (count := pool.count(phase))}
-        told = {
+        payload = {
             "pool": {
-                "name": settings.machine_id, "size": settings.pool_size, "standby": settings.standby,
-                "machines": phases,
+                "name": settings.machine_id,
+                "size": settings.pool_size,
+                "standby": settings.standby,
+                "machines": {phase.value: count for phase in Phase if (count := pool.count(phase))},
             },
             "queue": {
-                "waiting": pool.waiting, "limit": settings.max_queue,
+                "waiting": pool.waiting,
+                "limit": settings.max_queue,
                 "expected_wait_ms": round(1000 * pool.expected_wait),
             },
             "max_req_time_ms": round(1000 * settings.max_req_time),
             "draining": self._draining,
             "runs": self._runs.status(),
-        }  # fmt: skip
-        return text_response(request, json.dumps(told), "application/json")
+        }
+        return text_response(request, json.dumps(payload), "application/json")
 
     async def drain(self) -> None:
-        """Take no more runs, and wait until those that are under way have ended."""
+        """Reject new requests, and wait until the active ones have ended."""
         self._draining = True
         await self._runs.wait_idle()
 
     @property
     def not_ready_reason(self) -> str | None:
-        """What speaks against a machine, in time, for a request that comes now; None where nothing does."""
+        """Why a new request could not get a machine in time; None if it could."""
         settings, pool = self._settings, self._pool
         if self._draining:
             return "shutting down"
@@ -188,94 +202,111 @@ class Coordinator:
             return reason
         if pool.queue_depth_ahead > settings.max_queue:
             return "too many requests are waiting"
-        waited = self._last_queue_timeout
-        in_vain = waited is not None and self._clock.seconds() - waited < STARVATION_WINDOW
-        return "requests wait in vain" if in_vain and not pool.count(Phase.READY) else None
+        last_timeout = self._last_queue_timeout
+        is_starved = last_timeout is not None and self._clock.seconds() - last_timeout < STARVATION_WINDOW
+        return (
+            "recent requests timed out in the queue" if is_starved and not pool.count(Phase.READY) else None
+        )
 
     async def _allocate(self, client: str) -> Allocation:
+        """Wait for a machine. Raise `RejectedError` if the queue is full, or after `MAXWAIT`."""
         settings = self._settings
         if self._pool.queue_depth_ahead > settings.max_queue:
-            raise self._refusal(503, "too many requests are waiting", Refused.QUEUE_FULL)
+            raise self._rejection(503, "too many requests are waiting", OutcomeKind.QUEUE_FULL)
         try:
             allocation = await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))
         except DeadlineExceededError:
             self._last_queue_timeout = self._clock.seconds()
-            line = f"no worker within {settings.max_wait:g} s"
-            raise self._refusal(503, line, Refused.QUEUE_TIMEOUT) from None
+            message = f"no worker available within {settings.max_wait:g} s"
+            raise self._rejection(503, message, OutcomeKind.QUEUE_TIMEOUT) from None
         except PoolClosedError:
-            raise self._refusal(503, "shutting down", Refused.SHUTTING_DOWN) from None
+            raise self._rejection(503, "shutting down", OutcomeKind.SHUTTING_DOWN) from None
         self._last_queue_timeout = None
         return allocation
 
-    def _replay_elsewhere(self, request: Request, ask: RunRequest) -> None:
+    def _replay_elsewhere(self, request: Request, run_request: RunRequest) -> None:
         """
-        Where that is wanted, let Fly's proxy take the request to a coordinator that may have a machine.
+        Raise a `RejectedError` that has Fly's proxy send the request to another coordinator, if configured.
 
-        Once: the proxy sends the next coordinator in `fly-replay-src` the state that this one set. If the
-        proxy reaches no other machine within `REPLAY_TIMEOUT`, it sends the request back with
-        `fly-replay-failed`, and the request waits here. Without that fallback the client would get an empty
-        502 (https://fly.io/docs/networking/dynamic-request-routing/#replay-timeout-and-fallback).
+        Only where the request would have to wait here, and only once: the proxy passes on the state that this
+        coordinator sets, in `fly-replay-src`. If the proxy reaches no other machine within `REPLAY_TIMEOUT`,
+        it returns the request with `fly-replay-failed`, and the request waits here. Without that fallback the
+        client would get an empty 502
+        (https://fly.io/docs/networking/dynamic-request-routing/#replay-timeout-and-fallback).
         """
         settings = self._settings
-        if not settings.replay or ask.size > MAX_REPLAYED or self._pool.queue_depth_ahead == 0:
+        if (
+            not settings.replay
+            or run_request.size > MAX_REPLAY_BODY
+            or self._pool.queue_depth_ahead == 0
+            or request.requestHeaders.hasHeader(b"fly-replay-failed")
+        ):
             return
         source = request.getHeader(b"fly-replay-src") or b""
-        is_replayed = f"state={REPLAYED}".encode() in [part.strip() for part in source.split(b";")]
-        if not is_replayed and not request.requestHeaders.hasHeader(b"fly-replay-failed"):
-            where = f"elsewhere=true;timeout={REPLAY_TIMEOUT};fallback=force_self;state={REPLAYED}"
-            refusal = self._refusal(503, "no worker here; trying elsewhere", Refused.REPLAYED)
-            refusal.headers["fly-replay"] = where
-            raise refusal
+        if f"state={REPLAY_STATE}".encode() in [part.strip() for part in source.split(b";")]:
+            return
+        message = "no worker available here; trying another coordinator"
+        rejection = self._rejection(503, message, OutcomeKind.REPLAYED)
+        rejection.headers["fly-replay"] = (
+            f"elsewhere=true;timeout={REPLAY_TIMEOUT};fallback=force_self;state={REPLAY_STATE}"
+        )
+        raise rejection
 
-    def _refusal(self, code: int, line: str, reason: Refused) -> HTTPError:
-        """Refuse a request, with when to come back."""
-        return HTTPError(code, line, {"Retry-After": self._retry_after}, reason)
+    def _rejection(self, code: int, message: str, kind: OutcomeKind) -> RejectedError:
+        """Return a rejection with `Retry-After`."""
+        return RejectedError(code, message, kind, self._retry_after)
 
     @property
     def _retry_after(self) -> str:
         """
-        Choose when a client should come back: in whole seconds, at least one.
+        The value of `Retry-After`: whole seconds, at least 1.
 
-        By then all requests that wait now should have been served, by what the pool expects. If that is
-        wrong, they have ended after `MAXWAIT`, and the last to be served has had its `MAXREQTIME`.
+        By then all queued requests should have been served, by the pool's estimate. The upper bound holds
+        whatever the estimate: they have timed out after `MAXWAIT`, and the last one served has had its
+        `MAXREQTIME`.
         """
-        longest = self._settings.max_wait + self._settings.max_req_time
-        return str(max(1, ceil(min(self._pool.expected_wait, longest))))
+        max_delay = self._settings.max_wait + self._settings.max_req_time
+        return str(max(1, ceil(min(self._pool.expected_wait, max_delay))))
 
-    async def _answer(self, request: Request, ask: RunRequest, run: Run, machine: Machine) -> None:
-        """Relay one run within its time; whatever happens, the answer has one ending."""
+    async def _run_on(self, machine: Machine, request: Request, run_request: RunRequest, run: Run) -> None:
+        """
+        Run the script on a machine, and stream its output to the client, within the run's time limit.
+
+        Sets the outcome, the times and the size of `run`. Raise `RejectedError` if no response was started.
+        """
         settings = self._settings
-        started = self._clock.seconds()
-        limit = ask.effective_timeout(settings.max_req_time)
+        started_at = self._clock.seconds()
+        limit = run_request.effective_timeout(settings.max_req_time)
         deadline = Deadline(self._clock, limit)
-        first = Deadline(self._clock, max(limit, min(settings.max_req_time, MAX_GRACE), MIN_GRACE))
+        response_limit = max(limit, min(settings.max_req_time, MAX_GRACE), MIN_GRACE)
+        response_deadline = Deadline(self._clock, response_limit)
         format_ = formats.requested_format(request.args, request.getHeader("Accept") or "")
-        answer = RunResponse(request, format_, self._clock)
+        response = RunResponse(request, format_, self._clock)
         headers = {formats.WORKER: machine.id, formats.COORD: settings.machine_id, **UNCOMPRESSED}
-        ticket = settings.signer.sign(machine.id, self._wall())
+        auth_token = settings.signer.sign(machine.id, self._wall())
+        client = self._worker_client
         try:
-            response = await first.run(self._proxy.begin(machine, ticket, run.id, ask, format_))
-            exit_ = await deadline.run(self._proxy.stream(response, format_, answer, headers))
-            run.ending = exit_.reason if exit_.reason in _REASONS else f"exit {exit_.code}"
+            worker_response = await response_deadline.run(
+                client.start_run(machine, auth_token, run.id, run_request, format_)
+            )
+            exit_ = await deadline.run(client.stream(worker_response, format_, response, headers))
+            run.outcome = Outcome.from_exit(exit_)
         except DeadlineExceededError:
-            run.ending = formats.Reason.TIMEOUT
-            if not answer.started:
-                line = "the worker did not answer in time"
-                raise HTTPError(504, line, reason=Refused.WORKER_TIMEOUT) from None
-            answer.end(formats.Exit.forced(formats.Reason.TIMEOUT, self._since(started)))
+            run.outcome = Outcome(OutcomeKind.TIMEOUT)
+            if not response.started:
+                message = "the worker did not respond in time"
+                raise RejectedError(504, message, OutcomeKind.WORKER_TIMEOUT) from None
+            elapsed_ms = round(1000 * (self._clock.seconds() - started_at))
+            response.end(formats.Exit.forced(formats.Reason.TIMEOUT, elapsed_ms))
         except WorkerError as error:
             self._log.warn(
                 "run {run}: {machine} failed: {error}", run=run.id, machine=machine.id, error=error
             )
             if isinstance(error, NotStartedError):
-                line = "the worker could not start the script"
-                raise HTTPError(502, line, reason=Refused.NOT_STARTED) from None
-            raise HTTPError(502, "the worker failed", reason=Refused.WORKER_FAILED) from None
+                message = "the worker could not start the script"
+                raise RejectedError(502, message, OutcomeKind.NOT_STARTED) from None
+            raise RejectedError(502, "the worker failed", OutcomeKind.WORKER_FAILED) from None
         finally:
-            answer.close()
-            run.response_at, run.first_byte_at = answer.started_at, answer.first_byte_at
-            run.bytes = answer.bytes_written
-
-    def _since(self, moment: float) -> int:
-        """Milliseconds since then."""
-        return round(1000 * (self._clock.seconds() - moment))
+            response.close()
+            run.response_at, run.first_byte_at = response.started_at, response.first_byte_at
+            run.bytes = response.bytes_written

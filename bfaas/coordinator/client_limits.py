@@ -1,4 +1,4 @@
-"""Whose a request is, and how many requests one client may have under way."""
+"""Identity of clients, and the limit on concurrent requests of each."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _CLIENT_IP = b"fly-client-ip"
 
 def client_key(request: Request, *, on_fly: bool) -> str:
     """
-    Name the client that a request is from, by its address.
+    Return the key that identifies a request's client: its IPv4 address, or the /64 of its IPv6 address.
 
-    On Fly the proxy tells it in a header, which elsewhere anybody could write; there, and where the header
-    is no address, it is the peer's. An IPv6 address counts as its /64, since that is the least that one
-    client has, to choose from as it likes; an IPv4 address in an IPv6 one counts as itself. Peers without an
-    address, on a UNIX socket, are one client.
+    On Fly the address is in a header that the proxy sets; elsewhere any client could set that header, so the
+    address is the peer's. An invalid header is ignored. A client can usually choose any address of its IPv6
+    /64, so the /64 counts as one client. An IPv4-mapped IPv6 address counts as the IPv4 address. Peers on
+    UNIX sockets have no address and count as one client.
     """
-    told = request.getHeader(_CLIENT_IP) if on_fly else None
-    if told is not None:
+    forwarded = request.getHeader(_CLIENT_IP) if on_fly else None
+    if forwarded is not None:
         try:
-            return address_key(told.decode("ascii"))
+            return address_key(forwarded.decode("ascii"))
         except ValueError:
             pass
     peer = getattr(request.getClientAddress(), "host", None)
@@ -33,21 +33,21 @@ def client_key(request: Request, *, on_fly: bool) -> str:
 
 
 class ConcurrencyLimiter:
-    """How many requests each client has under way: `most` at the most."""
+    """Limits the concurrent requests of each client to `limit`."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._taken: Counter[str] = Counter()
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._active: Counter[str] = Counter()
 
     def acquire(self, client: str) -> bool:
-        """Note one more of a client; False, and it is not noted, if it has as many as it may."""
-        if self._taken[client] >= self._most:
+        """Count one more request of a client. Return False, and count nothing, if it is at its limit."""
+        if self._active[client] >= self._limit:
             return False
-        self._taken[client] += 1
+        self._active[client] += 1
         return True
 
     def release(self, client: str) -> None:
-        """Note that one has ended."""
-        self._taken[client] -= 1
-        if not self._taken[client]:
-            del self._taken[client]
+        """Count one request of a client as ended."""
+        self._active[client] -= 1
+        if not self._active[client]:
+            del self._active[client]

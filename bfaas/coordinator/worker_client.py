@@ -1,8 +1,8 @@
 """
-One exchange, streamed from a worker to a client.
+Client of the workers: checks that they are ready, sends them runs, and streams their output to the client.
 
-A worker may be in the hands of the script it ran. Nothing it says reaches the client but output in the
-format that was asked for; head, status and ending are our own.
+A script may have taken over its worker, so workers are not trusted. Only output in the requested format
+reaches the client; the response's head and its exit are the coordinator's own.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class WorkerError(Exception):
-    """The worker did not begin to answer as a worker does; nothing was sent to the client."""
+    """The worker sent no valid response head; nothing was sent to the client."""
 
 
 class NotStartedError(WorkerError):
@@ -53,21 +53,22 @@ class NotStartedError(WorkerError):
 
 class WorkerClient:
     """
-    Reaches the workers on machines.
+    HTTP client for the workers on machines.
 
-    A machine that has no address of its own is reached at `worker_url`, through the proxy of its app,
-    which the header `fly-force-instance-id` tells where to go
-    (https://fly.io/docs/networking/dynamic-request-routing/).
+    Requests to a machine without a URL of its own go to `worker_url`, the proxy of the workers' app, which
+    the header `fly-force-instance-id` directs to the machine
+    (https://fly.io/docs/networking/dynamic-request-routing/). `max_output` limits a run's output, in bytes.
 
-    What a worker can make this hold is one piece as it was read (64 KiB), an unfinished line (`MAX_HEAD`)
-    and an unfinished event (`MAX_EVENT`; nine times that for the moment in which it is decoded).
+    Memory that a worker can make this hold: one piece as it was read (64 KiB), an unfinished line
+    (`MAX_HEAD`) and an unfinished event (`MAX_EVENT`; nine times that while it is decoded).
     """
 
     _log = Logger()
-    _PROBE_LIMIT = 2.0
-    # A worker that becomes ready is noticed at most a fifth of the time waited so far later.
+    _PROBE_TIMEOUT = 2.0
+    # Each delay is at most a fifth of the time waited so far (from 25 ms on), which bounds how late readiness
+    # is noticed.
     _PROBE_BACKOFF = BackoffSchedule(initial=0.005, maximum=0.25, factor=1.2)
-    _MAX_CLOCK_AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of a ticket's life
+    _MAX_CLOCK_AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of an auth token's lifetime
 
     def __init__(
         self,
@@ -85,19 +86,19 @@ class WorkerClient:
 
     async def wait_until_ready(self, machine: Machine) -> None:
         """
-        Wait until the worker answers; only cancelling ends the wait otherwise.
+        Wait until the worker responds. There is no time limit: cancel it to end the wait.
 
-        Any answer below 500 will do: workers of the Go original have no such path. But one whose clock is
-        so far off that it would refuse a ticket, as it may be for a moment after it was thawed, is not ready;
-        nor is whoever has taken a local machine's port, and would get its script.
+        Any status below 500 counts: workers of the Go original have no health check. A worker whose clock is
+        so far off that it would reject an auth token, which happens briefly after a resume, is not ready. Nor
+        is another program that has taken a local machine's port, and would get its script.
         """
         for failures in count():
             try:
                 probe = self._request("GET", machine, formats.HEALTH_PATH, Headers(), None)
-                response = await Deadline(self._reactor, self._PROBE_LIMIT).run(probe)
+                response = await Deadline(self._reactor, self._PROBE_TIMEOUT).run(probe)
             except CancelledError:
                 raise
-            except Exception:  # noqa: BLE001, S110 - refused, reset, silent: not ready, whichever
+            except Exception:  # noqa: BLE001, S110 - refused, reset, timed out: not ready
                 pass
             else:
                 abort_body(response)
@@ -107,59 +108,71 @@ class WorkerClient:
             await deferLater(self._reactor, self._PROBE_BACKOFF.delay(failures))
 
     def _clock_ok(self, response: IResponse) -> bool:
-        """Tell whether a worker's clock, as far as it tells it, is near enough to ours."""
+        """Return whether a worker's `Date` is close enough to our time, or missing or invalid."""
         try:
-            told = parsedate_to_datetime(response.headers.getRawHeaders("date", [""])[0]).timestamp()
+            worker_time = parsedate_to_datetime(response.headers.getRawHeaders("date", [""])[0]).timestamp()
         except (ValueError, OverflowError):
             return True
-        return -CLOCK_SKEW < told - self._wall() < self._MAX_CLOCK_AHEAD
+        return -CLOCK_SKEW < worker_time - self._wall() < self._MAX_CLOCK_AHEAD
 
-    async def begin(
-        self, machine: Machine, ticket: str, run_id: str, ask: RunRequest, format_: formats.Format
+    async def start_run(
+        self,
+        machine: Machine,
+        auth_token: str,
+        run_id: str,
+        run_request: RunRequest,
+        format_: formats.Format,
     ) -> IResponse:
         """
-        Send a run to the machine's worker, once; return the head of the worker's answer, for `stream`.
+        Send a run to the machine's worker, once; return the response, whose head is valid, for `stream`.
 
-        The worker gets the run's id for its log. Raises `WorkerError` if the worker does not answer as a
-        worker does. Cancelling closes the connection.
+        `format_` is the client's format. The worker logs `run_id`. Raise `WorkerError` if the worker sends no
+        valid response head. Cancelling closes the connection.
         """
-        # Workers write events or raw runs; lines are made here.
-        written = formats.Format.RAW if format_ is formats.Format.RAW else formats.Format.EVENTS
-        query = "?raw=1" if written is formats.Format.RAW else ""
-        request = Headers({formats.AUTHORIZATION: [ticket], formats.RUN_ID: [run_id]})
-        if ask.content_type is not None:
-            request.setRawHeaders("Content-Type", [ask.content_type])
+        # Workers write events or raw output; NDJSON is converted from events here.
+        worker_format = formats.Format.RAW if format_ is formats.Format.RAW else formats.Format.EVENTS
+        query = "?raw=1" if worker_format is formats.Format.RAW else ""
+        headers = Headers({formats.AUTHORIZATION: [auth_token], formats.RUN_ID: [run_id]})
+        if run_request.content_type is not None:
+            headers.setRawHeaders("Content-Type", [run_request.content_type])
         try:
-            response = await self._request("POST", machine, formats.RUN_PATH + query, request, ask.body)
+            response = await self._request(
+                "POST", machine, formats.RUN_PATH + query, headers, run_request.body
+            )
         except CancelledError:
             raise
         except Exception as error:
-            raise WorkerError(f"no answer: {error!r}") from error
+            raise WorkerError(f"no response: {error!r}") from error
         try:
-            _check_head(response, machine, written)
+            _check_head(response, machine, worker_format)
         except WorkerError:
             abort_body(response)
             raise
         return response
 
     async def stream(
-        self, response: IResponse, format_: formats.Format, answer: RunResponse, headers: dict[str, str]
+        self,
+        worker_response: IResponse,
+        format_: formats.Format,
+        response: RunResponse,
+        headers: dict[str, str],
     ) -> formats.Exit:
         """
-        Answer the client with what the worker sends; return how the run ended.
+        Stream the worker's output to the client, in `format_`; return the run's exit.
 
-        Begins the answer at once, with what has come by then. Every failure of the worker is an exit.
-        Cancelling closes the connection to the worker, and leaves the answer to the caller.
+        Starts the client's response at once, with `headers`. Any failure of the worker is an exit with a
+        reason. Cancelling closes the connection to the worker, and leaves the client's response to the
+        caller.
         """
         reader = run_reader(format_, self._max_output)
 
-        def pass_on(data: bytes) -> None:
-            answer.write(reader.feed(data))
+        def forward(data: bytes) -> None:
+            response.write(reader.feed(data))
             if reader.error is not None:
                 raise reader.error
 
-        body = BodyReceiver(pass_on, on_start=lambda producer: answer.start(producer, headers))
-        response.deliverBody(body)
+        body = BodyReceiver(forward, on_start=lambda producer: response.start(producer, headers))
+        worker_response.deliverBody(body)
         exit_: formats.Exit | None = None
         reason = formats.Reason.WORKER_LOST
         try:
@@ -169,50 +182,56 @@ class WorkerClient:
             raise
         except OutputLimitError:
             reason = formats.Reason.OUTPUT_LIMIT
-        except Exception as error:  # noqa: BLE001 - however it broke off, it is lost
-            # But an exit event is an end by itself. (A raw run's last line may be the script's.)
+        except Exception as error:  # noqa: BLE001 - any other failure means that the worker is lost
+            # An exit event is final even if the body is incomplete. A raw run's exit line is not: the script
+            # may have written it.
             if isinstance(error, IncompleteResponseError) and not reader.forwards_exit:
                 exit_ = reader.exit
             if exit_ is None:
                 self._log.warn("lost a worker: {error!r}", error=error)
         if exit_ is not None and reader.forwards_exit:
-            answer.finish()
+            response.finish()
             return exit_
         exit_ = exit_ or formats.Exit.forced(reason)
-        answer.end(exit_)
+        response.end(exit_)
         return exit_
 
     async def _request(
         self, method: str, machine: Machine, path: str, headers: Headers, body: bytes | None
     ) -> IResponse:
-        """Send one request, with a client of its own: no cookies, no redirects, no connection kept."""
+        """Send one request with a new client, so that no cookies are kept. Redirects are not followed."""
         base = machine.url or self._worker_url
         if base is None:
-            raise WorkerError(f"machine {machine.id} has no address")
+            raise WorkerError(f"machine {machine.id} has no URL")
         headers.setRawHeaders(formats.FORCE_INSTANCE, [machine.id])
         client = HTTPClient(Towards(self._agent, base), data_to_body_producer=BytesProducer)
         sent = client.request(
-            method, Towards.ANYWHERE + path, headers=headers, data=body,
-            allow_redirects=False, unbuffered=True, reactor=self._reactor,
-        )  # fmt: skip
+            method,
+            Towards.ANYWHERE + path,
+            headers=headers,
+            data=body,
+            allow_redirects=False,
+            unbuffered=True,
+            reactor=self._reactor,
+        )
         response: IResponse = await wait_for_response(sent)
         return response
 
 
 def _is_expected_machine(machine: Machine, response: IResponse) -> bool:
-    """Tell whether an answer is from the machine; on Fly the proxy has seen to that, elsewhere it says so."""
+    """Return whether the machine sent a response: local workers name it; on Fly the proxy has directed it."""
     return machine.url is None or response.headers.getRawHeaders(formats.WORKER) == [machine.id]
 
 
 def _check_head(response: IResponse, machine: Machine, format_: formats.Format) -> None:
-    """Raise `WorkerError` unless this is the head of a run's answer, from that machine, in that format."""
-    if response.code == 500:  # noqa: PLR2004 - what a worker answers then
-        raise NotStartedError("it could not start the script (status 500): its log tells why")
+    """Raise `WorkerError` unless a response's head is valid for a run on this machine in this format."""
+    if response.code == 500:  # noqa: PLR2004 - the status of a worker that could not start bash
+        raise NotStartedError("it could not start the script (status 500): see its log")
     if response.code != 200:  # noqa: PLR2004 - OK
         raise WorkerError(f"status {response.code}")
-    kinds = response.headers.getRawHeaders("content-type", [""])
-    if [kind.partition(";")[0].strip().lower() for kind in kinds] != [format_.media_type]:
-        raise WorkerError("an answer of another content type")
-    names = response.headers.getRawHeaders(formats.WORKER)
-    if names is not None and names != [machine.id]:
-        raise WorkerError("an answer from another machine")
+    content_types = response.headers.getRawHeaders("content-type", [""])
+    if [value.partition(";")[0].strip().lower() for value in content_types] != [format_.media_type]:
+        raise WorkerError("unexpected content type")
+    workers = response.headers.getRawHeaders(formats.WORKER)
+    if workers is not None and workers != [machine.id]:
+        raise WorkerError("response from another machine")

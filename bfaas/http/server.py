@@ -48,16 +48,13 @@ _TEXT = "text/plain; charset=utf-8"
 
 
 class HTTPError(Exception):
-    """A request is answered with this status and this line; `reason` is a word for who counts refusals."""
+    """A request is answered with this status and this line."""
 
-    def __init__(
-        self, code: int, line: str, headers: dict[str, str] | None = None, reason: str = "malformed"
-    ) -> None:
+    def __init__(self, code: int, line: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(line)
         self.code = code
         self.line = line
         self.headers = headers or {}
-        self.reason = reason
 
 
 def error_response(request: Request, code: int, line: str) -> bytes:

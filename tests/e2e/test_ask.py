@@ -197,5 +197,5 @@ async def test_what_curl_calls_a_form_is_a_script_unless_it_is_a_form() -> None:
     status, _, body = curl(coordinator, "-H", "Expect: a-miracle", "--data-binary", "@-", data=lines)
     assert (status, body.count("\n")) == (417, 1)
     recent = json.loads((await coordinator.get("/status")).body)["runs"]["recent"]
-    assert {run["ending"] for run in recent} == {"exit 0"}
+    assert {run["outcome"] for run in recent} == {"exit 0"}
     assert await stop(coordinator) == 0

@@ -347,7 +347,7 @@ async def test_to_be_told_to_come_back_is_75() -> None:
     await first.until_it_says(b"up")
     code, output, errors = await run(busy, ":")
     assert (code, output, errors.count(b"\n")) == (75, b"", 1)
-    assert errors.startswith(b"bfaas: 429: too many requests of yours are under way (try again in ")
+    assert errors.startswith(b"bfaas: 429: too many concurrent requests from this client (try again in ")
     os.kill(first.pid, signal.SIGINT)
     assert (await first.end())[0] == -signal.SIGINT
     assert await stop(busy) == 0

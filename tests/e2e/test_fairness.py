@@ -43,7 +43,7 @@ def at(address: str, coordinator: Running) -> Running:
 
 def assert_refused_for_its_share(answer: Response) -> None:
     assert answer.status == 429, answer
-    assert answer.body == b"too many requests of yours are under way\n"
+    assert answer.body == b"too many concurrent requests from this client\n"
     assert 1 <= int(answer.headers["retry-after"]) <= 30
 
 
@@ -135,8 +135,8 @@ async def hold(there: Stage, over: Deferred[None], *headers: str) -> Peer:
 
 @with_twisted
 async def test_on_fly_clients_are_told_apart_by_what_the_proxy_says() -> None:
-    no_more = (429, "too many requests of yours are under way")
-    no_worker = (503, "no worker within 2 s")
+    no_more = (429, "too many concurrent requests from this client")
+    no_worker = (503, "no worker available within 2 s")
     over: Deferred[None] = Deferred()
     async with stage(POOLSIZE="1", MAXPERCLIENT="1", MAXWAIT="2s", MAXREQTIME="20s") as there:
         holding = await hold(there, over, "Fly-Client-IP: 2001:db8::1")

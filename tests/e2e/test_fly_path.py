@@ -229,7 +229,7 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     assert re.fullmatch("[0-9]+(ms|s)", fields["timeout"])
 
     status = json.loads((await coordinator.get("/status")).body)
-    assert [run["ending"] for run in status["runs"]["recent"]] == ["replayed"]
+    assert [run["outcome"] for run in status["runs"]["recent"]] == ["replayed"]
 
     source = f"instance=x;region=ams;t=1;state={fields['state']}"
     waited = await ask(b"true", fly_replay_src=source)
@@ -301,7 +301,7 @@ async def test_a_dead_api_is_told_in_time_and_a_live_one_found_again(fly: Fly) -
     finally:
         os.kill(fly.machines.pid, signal.SIGCONT)
 
-    assert (refused.status, refused.body) == (503, b"no worker within 5 s\n")
+    assert (refused.status, refused.body) == (503, b"no worker available within 5 s\n")
     for _ in range(int(PATIENCE)):
         answer = await coordinator.run("echo fine")
         if answer.status == 200:

@@ -37,7 +37,7 @@ class Ending(enum.Enum):
 
     BAD = "502 the worker failed"
     NOT_STARTED = "502 the worker could not start the script"
-    LATE = "504 the worker did not answer in time"
+    LATE = "504 the worker did not respond in time"
     LOST = "125 worker-lost"
     LIMIT = "125 output-limit"
     TIMEOUT = "124 timeout"

@@ -241,7 +241,7 @@ async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
     late = await waiting
 
     assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
-    assert (late.status, late.body) == (503, b"no worker within 3 s\n")
+    assert (late.status, late.body) == (503, b"no worker available within 3 s\n")
     assert int(late.headers["retry-after"]) >= 1
     busy.leave()
     await coordinator.settle()

@@ -58,13 +58,13 @@ async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> No
     waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
     await deferLater(reactor, 0.3)
     told = await status(coordinator)
-    assert told["pool"]["machines"] == {"busy": 1}
+    assert told["pool"]["machines"] == {"running": 1}
     assert (told["queue"]["waiting"], told["runs"]["running"]) == (1, 1)
     busy.leave()
     await waiting
 
     recent = (await status(coordinator))["runs"]["recent"]
-    assert [run["ending"] for run in recent] == ["left", "exit 3"]
+    assert [run["outcome"] for run in recent] == ["client-disconnected", "exit 3"]
     assert recent[1]["wait_ms"] > 0
     assert await stop(coordinator) == 0
 
@@ -97,7 +97,7 @@ async def test_the_log_can_be_an_object_a_line() -> None:
     assert await stop(coordinator) == 0
     lines = [json.loads(line) for line in coordinator.program.said.splitlines()]
     [line] = [line for line in lines if line.get("run") == answer.headers["run-id"]]
-    assert (line["level"], line["ending"], line["client"]) == ("info", "exit 7", "127.0.0.1")
+    assert (line["level"], line["outcome"], line["client"]) == ("info", "exit 7", "127.0.0.1")
     assert line["machine"] == answer.headers["worker"]
     assert line["message"].startswith(f"run {line['run']} of 127.0.0.1 on {line['machine']}: exit 7, ")
 
@@ -112,7 +112,7 @@ async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> No
         assert (await coordinator.run("echo fine")).status == 200
 
         async def idle() -> bool:
-            return bool((await status(coordinator))["pool"]["machines"] == {"idle": 1})
+            return bool((await status(coordinator))["pool"]["machines"] == {"stopped": 1})
 
         await wait_until(idle)
     os.kill(fly.machines.pid, signal.SIGKILL)
@@ -120,7 +120,9 @@ async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> No
         assert (await coordinator.run("echo fine")).status == 503
         told = await coordinator.get("/readyz")
         assert told.status == 503
-        assert told.body == (b"requests wait in vain\n" if used else b"machines cannot be started\n")
+        assert told.body == (
+            b"recent requests timed out in the queue\n" if used else b"machines cannot be started\n"
+        )
 
     assert (await coordinator.get("/healthz")).body == b"ok\n"
     coordinator.kill(signal.SIGKILL)
@@ -185,7 +187,9 @@ async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
 
     assert answer.headers["content-type"].startswith("text/plain; version=")
     told = {
-        sample.name + "".join(f",{value}" for value in sample.labels.values()): sample.value
+        ",".join(
+            [sample.name, *(value for _, value in sorted(sample.labels.items(), reverse=True))]
+        ): sample.value
         for family in text_string_to_metric_families(answer.body.decode())
         for sample in family.samples
     }
@@ -193,7 +197,7 @@ async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
     assert told["bfaas_run_duration_seconds_count,timeout"] == 1
     assert 2 <= told["bfaas_run_duration_seconds_sum,timeout"] < 30
     assert (
-        told["bfaas_requests_rejected_total,malformed"]
+        told["bfaas_requests_rejected_total,invalid-request"]
         == told["bfaas_requests_rejected_total,queue-timeout"]
         == 1
     )
@@ -202,8 +206,8 @@ async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
     assert told["bfaas_time_to_first_byte_seconds_count"] == 3
     assert told["bfaas_machine_phase_seconds_count,creating,ready"] == 1
     assert told["bfaas_machine_phase_seconds_count,starting,ready"] == 3
-    assert told["bfaas_machine_phase_seconds_count,stopping,idle"] == 3
-    assert (told["bfaas_machines,busy"], told["bfaas_machines,idle"]) == (1, 0)
+    assert told["bfaas_machine_phase_seconds_count,stopping,stopped"] == 3
+    assert (told["bfaas_machines,running"], told["bfaas_machines,stopped"]) == (1, 0)
     assert told["bfaas_response_bytes_total"] > 100
     assert told["bfaas_ready"] == 0
     assert told["process_resident_memory_bytes"] > 1 << 20

@@ -340,7 +340,7 @@ class CoordinatorTests(HostileTestCase):
                     (502, b"the worker could not start the script\n"), (answer.status, answer.body)
                 )
             status = await coordinator.fetch("GET", "/status")
-            self.assertEqual(2, status.body.count(b'"ending": "not-started"'), status.body)
+            self.assertEqual(2, status.body.count(b'"outcome": "not-started"'), status.body)
         finally:
             await service.stopService()
 

@@ -290,7 +290,7 @@ for number in range(3): os.close(number)
         logs = [self.directory / "log.1", log]
         lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]
         self.assertTrue(all(re.match(r"\d{4}-", line["time"]) for line in lines))
-        self.assertEqual(2, len([line for line in lines if "ending" in line]))
+        self.assertEqual(2, len([line for line in lines if "outcome" in line]))
 
 
 def _name(pid: int) -> str:

@@ -10,9 +10,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.basher import Options as BasherOptions
 from bfaas.coord import Options as CoordOptions
-from bfaas.coordinator.run_tracker import Refused
+from bfaas.coordinator.outcome import OutcomeKind
 from bfaas.pooling.slot import Phase
-from bfaas.protocol.formats import Reason
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
@@ -141,8 +140,8 @@ class ArchitectureTests(SynchronousTestCase):
 class OperationsTests(SynchronousTestCase):
     def test_every_outcome_and_reason_is_explained(self) -> None:
         table = section("operations.md", "Runs")
-        for reason in (*Reason, *Refused):
-            self.assertRegex(table, rf"(?m)^\| `{reason.value}` \|")
+        for kind in OutcomeKind:
+            self.assertRegex(table, rf"(?m)^\| `{kind.value}( N)?` \|")
 
     def test_every_metric_is_explained(self) -> None:
         source = (ROOT / "bfaas" / "coordinator" / "metrics.py").read_text()

@@ -160,8 +160,8 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.client_limits:ConcurrencyLimiter.acquire",
-        "_1 >= self._most",
-        "_1 > self._most",
+        "_1 >= self._limit",
+        "_1 > self._limit",
         "a client has one request more than its quota",
     ),
     Mutation(
@@ -178,14 +178,14 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.app:Coordinator._run",
-        "self._shares.release(client)",
-        "if request.channel is not None:\n    self._shares.release(client)",
+        "self._limiter.release(client)",
+        "if request.channel is not None:\n    self._limiter.release(client)",
         "a disconnected client keeps a part of its quota",
     ),
     Mutation(
         "coordinator.app:Coordinator._allocate",
-        "raise self._refusal(_1, _2, Refused.QUEUE_FULL)",
-        "self._shares.acquire(client)\nraise self._refusal(_1, _2, Refused.QUEUE_FULL)",
+        "raise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
+        "self._limiter.acquire(client)\nraise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
         "a rejected client keeps a part of its quota",
     ),
     Mutation(
@@ -366,9 +366,9 @@ MUTANTS = [
         "a failed request keeps its machine",
     ),
     Mutation(
-        "coordinator.app:Coordinator._answer",
-        "deadline.run(self._proxy.stream(_1, _2, _3, _4))",
-        "self._proxy.stream(_1, _2, _3, _4)",
+        "coordinator.app:Coordinator._run_on",
+        "deadline.run(client.stream(_1, _2, _3, _4))",
+        "client.stream(_1, _2, _3, _4)",
         "a run has no deadline",
     ),
     Mutation(
@@ -378,14 +378,14 @@ MUTANTS = [
         "a request is queued forever",
     ),
     Mutation(
-        "coordinator.app:Coordinator._answer",
-        "answer.end(formats.Exit.forced(formats.Reason.TIMEOUT, _1))",
-        "answer.finish()",
+        "coordinator.app:Coordinator._run_on",
+        "response.end(formats.Exit.forced(formats.Reason.TIMEOUT, _1))",
+        "response.finish()",
         "a timeout is not reported",
     ),
     Mutation(
-        "coordinator.app:Coordinator._answer",
-        "not answer.started",
+        "coordinator.app:Coordinator._run_on",
+        "not response.started",
         "True",
         "an error page in the middle of a stream",
     ),
@@ -397,7 +397,7 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.worker_client:_check_head",
-        "names is not None and names != [machine.id]",
+        "workers is not None and workers != [machine.id]",
         "False",
         "a response of another machine is accepted",
     ),
@@ -414,7 +414,7 @@ MUTANTS = [
         "a success is invented",
     ),
     Mutation(
-        "coordinator.worker_client:WorkerClient.begin",
+        "coordinator.worker_client:WorkerClient.start_run",
         "try:\n    response = _1\nexcept CancelledError:\n    raise\nexcept Exception as error:\n    _2",
         "try:\n    response = _1\nexcept CancelledError:\n    raise\nexcept Exception:\n    response = _1",
         "a request is sent twice",
@@ -433,9 +433,9 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.worker_client:WorkerClient.stream",
-        "answer.start(_1, headers)",
-        "answer.start(_1, {**headers, **{name.decode(): values[0].decode() "
-        "for name, values in response.headers.getAllRawHeaders()}})",
+        "response.start(_1, headers)",
+        "response.start(_1, {**headers, **{name.decode(): values[0].decode() "
+        "for name, values in worker_response.headers.getAllRawHeaders()}})",
         "a worker's headers are forwarded",
     ),
     Mutation("protocol.parser:RawReader.feed", "data[: self._room]", "data", "raw output has no limit"),

@@ -63,7 +63,7 @@ class LazyResource(Resource):
 
     async def _relay(self) -> Exit:
         script, headers = RunRequest.plain(b"script"), {"Worker": "m1", "Coord": "c1"}
-        response = await self._proxy.begin(machine(self.url), "ticket", "0" * 16, script, self.format)
+        response = await self._proxy.start_run(machine(self.url), "ticket", "0" * 16, script, self.format)
         return await self._proxy.stream(response, self.format, self.answer, headers)
 
 
@@ -283,15 +283,15 @@ class WorkerErrorTests(ProxyTestCase):
             ("status 401", head.replace(b"200 OK", b"401 Unauthorized")),
             ("status 500", head.replace(b"200 OK", b"500 Internal Server Error")),
             ("status 201", head.replace(b"200 OK", b"201 Created")),
-            ("another content type", began(Format.RAW)),
-            ("another content type", began(Format.EVENTS, "Content-Type: text/html")),
-            ("another content type", b"HTTP/1.1 200 OK\r\n\r\n"),
+            ("unexpected content type", began(Format.RAW)),
+            ("unexpected content type", began(Format.EVENTS, "Content-Type: text/html")),
+            ("unexpected content type", b"HTTP/1.1 200 OK\r\n\r\n"),
             ("another machine", head.replace(b"m1", b"m2")),
             ("another machine", began(Format.EVENTS, "Worker: m2")),
             ("MalformedResponseError", began(Format.EVENTS, "Content-Encoding: gzip")),
             ("MalformedResponseError", began(Format.EVENTS, "Content-Encoding: identity, gzip")),
-            ("no answer", head.replace(b"chunked", b"gzip")),
-            ("no answer", head.replace(b"HTTP/1.1", b"SSH-2.0")),
+            ("no response", head.replace(b"chunked", b"gzip")),
+            ("no response", head.replace(b"HTTP/1.1", b"SSH-2.0")),
         ]
         for why, said in cases:
             client, liar = await self.start(Format.EVENTS, said + chunk(EXIT))
