@@ -1,8 +1,8 @@
 """
 Searches for lines of the pool that no episode executes.
 
-`python -m tests.simulation.coverage_search` runs episodes until every line was executed, or prints the
-lines that were not.
+`python -m tests.simulation.coverage_search` runs up to 5000 episodes, or as many as its argument says, until
+every line was executed. Otherwise it prints the lines that were not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EXEMPT = (
 )
 """Statements that no episode can execute: module, function and code."""
 
-_EPISODES = 5000
+_MAX_EPISODES = 5000
 _BATCH_SIZE = 32
 _BATCHES_PER_PROCESS = 16
 _REPORT_EVERY = 16  # batches
@@ -99,7 +99,8 @@ def _run_episodes(seeds: range) -> set[tuple[str, int]]:
 
 def main() -> int:
     """Search, print the lines that were never executed; return 1 if there are any."""
-    batches = [range(first, first + _BATCH_SIZE) for first in range(0, _EPISODES, _BATCH_SIZE)]
+    maximum = int(sys.argv[1]) if len(sys.argv) > 1 else _MAX_EPISODES
+    batches = [range(first, first + _BATCH_SIZE) for first in range(0, maximum, _BATCH_SIZE)]
     missing: set[tuple[str, int]] | None = None
     with multiprocessing.get_context("spawn").Pool(
         os.cpu_count(), _start_tracing, maxtasksperchild=_BATCHES_PER_PROCESS
