@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 with_twisted = pytest_twisted.ensureDeferred
 
-HURRIED = ["-m", "tests.e2e.hurried"]
+COORD_WITH_TIMING = ["-m", "tests.e2e.coord_with_timing"]
 LIMIT = 2.0
 """`MAXREQTIME`, in seconds."""
 CLOCK_SKEW = 10.0
@@ -108,7 +108,7 @@ async def given_up(coordinator: Running) -> AsyncIterator[Running]:
 @with_twisted
 async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
     settings = {"WORKER_APP": "mock", "MAXREQTIME": f"{LIMIT}s", "UNTIMED": "1"}
-    coordinator = await start_program(HURRIED, free_port(), settings)
+    coordinator = await start_program(COORD_WITH_TIMING, free_port(), settings)
     script = Script()
     running = Deferred.fromCoroutine(coordinator.run(script.text))
     await wait_until(lambda: len(script.left()) >= 3)
@@ -198,8 +198,8 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
 async def test_the_lease_alone_ends_a_machine() -> None:
     more = {"MAXREQTIME": "2s", "LEASE": "12", "RECONCILE_INTERVAL": "4"}
     async with fly_on_one_host() as fly:
-        other = await start_program(HURRIED, free_port(), fly.settings("q", 1, **more))
-        lost = await start_program(HURRIED, free_port(), fly.settings("p", 1, UNTIMED="1", **more))
+        other = await start_program(COORD_WITH_TIMING, free_port(), fly.settings("q", 1, **more))
+        lost = await start_program(COORD_WITH_TIMING, free_port(), fly.settings("p", 1, UNTIMED="1", **more))
         async with given_up(lost), given_up(other):
             script = Script()
             exchange = await lost.begin(script.text)

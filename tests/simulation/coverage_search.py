@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _ROOM = ROOT / "bfaas"
 
-PATHS = (_ROOM / "pool.py", *sorted((_ROOM / "pooling").glob("*.py")))
+PATHS = (_ROOM / "pool.py", _ROOM / "backoff.py", *sorted((_ROOM / "pooling").glob("*.py")))
 
 EXEMPT = (
     ("pool.py", "Allocation.release", "raise RuntimeError(_1)"),  # a coordinator releases once
