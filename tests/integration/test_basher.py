@@ -1,3 +1,5 @@
+"""The worker: its application with a simulated process, and as a program with real scripts."""
+
 from __future__ import annotations
 
 import contextlib
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 ENDLESS = "echo up; setsid sleep 1000 & sleep 1000 | cat; :"
 
 
-class PlayedProcess:
-    """A process's transport, without a process."""
+class FakeTransport:
+    """A process transport without a process."""
 
     pid = 1 << 30  # no process has this number
 
@@ -50,73 +52,76 @@ class PlayedProcess:
         pass
 
 
-class PlayedReactor(Clock):
-    """Moved by hand; its one process is played by the test."""
+class FakeReactor(Clock):
+    """A clock whose only process is simulated by the test."""
 
     error: OSError | None = None
-    begins = True
+    script_starts = True
     process: ProcessProtocol
 
     def spawnProcess(self, protocol: ProcessProtocol, *_: object, **__: object) -> None:
         if self.error is not None:
             raise self.error
         self.process = protocol
-        transport = PlayedProcess()
+        transport = FakeTransport()
         protocol.makeConnection(transport)
         for pipe in transport.pipes.values():
             os.close(pipe.fileno())
         transport.pipes.clear()
-        if self.begins:
+        if self.script_starts:
             protocol.childDataReceived(STARTED_FD, b"\n")
 
     def addReader(self, reader: object) -> None:
         pass
 
 
-class PlayedRunTests(SynchronousTestCase):
+class FakeProcessTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.finished = 0
-        self.reactor = PlayedReactor()
+        self.reactor = FakeReactor()
         self.clock_error = 0.0
         settings = BasherSettings.from_environment({"PUBLIC": KEYS.public, "FLY_MACHINE_ID": MACHINE})
-        played: Any = self.reactor
-        confinement = Confinement()
-        app = WorkerApp(played, settings, confinement, lambda: time.time() + self.clock_error, self.finish)
+        reactor: Any = self.reactor
+
+        def wall_clock() -> float:
+            return time.time() + self.clock_error
+
+        app = WorkerApp(reactor, settings, Confinement(), wall_clock, self.on_finished)
         self.site = Site(app.app.resource(), reactor=self.reactor)
 
-    def finish(self) -> None:
+    def on_finished(self) -> None:
         self.finished += 1
 
     def post(self, query: str = "", body: str = ":", kind: str = "text/plain") -> str:
-        """Send a request; the head of the answer."""
+        """Send a request and return the head of the response."""
         self.transport = StringTransport()
         self.channel = self.site.buildProtocol(None)
         self.channel.makeConnection(self.transport)
         length = len(body.encode())
         head = f"POST /run{query} HTTP/1.0\r\nAuthorization: {auth_token()}\r\nContent-Length: {length}\r\n"
         self.channel.dataReceived(f"{head}Content-Type: {kind}\r\n\r\n{body}".encode())
-        head, _, self.rest = self.written().decode().partition("\r\n\r\n")
+        head, _, self.body = self.written().decode().partition("\r\n\r\n")
         return head
 
     def written(self) -> bytes:
-        """What was written since the last look."""
+        """Return what was written since the last call."""
         data: bytes = self.transport.value()
         self.transport.clear()
         return data
 
-    def say(self, data: bytes, stream: int = 1) -> bytes:
+    def write_output(self, data: bytes, stream: int = 1) -> bytes:
         self.reactor.process.childDataReceived(stream, data)
         return self.written()
 
     def end(self) -> bytes:
-        """End the process, then the connection; nothing may be left to do."""
+        """End the process, then the connection. No delayed call may remain."""
         self.reactor.process.processExited(Failure(ProcessDone(0)))
         self.reactor.process.processEnded(Failure(ProcessDone(0)))
         self.channel.connectionLost(Failure(ConnectionDone()))
         self.assertEqual([], self.reactor.getDelayedCalls())
         return self.written()
 
-    def test_a_body_that_is_not_a_script_is_refused_and_the_worker_stays_unused(self) -> None:
+    def test_rejected_body_leaves_the_worker_unused(self) -> None:
         for kind, body, status in (
             ("multipart/form-data; boundary=x", "--x", 415),
             ("application/x-www-form-urlencoded", "script=echo&x=1", 415),
@@ -130,18 +135,18 @@ class PlayedRunTests(SynchronousTestCase):
         self.assertIn(" 200 ", self.post(kind="application/x-www-form-urlencoded"))
         self.end()
 
-    def test_the_head_is_sent_before_there_is_output(self) -> None:
+    def test_sends_the_head_before_any_output(self) -> None:
         head = self.post()
         self.assertIn(" 200 ", head)
         self.assertIn(f"Worker: {MACHINE}", head)
         self.assertIn("Content-Type: text/event-stream; charset=utf-8", head)
-        self.assertEqual("", self.rest)
+        self.assertEqual("", self.body)
         self.end()
 
-    def test_silence_is_broken_by_comments(self) -> None:
+    def test_sends_heartbeats_without_output(self) -> None:
         self.post()
         self.reactor.advance(14)
-        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.write_output(b"x"))
         self.reactor.advance(14)
         self.assertEqual(b"", self.written())
         self.reactor.advance(1)
@@ -151,50 +156,50 @@ class PlayedRunTests(SynchronousTestCase):
         self.assertIn(b'event: exit\ndata: {"code": 0', self.end())
         self.assertEqual(1, self.finished)
 
-    def test_raw_answers_have_no_comments(self) -> None:
+    def test_raw_response_has_no_heartbeats(self) -> None:
         self.assertIn("Content-Type: application/octet-stream", self.post("?raw=1"))
         self.reactor.advance(60)
         self.assertEqual(b"", self.written())
-        self.assertEqual(b"x\xff", self.say(b"x\xff"))
+        self.assertEqual(b"x\xff", self.write_output(b"x\xff"))
         self.assertEqual(b"\nexit: 0\n", self.end())
 
-    def test_a_character_may_come_in_pieces(self) -> None:
+    def test_character_may_be_split_between_pieces(self) -> None:
         self.post()
-        self.assertEqual([b"", b""], [self.say(b"\xe2"), self.say(b"\x82")])
-        self.assertEqual('event: stderr\ndata: "ü"\n\n'.encode(), self.say("ü".encode(), 2))
-        self.assertEqual('event: stdout\ndata: "€"\n\n'.encode(), self.say(b"\xac"))
+        self.assertEqual([b"", b""], [self.write_output(b"\xe2"), self.write_output(b"\x82")])
+        self.assertEqual('event: stderr\ndata: "ü"\n\n'.encode(), self.write_output("ü".encode(), 2))
+        self.assertEqual('event: stdout\ndata: "€"\n\n'.encode(), self.write_output(b"\xac"))
         self.end()
 
-    def test_what_is_no_text_is_replaced(self) -> None:
+    def test_replaces_invalid_utf_8(self) -> None:
         self.post()
-        self.assertEqual('event: stdout\ndata: "a\ufffdb"\n\n'.encode(), self.say(b"a\xffb\xe2"))
+        self.assertEqual('event: stdout\ndata: "a\ufffdb"\n\n'.encode(), self.write_output(b"a\xffb\xe2"))
         self.assertTrue(self.end().startswith('event: stdout\ndata: "\ufffd"\n\nevent: exit\n'.encode()))
 
-    def test_a_clock_that_is_set_back_or_forth_refuses_until_it_is_right(self) -> None:
+    def test_rejects_auth_tokens_while_the_clock_is_wrong(self) -> None:
         for self.clock_error in (-3600.0, -10.0, 65.0, 3600.0):
             self.assertIn(" 401 ", self.post())
-            self.assertEqual("unauthorized\n", self.rest)
+            self.assertEqual("unauthorized\n", self.body)
         self.clock_error = 0.0
         self.assertIn(" 200 ", self.post())
         self.end()
 
-    def test_a_bash_that_cannot_be_started_is_an_error_and_the_end(self) -> None:
+    def test_failure_to_start_bash_is_an_error_and_finishes(self) -> None:
         self.reactor.error = OSError("no more processes")
         self.assertIn(" 500 ", self.post())
-        self.assertEqual("bash cannot be started\n", self.rest)
+        self.assertEqual("bash cannot be started\n", self.body)
         self.assertEqual(1, self.finished)
 
-    def test_nothing_is_answered_until_bash_has_begun(self) -> None:
-        self.reactor.begins = False
+    def test_sends_nothing_until_the_script_has_started(self) -> None:
+        self.reactor.script_starts = False
         self.assertEqual("", self.post())
-        self.assertEqual(b"", self.say(b"setpriv: a warning\n", 2))
+        self.assertEqual(b"", self.write_output(b"setpriv: a warning\n", 2))
         self.reactor.process.childDataReceived(STARTED_FD, b"\n")
         self.assertIn(b" 200 ", self.written())
-        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.say(b"x"))
+        self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.write_output(b"x"))
         self.end()
 
-    def test_a_deadline_before_bash_has_begun_is_told_as_a_timeout(self) -> None:
-        self.reactor.begins = False
+    def test_deadline_before_the_script_has_started_is_a_timeout(self) -> None:
+        self.reactor.script_starts = False
         self.post(body='{"script": ":", "timeout": "1s"}', kind="application/json")
         self.reactor.advance(1)
         self.assertIn(b'data: {"code": 124, "reason": "timeout"', self.end())
@@ -207,60 +212,60 @@ class WorkerTests(TestCase):
         self.assertEqual(0, await worker.ended(), worker.output + worker.errors)
         self.assertNotIn(b"Traceback", worker.output + worker.errors)
 
-    async def begin(self, worker: Worker) -> Reader:
-        """Run a script without end, wait until all of it is there."""
+    async def start_endless(self, worker: Worker) -> Reader:
+        """Run an endless script, and wait until all of its processes run."""
         reader = await worker.stream(ENDLESS)
         await wait_until(lambda: b"up" in reader.data and worker.below("sleep") == 2, "the script is up")
         return reader
 
-    async def test_runs_one_script_and_ends(self) -> None:
+    async def test_runs_one_script_and_exits(self) -> None:
         for program in (BASHER, TWISTD):
             worker = await Worker.start(self, program=program)
-            answer = await worker.run("echo out; echo err >&2; exit 3")
-            self.assertEqual((200, MACHINE), (answer.status, answer.headers["worker"]))
-            self.assertEqual(("out\n", "err\n"), (answer.output("stdout"), answer.output("stderr")))
-            self.assertEqual(3, answer.exit["code"])
-            # What so small a script had in memory cannot be told from its worker's.
-            self.assertEqual({"code", "wall_ms", "cpu_ms"}, set(answer.exit))
+            response = await worker.run("echo out; echo err >&2; exit 3")
+            self.assertEqual((200, MACHINE), (response.status, response.headers["worker"]))
+            self.assertEqual(("out\n", "err\n"), (response.output("stdout"), response.output("stderr")))
+            self.assertEqual(3, response.exit["code"])
+            # The peak memory of such a small script is unknown.
+            self.assertEqual({"code", "wall_ms", "cpu_ms"}, set(response.exit))
             await self.assert_ends(worker)
 
-    async def test_tells_the_signal_that_killed_bash(self) -> None:
+    async def test_reports_the_signal_that_killed_bash(self) -> None:
         worker = await Worker.start(self)
-        answer = await worker.run("kill -KILL $$")
-        self.assertEqual((137, "SIGKILL"), (answer.exit["code"], answer.exit["signal"]))
+        response = await worker.run("kill -KILL $$")
+        self.assertEqual((137, "SIGKILL"), (response.exit["code"], response.exit["signal"]))
         await self.assert_ends(worker)
 
-    async def test_a_script_inherits_nothing(self) -> None:
+    async def test_script_inherits_nothing(self) -> None:
         worker = await Worker.start(self, SECRET="1")
         script = (
             "env | sort | sed s/=.*//; pwd; cat; ls /proc/self/fd; echo $FLY_MACHINE_ID $FLY_REGION $HOME"
         )
-        answer = await worker.run(script)
+        response = await worker.run(script)
         names = "FLY_MACHINE_ID FLY_REGION HOME LANG LOGNAME PATH PWD SHELL SHLVL USER _ /tmp"
         # The last descriptor is the directory that ls reads.
         words = f"{names} 0 1 2 3 {MACHINE} ams /tmp".split()
-        self.assertEqual((words, ""), (answer.output("stdout").split(), answer.output("stderr")))
+        self.assertEqual((words, ""), (response.output("stdout").split(), response.output("stderr")))
         await self.assert_ends(worker)
 
-    async def test_twenty_megabytes_are_bit_exact_in_raw(self) -> None:
+    async def test_raw_output_of_twenty_megabytes_is_exact(self) -> None:
         data = os.urandom(20_000_000)
         path = FilePath(self.mktemp())
         path.setContent(data)
         worker = await Worker.start(self)
-        answer = await worker.run(f"cat '{path.path}'; exit 9", "?raw=1")
+        response = await worker.run(f"cat '{path.path}'; exit 9", "?raw=1")
         end = b"\nexit: 9\n"
-        self.assertEqual(len(data + end), len(answer.body))
-        self.assertEqual(hashlib.md5(data + end).digest(), hashlib.md5(answer.body).digest())
+        self.assertEqual(len(data + end), len(response.body))
+        self.assertEqual(hashlib.md5(data + end).digest(), hashlib.md5(response.body).digest())
         await self.assert_ends(worker)
 
-    async def test_refuses_what_is_no_run_and_stays_unused(self) -> None:
+    async def test_rejected_requests_leave_the_worker_unused(self) -> None:
         worker = await Worker.start(self)
         health = await worker.fetch("GET", "/healthz")
         self.assertEqual((200, b"ok\n"), (health.status, health.body))
         unsigned = [None, "", "00", auth_token("another-machine"), auth_token(private=genkey().private)]
         for authorization in unsigned:
-            refused = await worker.fetch("POST", "/run", b"echo", authorization)
-            self.assertEqual((401, b"unauthorized\n"), (refused.status, refused.body))
+            rejected = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (rejected.status, rejected.body))
         for method, path, body, code in [
             ("GET", "/", b"", 404),
             ("POST", "/run/", b":", 404),
@@ -268,17 +273,17 @@ class WorkerTests(TestCase):
             ("POST", "/run", b"echo \0", 400),
             ("POST", "/run", bytes((1 << 20) + 1), 413),
         ]:
-            refused = await worker.fetch(method, path, body, auth_token())
-            self.assertEqual((method, path, code), (method, path, refused.status))
-            self.assertEqual("text/plain; charset=utf-8", refused.headers["content-type"])
-            self.assertEqual(1, refused.body.count(b"\n"))
+            rejected = await worker.fetch(method, path, body, auth_token())
+            self.assertEqual((method, path, code), (method, path, rejected.status))
+            self.assertEqual("text/plain; charset=utf-8", rejected.headers["content-type"])
+            self.assertEqual(1, rejected.body.count(b"\n"))
         largest = await worker.run("exit 6\n".ljust(1 << 20, "#"))
         self.assertEqual(6, largest.exit["code"])
         await self.assert_ends(worker)
 
     async def test_runs_only_one_script(self) -> None:
         worker = await Worker.start(self)
-        reader = await self.begin(worker)
+        reader = await self.start_endless(worker)
         second = await worker.run("echo second")
         self.assertEqual(409, second.status)
         self.assertEqual(200, (await worker.fetch("GET", "/healthz")).status)
@@ -287,7 +292,7 @@ class WorkerTests(TestCase):
         reader.leave()
         await self.assert_ends(worker)
 
-    async def test_a_ticket_is_taken_once_and_never_logged(self) -> None:
+    async def test_auth_token_is_accepted_once_and_never_logged(self) -> None:
         worker = await Worker.start(self)
         good = auth_token()
         bad = [
@@ -298,8 +303,8 @@ class WorkerTests(TestCase):
         ]
         bad += [Signer(KEYS.private).sign(MACHINE, time.time() + late) for late in (-90, 90)]
         for authorization in bad:
-            refused = await worker.fetch("POST", "/run", b"echo", authorization)
-            self.assertEqual((401, b"unauthorized\n"), (refused.status, refused.body))
+            rejected = await worker.fetch("POST", "/run", b"echo", authorization)
+            self.assertEqual((401, b"unauthorized\n"), (rejected.status, rejected.body))
         response = await worker.send("POST", "/run", b"sleep 1000", good)
         replayed = await worker.fetch("POST", "/run", b"echo replayed", good)
         self.assertEqual((200, 409), (response.code, replayed.status))
@@ -311,45 +316,45 @@ class WorkerTests(TestCase):
         for header in (good, *bad):
             self.assertNotIn(header[8:72], log)
 
-    async def test_keys_are_changed_without_a_gap(self) -> None:
+    async def test_keys_can_be_rotated(self) -> None:
         old, new = genkey(), genkey()
-        for public, taken, refused in (
+        for public, accepted, rejected in (
             (old.public, [old], [new]),
             (f"{old.public},{new.public}", [old, new], []),
             (new.public, [new], [old]),
         ):
-            for pair in taken:
+            for pair in accepted:
                 worker = await Worker.start(self, PUBLIC=public)
-                for other in refused:
-                    answer = await worker.fetch("POST", "/run", b":", auth_token(private=other.private))
-                    self.assertEqual(401, answer.status)
-                answer = await worker.fetch("POST", "/run", b"exit 3", auth_token(private=pair.private))
-                self.assertEqual(3, answer.exit["code"])
+                for other in rejected:
+                    response = await worker.fetch("POST", "/run", b":", auth_token(private=other.private))
+                    self.assertEqual(401, response.status)
+                response = await worker.fetch("POST", "/run", b"exit 3", auth_token(private=pair.private))
+                self.assertEqual(3, response.exit["code"])
                 await self.assert_ends(worker)
 
-    async def test_a_client_that_leaves_ends_the_run(self) -> None:
+    async def test_disconnected_client_ends_the_run(self) -> None:
         worker = await Worker.start(self)
-        reader = await self.begin(worker)
+        reader = await self.start_endless(worker)
         reader.leave()
         await self.assert_ends(worker)
 
-    async def test_what_a_script_leaves_running_does_not_delay_its_end(self) -> None:
+    async def test_background_processes_do_not_delay_the_end(self) -> None:
         worker = await Worker.start(self)
         started = time.monotonic()
         script = "sleep 1000 & setsid sleep 1000 & nohup sleep 1000 & ( ( setsid sleep 1000 & ) & ); disown"
-        answer = await worker.run(script + "; echo out")
+        response = await worker.run(script + "; echo out")
         self.assertLess(time.monotonic() - started, 20)
-        self.assertEqual(("out\n", 0), (answer.output("stdout"), answer.exit["code"]))
+        self.assertEqual(("out\n", 0), (response.output("stdout"), response.exit["code"]))
         await self.assert_ends(worker)
 
-    async def test_a_run_ends_at_its_deadline(self) -> None:
+    async def test_run_is_killed_at_its_deadline(self) -> None:
         async def expire(script: str) -> None:
             worker = await Worker.start(self, MAXREQTIME="1s")
-            answer = await worker.run("echo before; " + script)
-            self.assertEqual((124, "timeout"), (answer.exit["code"], answer.exit["reason"]))
-            self.assertNotIn("signal", answer.exit)
-            self.assertGreaterEqual(answer.exit["wall_ms"], 999)
-            self.assertEqual("before\n", answer.output("stdout"))
+            response = await worker.run("echo before; " + script)
+            self.assertEqual((124, "timeout"), (response.exit["code"], response.exit["reason"]))
+            self.assertNotIn("signal", response.exit)
+            self.assertGreaterEqual(response.exit["wall_ms"], 999)
+            self.assertEqual("before\n", response.output("stdout"))
             await self.assert_ends(worker)
 
         scripts = ("trap '' TERM; while :; do :; done", "sleep 1000 | cat", "kill -STOP $$")
@@ -358,13 +363,13 @@ class WorkerTests(TestCase):
     async def test_signals_end_the_run_and_the_worker(self) -> None:
         for program, name in ((BASHER, "TERM"), (BASHER, "HUP"), (TWISTD, "HUP"), (TWISTD, "INT")):
             worker = await Worker.start(self, program=program)
-            reader = await self.begin(worker)
+            reader = await self.start_endless(worker)
             worker.send_signal(name)
             await reader.finished
             self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
             await self.assert_ends(worker)
 
-    async def test_a_signal_to_all_of_a_service_is_a_shutdown_and_not_the_scripts_fate(self) -> None:
+    async def test_signal_to_all_processes_of_the_service_is_a_shutdown(self) -> None:
         for query, end in (("?raw=1", b"\nexit: 125 worker-lost\n"), ("", b'"reason": "worker-lost"')):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
@@ -376,88 +381,88 @@ class WorkerTests(TestCase):
             self.assertIn(end, reader.data)
             await self.assert_ends(worker)
 
-    async def test_a_script_that_cannot_be_started_is_told_apart_and_why_is_logged(self) -> None:
-        for sandbox, why in (
+    async def test_failure_of_a_confining_program_is_an_error_and_its_reason_is_logged(self) -> None:
+        for sandbox, reason in (
             ("sh -c 'echo it is broken >&2; exit 126' sh", "it is broken"),
             ("env /no/such/program", "/no/such/program"),
             ("false", "no message"),
         ):
             worker = await Worker.start(self, SANDBOX=sandbox)
-            answer = await worker.run("echo never")
-            self.assertEqual((500, b"bash cannot be started\n"), (answer.status, answer.body))
+            response = await worker.run("echo never")
+            self.assertEqual((500, b"bash cannot be started\n"), (response.status, response.body))
             await self.assert_ends(worker)
             log = (worker.output + worker.errors).decode()
             self.assertEqual(1, log.count("bash cannot be started: "), log)
-            self.assertIn(why, log)
+            self.assertIn(reason, log)
 
     @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
-    async def test_a_user_with_no_process_left_is_told_apart_and_why_is_logged(self) -> None:
+    async def test_exhausted_process_limit_is_an_error_and_is_logged(self) -> None:
         user = ("setpriv", "--reuid=1948000", "--clear-groups", "--")
         others = [subprocess.Popen([*user, "sleep", "1000"]) for _ in range(2)]  # noqa: ASYNC220 - at once
         try:
             worker = await Worker.start(self, leaders=("prlimit", "--nproc=1:1", "--"), RUN_AS="1948000")
-            answer = await worker.run("echo never")
+            response = await worker.run("echo never")
         finally:
             for other in others:
                 other.kill()
                 other.wait()
-        self.assertEqual((500, b"bash cannot be started\n"), (answer.status, answer.body))
+        self.assertEqual((500, b"bash cannot be started\n"), (response.status, response.body))
         await self.assert_ends(worker)
         self.assertIn(b"Resource temporarily unavailable", worker.output + worker.errors)
 
-    async def test_what_a_script_does_to_itself_is_its_own_fate(self) -> None:
+    async def test_failure_of_the_script_itself_is_its_exit_code(self) -> None:
         for script, code in (("exit 126", 126), ("exec /no/such/program", 127), ("exec /etc", 126)):
             worker = await Worker.start(self)
-            answer = await worker.run(script)
+            response = await worker.run(script)
             self.assertEqual(
-                (200, code, None), (answer.status, answer.exit["code"], answer.exit.get("reason"))
+                (200, code, None), (response.status, response.exit["code"], response.exit.get("reason"))
             )
             await self.assert_ends(worker)
 
-    async def test_the_memory_of_a_script_is_its_own(self) -> None:
+    async def test_reports_the_peak_memory_of_the_script(self) -> None:
         worker = await Worker.start(self)
-        answer = await worker.run("x=$(head -c 100M /dev/zero | tr '\\0' x); grep VmHWM /proc/$$/status; :")
-        told = int(answer.output("stdout").split()[1])
-        self.assertGreater(told, 100_000)
-        self.assertLess(abs(answer.exit["max_rss_kb"] - told), told / 10)
+        response = await worker.run("x=$(head -c 100M /dev/zero | tr '\\0' x); grep VmHWM /proc/$$/status; :")
+        peak = int(response.output("stdout").split()[1])
+        self.assertGreater(peak, 100_000)
+        self.assertLess(abs(response.exit["max_rss_kb"] - peak), peak / 10)
         await self.assert_ends(worker)
 
     async def test_raw_output_keeps_the_order_of_both_streams(self) -> None:
         worker = await Worker.start(self)
-        answer = await worker.run("for i in {1..300}; do echo o$i; echo e$i >&2; done", "?raw=1")
+        response = await worker.run("for i in {1..300}; do echo o$i; echo e$i >&2; done", "?raw=1")
         lines = "".join(f"o{i}\ne{i}\n" for i in range(1, 301))
-        self.assertEqual(lines + "\nexit: 0\n", answer.body.decode())
+        self.assertEqual(lines + "\nexit: 0\n", response.body.decode())
         await self.assert_ends(worker)
 
-    async def test_raw_output_of_both_streams_counts_towards_one_limit(self) -> None:
+    async def test_both_streams_of_raw_output_share_one_limit(self) -> None:
         worker = await Worker.start(self, MAXOUTPUT="1kB")
-        answer = await worker.run("for i in {1..500}; do echo o; echo e >&2; done", "?raw=1")
-        self.assertEqual(b"o\ne\n" * 250 + b"\nexit: 0\n", answer.body)
+        response = await worker.run("for i in {1..500}; do echo o; echo e >&2; done", "?raw=1")
+        self.assertEqual(b"o\ne\n" * 250 + b"\nexit: 0\n", response.body)
         await self.assert_ends(worker)
 
-    async def test_an_attached_worker_ends_with_its_input(self) -> None:
+    async def test_exit_on_stdin_eof_kills_the_run(self) -> None:
         worker = await Worker.start(self, "--exit-on-stdin-eof")
-        reader = await self.begin(worker)
+        reader = await self.start_endless(worker)
         worker.end_input()
         await reader.finished
         self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data)
         await self.assert_ends(worker)
 
-    async def test_output_past_its_limit_is_dropped(self) -> None:
+    async def test_drops_output_beyond_the_limit(self) -> None:
         worker = await Worker.start(self, MAXOUTPUT="100kB")
-        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4")
-        self.assertEqual("x" * 100_000, answer.output("stdout"))
-        exit_ = answer.exit
+        response = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4")
+        self.assertEqual("x" * 100_000, response.output("stdout"))
+        exit_ = response.exit
         self.assertEqual((4, True, 200_000), (exit_["code"], exit_["truncated"], exit_["dropped_bytes"]))
         await self.assert_ends(worker)
 
-    async def test_raw_output_past_its_limit_is_dropped_without_a_word(self) -> None:
+    async def test_drops_raw_output_beyond_the_limit_silently(self) -> None:
         worker = await Worker.start(self, MAXOUTPUT="100kB")
-        answer = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4", "?raw=1")
-        self.assertEqual(b"x" * 100_000 + b"\nexit: 4\n", answer.body)
+        response = await worker.run("head -c 300000 /dev/zero | tr '\\0' x; exit 4", "?raw=1")
+        self.assertEqual(b"x" * 100_000 + b"\nexit: 4\n", response.body)
         await self.assert_ends(worker)
 
-    async def test_a_client_that_does_not_read_holds_the_script_back(self) -> None:
+    async def test_client_that_does_not_read_blocks_the_script(self) -> None:
         worker = await Worker.start(self, MAXREQTIME="3s", MAXOUTPUT="1000GB")
         reader = await worker.stream("yes", "?raw=1", paused=True)
         largest = 0
@@ -474,7 +479,7 @@ class WorkerTests(TestCase):
         self.assertTrue(reader.data.endswith(b"y\n\nexit: 124 timeout\n"), reader.data[-40:])
         await self.assert_ends(worker)
 
-    async def test_a_client_that_reads_slowly_gets_everything(self) -> None:
+    async def test_slow_client_receives_everything(self) -> None:
         worker = await Worker.start(self)
         reader = await worker.stream("seq 100000 100000 600000; seq 1 600000", "?raw=1", paused=True)
         await deferLater(reactor, 1)
@@ -487,7 +492,7 @@ class WorkerTests(TestCase):
         self.assertEqual("".join(f"{n}\n" for n in expected).encode() + b"\nexit: 0\n", bytes(reader.data))
         await self.assert_ends(worker)
 
-    async def test_bad_settings_are_told_line_by_line_before_anything_else(self) -> None:
+    async def test_reports_each_invalid_setting_before_listening(self) -> None:
         for program in (BASHER, TWISTD):
             worker = await Worker.start(
                 self, program=program, up=False, PUBLIC="", FLY_MACHINE_ID="a b", MAXREQTIME="soon"
@@ -501,7 +506,7 @@ class WorkerTests(TestCase):
             self.assertNotIn(b"starting on", worker.output)
             self.assertNotIn(b"Traceback", worker.errors)
 
-    async def test_a_port_that_is_taken_is_told_with_exit_code_1(self) -> None:
+    async def test_port_in_use_is_an_error_with_exit_code_1(self) -> None:
         first = await Worker.start(self)
         for program in (BASHER, TWISTD):
             second = await Worker.start(
@@ -510,8 +515,8 @@ class WorkerTests(TestCase):
             self.assertEqual(1, await second.ended())
             self.assertIn(b"Address already in use", second.errors + second.output)
 
-    async def test_scripts_run_behind_the_sandbox(self) -> None:
+    async def test_scripts_run_in_the_sandbox(self) -> None:
         worker = await Worker.start(self, SANDBOX="env 'MARK=one two'")
-        answer = await worker.run("echo $MARK")
-        self.assertEqual("one two\n", answer.output("stdout"))
+        response = await worker.run("echo $MARK")
+        self.assertEqual("one two\n", response.output("stdout"))
         await self.assert_ends(worker)

@@ -1,4 +1,4 @@
-"""Hostile scripts against real workers: each has its one ending, and the worker ends in order."""
+"""Hostile scripts against real workers: each has its only possible outcome, and the worker exits normally."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.support.hostile_scripts import (
     ON_THE_HOST,
     SECRET,
     SNOOPING,
-    Hostile,
+    HostileScript,
 )
 from tests.support.network import free_port
 from tests.support.waiting import wait_until
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from tests.support.responses import Response
 
 _UID = 1_947_000
-"""The first of many numbers that no user has: scripts are each somebody else, and counted alone."""
+"""The first of many ids without a user: each script has its own, so that its processes are counted alone."""
 
-# Small ones, so that a script that takes all it may takes little.
+# Small, so that scripts that use all they can use little.
 LIMITS = ("prlimit", "--nproc=64:64", f"--fsize={4 << 20}:{4 << 20}", "--")
 MEMORY_KB = 8 << 10
 LINES = 10
@@ -64,16 +64,16 @@ needs_root = skipUnless(os.geteuid() == 0, "only root can run scripts as another
 
 
 def leaders_for_all(uid: int) -> tuple[str, ...]:
-    """Make the words that start even the worker as another user; skip the test where that cannot be."""
+    """Return the prefix that starts even the worker as another user, or skip the test."""
     leaders = (*LIMITS, "setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", "--")
-    tried = subprocess.run([*leaders, sys.executable, "-c", "import bfaas.basher"], check=False)
-    if tried.returncode != 0:
+    completed = subprocess.run([*leaders, sys.executable, "-c", "import bfaas.basher"], check=False)
+    if completed.returncode != 0:
         raise SkipTest("another user cannot run this Python")
     return leaders
 
 
 def make_home(test: TestCase, uid: int) -> Path:
-    """Make a home, with what is root's alone and a setuid program in it."""
+    """Create a home with a secret file, a socket and a setuid program of root."""
     home = Path(tempfile.mkdtemp())
     test.addCleanup(shutil.rmtree, home, ignore_errors=True)
     (home / "secret").write_text(SECRET)
@@ -89,40 +89,40 @@ def make_home(test: TestCase, uid: int) -> Path:
     return home
 
 
-def time_of(case: Hostile) -> str:
-    """Say how long a run may take: one that ends by itself has time to do so on a busy machine."""
+def time_limit(case: HostileScript) -> str:
+    """Return the time limit of a run: scripts that exit by themselves have time for it on a busy machine."""
     return "2s" if case.endless else "60s"
 
 
-def check(test: TestCase, case: Hostile, answer: Response, uid: int) -> None:
-    """Compare an answer with what a case expects."""
-    test.assertEqual(200, answer.status, answer.body)
-    exit_ = answer.exit
-    said = (answer.output("stdout")[:500], answer.output("stderr")[:500])
+def check(test: TestCase, case: HostileScript, response: Response, uid: int) -> None:
+    """Compare a response with the expected outcome."""
+    test.assertEqual(200, response.status, response.body)
+    exit_ = response.exit
+    outputs = (response.output("stdout")[:500], response.output("stderr")[:500])
     expected = (124, None, "timeout") if case.endless else (case.code, case.signal, None)
-    test.assertEqual(expected, (exit_["code"], exit_.get("signal"), exit_.get("reason")), said)
+    test.assertEqual(expected, (exit_["code"], exit_.get("signal"), exit_.get("reason")), outputs)
     if case.out is not None:
-        test.assertEqual(case.out.replace("UID", str(uid)), answer.output("stdout"), said)
+        test.assertEqual(case.out.replace("UID", str(uid)), response.output("stdout"), outputs)
     test.assertEqual(case.truncated, exit_.get("truncated", False))
     test.assertEqual(case.truncated, exit_.get("dropped_bytes", 0) > 0)
-    test.assertNotIn(SECRET.encode(), answer.body)
+    test.assertNotIn(SECRET.encode(), response.body)
 
 
 class HostileTestCase(TestCase):
     timeout = 2 * LIMIT
 
-    async def face(self, case: Hostile, worker: Worker, uid: int) -> None:
-        """Have a worker run a hostile script, and end."""
+    async def run_on(self, case: HostileScript, worker: Worker, uid: int) -> None:
+        """Run a hostile script on a worker, which then exits."""
         await worker.fetch("GET", "/healthz")
         peaks = [worker.peak_kb]
         watching = LoopingCall(lambda: peaks.append(worker.peak_kb))
         watching.start(0.02)
         try:
-            answer = await worker.run(case.script.replace("PORT", str(worker.port)))
+            response = await worker.run(case.script.replace("PORT", str(worker.port)))
             self.assertEqual(0, await worker.ended(), worker.errors)
         finally:
             watching.stop()
-        check(self, case, answer, uid)
+        check(self, case, response, uid)
         self.assertLess(max(peaks) - peaks[0], MEMORY_KB)
         log = (worker.output + worker.errors).decode().splitlines()
         self.assertLessEqual(len(log), LINES, log)
@@ -131,9 +131,9 @@ class HostileTestCase(TestCase):
 
 @needs_root
 class AsAnotherUserTests(HostileTestCase):
-    """A worker that is root, as in the image, and scripts that are not."""
+    """A worker that is root, as in the image, and scripts of another user."""
 
-    async def run_case(self, case: Hostile, number: int) -> None:
+    async def run_case(self, case: HostileScript, number: int) -> None:
         if shutil.which(case.needs) is None:
             self.skipTest(f"{case.needs} is not installed")
         uid = _UID + number
@@ -142,33 +142,35 @@ class AsAnotherUserTests(HostileTestCase):
             leaders=(*LIMITS, "setpriv", "--groups=0,4", "--"),
             RUN_AS=str(uid),
             HOME=str(make_home(self, uid)),
-            MAXREQTIME=time_of(case),
+            MAXREQTIME=time_limit(case),
             MAXOUTPUT=case.max_output,
             SECRET=SECRET,
         )
-        await self.face(case, worker, uid)
+        await self.run_on(case, worker, uid)
 
 
 @needs_root
-class WantTests(HostileTestCase):
-    """A worker whose machine has too little of something."""
+class ShortageTests(HostileTestCase):
+    """A worker on a machine without enough disk or memory."""
 
     async def start(self, home: Path) -> Worker:
         return await Worker.start(self, RUN_AS=str(_UID), HOME=str(home), MAXREQTIME="60s")
 
-    async def test_a_script_that_fills_the_disk_does_not_harm_its_worker(self) -> None:
+    async def test_a_script_that_fills_the_disk_does_not_affect_its_worker(self) -> None:
         home = make_home(self, _UID)
         mount_small(self, home, _UID)
         script = "for i in {1..200}; do echo >f$i || break; done; head -c 8M /dev/zero >>f1; echo $?"
-        await self.face(Hostile("fills_the_disk", script, out="1\n"), await self.start(home), _UID)
+        await self.run_on(HostileScript("fills_the_disk", script, out="1\n"), await self.start(home), _UID)
 
-    async def test_out_of_memory_the_script_dies_and_not_its_worker(self) -> None:
+    async def test_linux_kills_the_script_and_not_its_worker_when_memory_runs_out(self) -> None:
         group = make_memory_group(self, 200 << 20)
-        # The first has the most memory; of the second's processes each has far less than the worker.
+        # The first is the largest process; each process of the second is much smaller than the worker.
         many = "(x=$(head -c 12000000 /dev/zero | tr '\\0' x); sleep 1000) &"
         for case in (
-            Hostile("takes_all_memory", "hog=$(tr '\\0' x </dev/zero); exit 0", code=137, signal="SIGKILL"),
-            Hostile(
+            HostileScript(
+                "takes_all_memory", "hog=$(tr '\\0' x </dev/zero); exit 0", code=137, signal="SIGKILL"
+            ),
+            HostileScript(
                 "takes_all_memory_in_bits",
                 f"for i in {{1..30}}; do {many} done; wait -n; echo $?",
                 out="137\n",
@@ -176,19 +178,20 @@ class WantTests(HostileTestCase):
         ):
             worker = await self.start(make_home(self, _UID))
             (group / "cgroup.procs").write_text(str(worker.pid))
-            await self.face(case, worker, _UID)
+            await self.run_on(case, worker, _UID)
 
 
-def mount_small(test: TestCase, place: Path, uid: int) -> None:
-    """Mount a file system of 2 MB and 100 files; skip the test where that cannot be done."""
+def mount_small(test: TestCase, directory: Path, uid: int) -> None:
+    """Mount a file system for 2 MB and 100 files, or skip the test."""
     options = f"size=2m,nr_inodes=100,uid={uid},mode=700"
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], check=False).returncode != 0:
-        raise SkipTest("nothing may be mounted here")
-    test.addCleanup(lambda: subprocess.run(["umount", "-l", place], check=True))
+    command: list[str | Path] = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory]
+    if subprocess.run(command, check=False).returncode != 0:
+        raise SkipTest("mounting is not permitted")
+    test.addCleanup(lambda: subprocess.run(["umount", "-l", directory], check=True))
 
 
 def make_memory_group(test: TestCase, limit: int) -> Path:
-    """Make a control group with little memory; skip the test where that cannot be done."""
+    """Create a control group with a memory limit, or skip the test."""
     roots = {Path("/sys/fs/cgroup/memory"): "memory.limit_in_bytes", Path("/sys/fs/cgroup"): "memory.max"}
     for root, name in roots.items():
         group = root / f"bfaas-test-{os.getpid()}"
@@ -200,7 +203,7 @@ def make_memory_group(test: TestCase, limit: int) -> Path:
         if (group / name).exists():
             (group / name).write_text(str(limit))
             return group
-    raise SkipTest("no control group for memory can be made here")
+    raise SkipTest("no control group for memory can be created")
 
 
 @needs_root
@@ -216,11 +219,11 @@ class AsTheSameUserTests(HostileTestCase):
             self, leaders=self.leaders, up=not run_as, HOME=home, SECRET=SECRET, RUN_AS=run_as
         )
 
-    async def test_snooping_tells_nothing(self) -> None:
+    async def test_snooping_reveals_nothing(self) -> None:
         for case in SNOOPING:
-            await self.face(case, await self.start(), _UID)
+            await self.run_on(case, await self.start(), _UID)
 
-    async def test_a_script_that_kills_its_worker_breaks_the_answer_off(self) -> None:
+    async def test_a_script_that_kills_its_worker_breaks_the_response_off(self) -> None:
         known = frozenset(process_tree.children(os.getpid()))
         for script in ("kill -9 -1", "kill -9 $PPID"):
             worker = await self.start()
@@ -229,10 +232,10 @@ class AsTheSameUserTests(HostileTestCase):
             self.assertEqual(-9, await worker.ended())
             self.assertIn(b"up", reader.data)
             self.assertNotIn(b"exit", reader.data)
-            # A machine would stop with its worker. Here, what it leaves falls to us.
+            # A machine would stop with its worker. Here, remaining processes become children of this one.
             self.assertEqual(0, await process_tree.kill_descendants(reactor, lambda: known, LIMIT))
 
-    async def test_another_user_is_refused_at_the_start(self) -> None:
+    async def test_another_user_is_a_start_error(self) -> None:
         worker = await self.start(run_as="nobody")
         self.assertEqual(1, await worker.ended())
         self.assertEqual(b"bfaas-basher: RUN_AS: only root can run scripts as another user\n", worker.errors)
@@ -241,39 +244,39 @@ class AsTheSameUserTests(HostileTestCase):
 class MachineTestCase(HostileTestCase):
     """Machines of this host, with their workers."""
 
-    honest = "ls -A; touch x && echo fine"
+    honest_script = "ls -A; touch x && echo fine"
 
     def machines(
         self, *, sandboxed: bool, command: tuple[str, ...] = (*LIMITS, *WORKER_COMMAND)
     ) -> LocalMachines:
-        self.left = watch_for_leftovers(self)
+        self.leftovers = watch_for_leftovers(self)
         machines = LocalMachines(reactor, lambda: 0.0, sandboxed=sandboxed, command=command)
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         return machines
 
-    async def ask(self, machine: Machine, script: str) -> Response:
+    async def run_script(self, machine: Machine, script: str) -> Response:
         worker = Worker(urlsplit(machine.url or "").port or 0)
         await wait_until(lambda: worker.listens, "a worker listens")
         script = script.replace("PORT", str(worker.port))
         return await worker.fetch("POST", "/run", script.encode(), auth_token(machine.id))
 
-    async def serve_again(self, machines: LocalMachines, machine: Machine, nonce: str) -> None:
-        """Wait until the machine stops by itself; then nothing is left, and it serves the next."""
+    async def assert_serves_again(self, machines: LocalMachines, machine: Machine, nonce: str) -> None:
+        """Wait until the machine stops by itself, without leftovers, and starts and serves again."""
         await machines.wait(machine, State.STOPPED, LIMIT)
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.leftovers())
         await machines.start(machine.id, nonce)
         await machines.wait(machine, State.STARTED, LIMIT)
-        answer = await self.ask(machine, self.honest)
-        self.assertEqual(("fine\n", 0), (answer.output("stdout"), answer.exit["code"]))
+        response = await self.run_script(machine, self.honest_script)
+        self.assertEqual(("fine\n", 0), (response.output("stdout"), response.exit["code"]))
         await machines.wait(machine, State.STOPPED, LIMIT)
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.leftovers())
 
-    async def face_on(self, machines: LocalMachines, case: Hostile, **env: str) -> None:
-        """Have a machine run a hostile script, and then an honest one."""
-        common = {"PUBLIC": KEYS.public, "MAXREQTIME": time_of(case), "SECRET": SECRET}
+    async def run_on_machine(self, machines: LocalMachines, case: HostileScript, **env: str) -> None:
+        """Run a hostile script on a machine, and then an honest one."""
+        common = {"PUBLIC": KEYS.public, "MAXREQTIME": time_limit(case), "SECRET": SECRET}
         machine, lease = await machines.create(case.name, "ams", MachineConfig("i", common | env), 600)
-        check(self, case, await self.ask(machine, case.script), os.geteuid())
-        await self.serve_again(machines, machine, lease.nonce)
+        check(self, case, await self.run_script(machine, case.script), os.geteuid())
+        await self.assert_serves_again(machines, machine, lease.nonce)
 
 
 class SandboxTests(MachineTestCase):
@@ -281,36 +284,36 @@ class SandboxTests(MachineTestCase):
         if not can_sandbox():
             self.skipTest("bubblewrap does not work here")
 
-    async def run_case(self, case: Hostile, _: int) -> None:
-        await self.face_on(self.machines(sandboxed=True), case)
+    async def run_case(self, case: HostileScript, _: int) -> None:
+        await self.run_on_machine(self.machines(sandboxed=True), case)
 
 
 @needs_root
 class HostTests(MachineTestCase):
-    """Without a sandbox, and not as nobody, who may have processes of its own here."""
+    """Machines without a sandbox. Scripts do not run as nobody, which may have other processes here."""
 
-    honest = "echo fine"
+    honest_script = "echo fine"
 
-    async def run_case(self, case: Hostile, number: int) -> None:
+    async def run_case(self, case: HostileScript, number: int) -> None:
         uid = _UID + number
         home = str(make_home(self, uid))
-        await self.face_on(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
+        await self.run_on_machine(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
 
     async def test_a_script_that_kills_its_worker_is_killed_itself(self) -> None:
         machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *WORKER_COMMAND))
         env = {"PUBLIC": KEYS.public, "RUN_AS": "", "HOME": str(make_home(self, _UID))}
         machine, _ = await machines.create("m", "ams", MachineConfig("i", env), 600)
         with self.assertRaises(ResponseFailed):
-            await self.ask(machine, "setsid sleep 1000 & sleep 0.3; kill -9 $PPID; sleep 1000")
+            await self.run_script(machine, "setsid sleep 1000 & sleep 0.3; kill -9 $PPID; sleep 1000")
         await machines.wait(machine, State.STOPPED, LIMIT)
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.leftovers())
 
 
 @needs_root
 class CoordinatorTests(HostileTestCase):
-    async def test_the_client_of_a_script_that_kills_its_worker_is_told_and_the_next_is_served(self) -> None:
+    async def test_a_script_that_kills_its_worker_is_a_lost_worker_and_the_next_run_succeeds(self) -> None:
         leaders = leaders_for_all(_UID)
-        left = watch_for_leftovers(self)
+        leftovers = watch_for_leftovers(self)
         machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *WORKER_COMMAND))
         coordinator = Worker(free_port())
         service = compose(machines, coordinator.port, {"RUN_AS": "", "HOME": str(make_home(self, _UID))})
@@ -321,13 +324,13 @@ class CoordinatorTests(HostileTestCase):
                 lost = await coordinator.fetch("POST", "/run", script.encode())
                 self.assertEqual("up\n", lost.output("stdout"))
                 self.assertEqual((125, "worker-lost"), (lost.exit["code"], lost.exit["reason"]))
-                answer = await coordinator.fetch("POST", "/run", b"echo fine")
-                self.assertEqual("fine\n", answer.output("stdout"))
+                response = await coordinator.fetch("POST", "/run", b"echo fine")
+                self.assertEqual("fine\n", response.output("stdout"))
         finally:
             await service.stopService()
-        self.assertEqual([], left())
+        self.assertEqual([], leftovers())
 
-    async def test_the_client_of_a_script_that_cannot_be_started_gets_an_error(self) -> None:
+    async def test_a_script_that_cannot_be_started_is_an_error(self) -> None:
         machines = LocalMachines(reactor, time.time, sandboxed=False)
         coordinator = Worker(free_port())
         env = {"RUN_AS": "", "HOME": str(make_home(self, 0)), "SANDBOX": "sh -c 'exit 127' sh"}
@@ -335,9 +338,9 @@ class CoordinatorTests(HostileTestCase):
         service.startService()
         try:
             for query in ("", "?raw=1"):
-                answer = await coordinator.fetch("POST", "/run" + query, b"echo never")
+                response = await coordinator.fetch("POST", "/run" + query, b"echo never")
                 self.assertEqual(
-                    (502, b"the worker could not start the script\n"), (answer.status, answer.body)
+                    (502, b"the worker could not start the script\n"), (response.status, response.body)
                 )
             status = await coordinator.fetch("GET", "/status")
             self.assertEqual(2, status.body.count(b'"outcome": "not-started"'), status.body)
@@ -346,12 +349,12 @@ class CoordinatorTests(HostileTestCase):
 
 
 def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordService:
-    """Make a coordinator as its own composition does, but with more in its workers' environment."""
+    """Build a coordinator as `bfaas.coord` does, with more variables in the environment of its workers."""
     settings = CoordSettings.from_environment({"WORKER_APP": "mock", "MAXREQTIME": "20s", "POOLSIZE": "1"})
     proxy = WorkerClient(reactor, None, settings.max_output)
-    usual = pool_config(settings)
-    wanted = replace(usual, template=replace(usual.template, env={**usual.template.env, **env}))
-    pool = Pool(machines, proxy, reactor, SystemRandom(), wanted)
+    config = pool_config(settings)
+    template = replace(config.template, env={**config.template.env, **env})
+    pool = Pool(machines, proxy, reactor, SystemRandom(), replace(config, template=template))
     coordinator = Coordinator(
         reactor, settings, pool, proxy, time.time, RunTracker(reactor, time.time, SystemRandom())
     )
@@ -360,8 +363,8 @@ def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordSer
     return CoordService(coordinator, site, listener, pool, machines.shutdown)
 
 
-def _add_tests(tests: type[TestCase], cases: tuple[Hostile, ...]) -> None:
-    def make(case: Hostile, number: int) -> Callable[[Any], Any]:
+def _add_tests(tests: type[TestCase], cases: tuple[HostileScript, ...]) -> None:
+    def make(case: HostileScript, number: int) -> Callable[[Any], Any]:
         async def test(self: Any) -> None:
             await self.run_case(case, number)
 
