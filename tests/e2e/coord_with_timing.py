@@ -1,8 +1,8 @@
 """
 A coordinator with other timing than its settings allow, for tests. Run as a program.
 
-LEASE and RECONCILE_INTERVAL are in seconds. With a shorter lease, the timeouts of a machine's steps shrink too,
-since a lease has to cover a start and two requests. With UNTIMED, workers do not get `MAXREQTIME`.
+LEASE and RECONCILE_INTERVAL are in seconds. With a shorter lease, the timeouts of a machine's steps shrink
+too, since a lease has to cover a start and two requests. With UNTIMED, workers do not get `MAXREQTIME`.
 """
 
 from __future__ import annotations
