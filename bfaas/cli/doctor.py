@@ -24,14 +24,7 @@ from zope.interface import provider
 
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.http.client import (
-    BytesProducer,
-    abort_body,
-    pooled_agent,
-    read_body,
-    single_use_agent,
-    wait_for_response,
-)
+from bfaas.http.client import abort_body, pooled_agent, read_body, send_request, single_use_agent
 from bfaas.http.endpoints import CertificateError, describe, root_cause
 from bfaas.machines.api import (
     CapacityError,
@@ -245,10 +238,9 @@ async def _wait_until_ready(
     if state is not State.STARTED:
         raise _not_running(machine, state)
     headers = Headers({formats.FORCE_INSTANCE: [machine.id]})
-    target = f"{url}{formats.HEALTH_PATH}".encode()
-    request = single_use_agent(reactor).request(b"GET", target, headers, None)
+    probe = send_request(single_use_agent(reactor), "GET", url, formats.HEALTH_PATH, headers)
     try:
-        response = await Deadline(reactor, _PROBE_TIMEOUT).run(wait_for_response(request))
+        response = await Deadline(reactor, _PROBE_TIMEOUT).run(probe)
     except CancelledError:
         raise
     except Exception as error:
@@ -282,9 +274,8 @@ async def _run_script(reactor: Any, settings: CoordSettings, machine: Machine, u
         formats.AUTHORIZATION: [settings.signer.sign(machine.id, time.time())],
         formats.FORCE_INSTANCE: [machine.id],
     })  # fmt: skip
-    target = f"{url}{formats.RUN_PATH}?raw=1".encode()
-    request = single_use_agent(reactor).request(b"POST", target, headers, BytesProducer(b"echo well"))
-    response = await wait_for_response(request)
+    agent = single_use_agent(reactor)
+    response = await send_request(agent, "POST", url, f"{formats.RUN_PATH}?raw=1", headers, b"echo well")
     body = await read_body(response, _MAX_RESPONSE)
     if body != b"well\n\nexit: 0\n":
         raise ValueError(f"{response.code} {body[:200]!r}")

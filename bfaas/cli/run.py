@@ -26,7 +26,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
-from bfaas.http.client import BodyReceiver, BytesProducer, read_body, single_use_agent, wait_for_response
+from bfaas.http.client import BodyReceiver, read_body, send_request, single_use_agent
 from bfaas.http.endpoints import describe
 from bfaas.http.media_type import JSON
 from bfaas.protocol import formats
@@ -158,9 +158,8 @@ async def _relay(reactor: Any, command: RunCommand) -> _Outcome:
     """Send the request and write the output. Cancelling closes the connection, which kills the script."""
     agent = single_use_agent(reactor)
     headers = Headers({name: [value] for name, value in command.headers.items()})
-    url = f"{command.url}{formats.RUN_PATH}".encode()
     try:
-        response = await wait_for_response(agent.request(b"POST", url, headers, BytesProducer(command.body)))
+        response = await send_request(agent, "POST", command.url, formats.RUN_PATH, headers, command.body)
     except CancelledError:
         raise
     except Exception as error:  # noqa: BLE001 - connection refused, unknown host, no HTTP

@@ -15,11 +15,12 @@ from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.ui import serve_page
 from bfaas.coordinator.worker_client import NotStartedError, WorkerError
 from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.http.server import HTTPError, register_error_handlers, text_response
+from bfaas.http.errors import HTTPError
+from bfaas.http.server import register_error_handlers, text_response
 from bfaas.pool import PoolClosedError
 from bfaas.pooling.slot import Phase
 from bfaas.protocol import formats
-from bfaas.protocol.request import parse_run_request
+from bfaas.protocol.http_request import parse_run_request
 from bfaas.protocol.response import RunResponse
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from email.utils import parsedate_to_datetime
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -20,14 +19,7 @@ from twisted.web.http_headers import Headers
 
 from bfaas.backoff import BackoffSchedule
 from bfaas.deadline import Deadline
-from bfaas.http.client import (
-    BodyReceiver,
-    BytesProducer,
-    Towards,
-    abort_body,
-    single_use_agent,
-    wait_for_response,
-)
+from bfaas.http.client import BodyReceiver, abort_body, send_request, single_use_agent
 from bfaas.http.strict_agent import IncompleteResponseError
 from bfaas.protocol import formats
 from bfaas.protocol.parser import OutputLimitError, run_reader
@@ -199,23 +191,12 @@ class WorkerClient:
     async def _request(
         self, method: str, machine: Machine, path: str, headers: Headers, body: bytes | None
     ) -> IResponse:
-        """Send one request with a new client, so that no cookies are kept. Redirects are not followed."""
+        """Send one request to a machine's worker."""
         base = machine.url or self._worker_url
         if base is None:
             raise WorkerError(f"machine {machine.id} has no URL")
         headers.setRawHeaders(formats.FORCE_INSTANCE, [machine.id])
-        client = HTTPClient(Towards(self._agent, base), data_to_body_producer=BytesProducer)
-        sent = client.request(
-            method,
-            Towards.ANYWHERE + path,
-            headers=headers,
-            data=body,
-            allow_redirects=False,
-            unbuffered=True,
-            reactor=self._reactor,
-        )
-        response: IResponse = await wait_for_response(sent)
-        return response
+        return await send_request(self._agent, method, base, path, headers, body)
 
 
 def _is_expected_machine(machine: Machine, response: IResponse) -> bool:

@@ -1,14 +1,15 @@
 """
-One HTTP exchange, as a client: what `treq` and Twisted's agent leave to their users.
+HTTP client: sends every request of this project, with treq.
 
-Cancelling at any moment closes the connection at once, and reads as a cancellation; a body is read with a
-limit, and an unwanted one is not read at all.
+treq and Twisted's agent leave three things to their callers: closing the connection as soon as a request is
+cancelled, bounding how much of a response is read, and dropping a response without reading it.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
@@ -28,74 +29,106 @@ if TYPE_CHECKING:
 
 
 class BodyTooLargeError(Exception):
-    """An answer's body is larger than we take."""
+    """The response body is larger than the limit."""
+
+
+def single_use_agent(reactor: Any) -> IAgent:
+    """Return an agent for untrusted servers: one connection per request, strict response parsing."""
+    return StrictAgent(Endpoints(reactor))
+
+
+def pooled_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
+    """Return an agent with persistent connections, for trusted servers, and its connection pool."""
+    pool = HTTPConnectionPool(reactor)
+    return Agent.usingEndpointFactory(reactor, Endpoints(reactor), pool=pool), pool
+
+
+async def send_request(
+    agent: IAgent,
+    method: str,
+    base_url: str,
+    target: str,
+    headers: Headers | None = None,
+    body: bytes | None = None,
+) -> IResponse:
+    """
+    Send one request and return the response once its head has arrived, with its body unread.
+
+    The URL is `base_url` followed by `target` (a path, possibly with a query), sent exactly as given.
+    Redirects are not followed, and no cookie outlives the request. Read the body with `read_body` or a
+    `BodyReceiver`, or drop it with `abort_body`. Cancelling closes the connection and raises
+    `CancelledError`; failures raise what the agent raises.
+    """
+    url = (base_url.rstrip("/") + target).encode("ascii")
+    client = HTTPClient(_FixedURLAgent(agent, url), data_to_body_producer=BytesProducer)
+    return await _wait_for_response(
+        client.request(
+            method,
+            "http://placeholder/",
+            headers=headers,
+            data=body,
+            allow_redirects=False,
+            unbuffered=True,
+            reactor=_NO_REACTOR,
+        )
+    )
+
+
+# treq imports the global reactor if it gets none; it uses it only for its `timeout` argument.
+_NO_REACTOR: Any = object()
+
+
+@implementer(IAgent)
+class _FixedURLAgent:
+    """
+    Sends requests to one URL, whatever URL treq passes.
+
+    treq normalizes URLs and encodes hosts with IDNA, which rejects IPv6 addresses and names with an
+    underscore, such as Fly's `http://_api.internal:4280`.
+    """
+
+    def __init__(self, agent: IAgent, url: bytes) -> None:
+        self._agent = agent
+        self._url = url
+
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,  # noqa: ARG002 - treq's placeholder
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,
+    ) -> Deferred[IResponse]:
+        """Send a request."""
+        return self._agent.request(method, self._url, headers, bodyProducer)
 
 
 @implementer(IBodyProducer)
 class BytesProducer:
-    """A request's body that is in memory, written at once."""
+    """A request body in memory, written at once."""
 
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.length = len(data)
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        """Write it all."""
+        """Write the whole body."""
         consumer.write(self._data)
         done: Deferred[None] = Deferred()
         done.callback(None)
         return done
 
     def pauseProducing(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: the body is written already."""
 
     def resumeProducing(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: the body is written already."""
 
     def stopProducing(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: the body is written already."""
 
 
-@implementer(IAgent)
-class Towards:
-    """
-    Sends requests to `base` that are addressed to `ANYWHERE`, for use below treq.
-
-    treq encodes a URL's host with IDNA, and so refuses IPv6 addresses and names with an underscore
-    (`http://_api.internal:4280`). It gets `ANYWHERE`, and this puts the server's own URL back.
-    """
-
-    ANYWHERE = "http://server"
-
-    def __init__(self, agent: IAgent, base: str) -> None:
-        self._agent = agent
-        self._base = base.rstrip("/").encode("ascii")
-
-    def request(
-        self,
-        method: bytes,
-        uri: bytes,
-        headers: Headers | None = None,
-        bodyProducer: IBodyProducer | None = None,
-    ) -> Deferred[IResponse]:
-        """Send a request."""
-        target = self._base + uri.removeprefix(self.ANYWHERE.encode())
-        return self._agent.request(method, target, headers, bodyProducer)
-
-
-def single_use_agent(reactor: Any) -> IAgent:
-    """Make an agent for servers that we do not trust: a connection for each request, strictly read."""
-    return StrictAgent(Endpoints(reactor))
-
-
-def pooled_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
-    """Make an agent that keeps connections, TLS or not, for a server that we trust; and their pool."""
-    pool = HTTPConnectionPool(reactor)
-    return Agent.usingEndpointFactory(reactor, Endpoints(reactor), pool=pool), pool
-
-
-async def wait_for_response(response: Deferred[Any]) -> Any:
-    """Wait for an answer's head; a cancellation comes out as one, whatever the agent makes of it."""
+async def _wait_for_response(response: Deferred[Any]) -> IResponse:
+    """Wait for a response; turn any error that a cancellation causes in the agent into `CancelledError`."""
     cancelled = False
 
     def cancel(_: object) -> None:
@@ -103,7 +136,7 @@ async def wait_for_response(response: Deferred[Any]) -> Any:
         cancelled = True
         response.cancel()
 
-    outcome: Deferred[Any] = Deferred(cancel)
+    outcome: Deferred[IResponse] = Deferred(cancel)
     response.addBoth(lambda result: None if outcome.called else outcome.callback(result))
     try:
         return await outcome
@@ -115,10 +148,11 @@ async def wait_for_response(response: Deferred[Any]) -> Any:
 
 class BodyReceiver(Protocol):
     """
-    Receives an answer's body; `done` fires when it has come whole.
+    Receives a response body; `done` fires when the body is complete.
 
-    `done` fails with what is wrong with the body, or with what `on_data` raises. Cancelling it closes the
-    connection. (`readBody` and treq's collectors leave it open, and reading: Twisted #8227.)
+    `done` fails if the body is malformed or incomplete, or with the exception that `on_data` raises.
+    Cancelling `done` closes the connection. (`readBody` and treq's collectors would leave the connection
+    open, and go on reading from it: Twisted #8227.)
     """
 
     def __init__(
@@ -130,23 +164,23 @@ class BodyReceiver(Protocol):
         self.done: Deferred[None] = Deferred(lambda _: self.close())
 
     def connectionMade(self) -> None:
-        """Begin; the transport is a producer, to be paused and resumed at the receiver's pace."""
+        """Pass the transport, a push producer, to `on_start`."""
         self._on_start(self.transport)
 
     def dataReceived(self, data: bytes) -> None:
-        """Pass a piece on."""
+        """Pass data to `on_data`; close the connection if that raises."""
         try:
             self._on_data(data)
-        except Exception:  # noqa: BLE001 - whatever it is, it is the outcome
+        except Exception:  # noqa: BLE001 - any exception becomes the outcome
             self._finish(Failure())
             self.close()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """Tell how it ended: only a body whose framing is complete has come whole."""
+        """Fire `done`. Only `ResponseDone` means that the body is complete."""
         self._finish(None if reason.check(ResponseDone) else reason)
 
     def close(self) -> None:
-        """Close the connection, whatever is still to come."""
+        """Close the connection without reading the rest of the body."""
         if self.transport is not None:
             self.transport.stopProducing()
 
@@ -156,30 +190,30 @@ class BodyReceiver(Protocol):
 
 
 def abort_body(response: IResponse) -> None:
-    """Close an answer's connection without reading its body."""
+    """Close a response's connection without reading the body."""
 
-    def drop(_: bytes) -> None:
+    def discard(_: bytes) -> None:
         body.close()
 
-    body = BodyReceiver(drop)
+    body = BodyReceiver(discard)
     body.done.addErrback(lambda _: None)
     response.deliverBody(body)
     body.close()
 
 
 async def read_body(response: IResponse, limit: int) -> bytes:
-    """Read an answer's body whole. Raises `BodyTooLargeError` past `limit` bytes."""
+    """Read a response body. Raises `BodyTooLargeError` if it has more than `limit` bytes."""
     pieces: list[bytes] = []
-    room = limit
+    remaining = limit
 
-    def take(piece: bytes) -> None:
-        nonlocal room
-        room -= len(piece)
-        if room < 0:
+    def append(piece: bytes) -> None:
+        nonlocal remaining
+        remaining -= len(piece)
+        if remaining < 0:
             raise BodyTooLargeError(f"more than {limit} bytes")
         pieces.append(piece)
 
-    body = BodyReceiver(take)
+    body = BodyReceiver(append)
     response.deliverBody(body)
     await body.done
     return b"".join(pieces)

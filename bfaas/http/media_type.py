@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from bfaas.http.server import HTTPError
+from bfaas.http.errors import HTTPError
 
 if TYPE_CHECKING:
     from twisted.web.http_headers import Headers

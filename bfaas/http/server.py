@@ -24,6 +24,7 @@ from zope.interface import implementer
 
 from bfaas.http.channel import RETRY_AFTER, Channel
 from bfaas.http.client_address import address_key
+from bfaas.http.errors import HTTPError
 from bfaas.http.proxy_protocol import HeaderReader
 
 if TYPE_CHECKING:
@@ -45,16 +46,6 @@ FLUSH_TIMEOUT = 5.0
 """Seconds that connections get to deliver their output when a site is drained."""
 
 _TEXT = "text/plain; charset=utf-8"
-
-
-class HTTPError(Exception):
-    """A request is answered with this status and this line."""
-
-    def __init__(self, code: int, line: str, headers: dict[str, str] | None = None) -> None:
-        super().__init__(line)
-        self.code = code
-        self.line = line
-        self.headers = headers or {}
 
 
 def error_response(request: Request, code: int, line: str) -> bytes:
@@ -97,7 +88,7 @@ def register_error_handlers(app: Klein) -> None:
         assert isinstance(error, HTTPError)  # noqa: S101 - what klein dispatched on
         for name, value in error.headers.items():
             request.setHeader(name, value)
-        return error_response(request, error.code, error.line)
+        return error_response(request, error.code, error.message)
 
     @app.handle_errors(HTTPException)
     def no_route(self: object, request: Any, failure: Failure) -> bytes:  # noqa: ARG001 - a method

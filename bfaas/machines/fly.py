@@ -9,7 +9,6 @@ from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
-from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
@@ -17,7 +16,7 @@ from twisted.web.http_headers import Headers
 
 from bfaas.backoff import BackoffSchedule
 from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.http.client import BytesProducer, Towards, read_body, wait_for_response
+from bfaas.http.client import read_body, send_request
 from bfaas.http.endpoints import CertificateError, describe, root_cause
 from bfaas.machines.api import (
     Call,
@@ -116,7 +115,8 @@ class FlyMachines(MachinesAPI):
         self, clock: IReactorTime, agent: IAgent, random: Random, base_url: str, app: str, token: str
     ) -> None:
         self._clock = clock
-        self._agent = Towards(agent, base_url)
+        self._agent = agent
+        self._base_url = base_url
         self._random = random
         self._machines = f"/v1/apps/{app}/machines"
         self._authorization = authorization(token)
@@ -330,19 +330,7 @@ class FlyMachines(MachinesAPI):
         if body is not None:
             headers.setRawHeaders("Content-Type", ["application/json"])
         data = None if body is None else json.dumps(body).encode()
-        # Each call has its own client, so that no cookie is kept.
-        client = HTTPClient(self._agent, data_to_body_producer=BytesProducer)
-        response = await wait_for_response(
-            client.request(
-                method,
-                Towards.ANYWHERE + path,
-                headers=headers,
-                data=data,
-                allow_redirects=False,
-                unbuffered=True,
-                reactor=self._clock,  # type: ignore[arg-type]  # treq uses it for a timeout, which is not set
-            )
-        )
+        response = await send_request(self._agent, method, self._base_url, path, headers, data)
         request_ids = response.headers.getRawHeaders("fly-request-id", [None])
         return _Response(response.code, await read_body(response, _MAX_RESPONSE), request_ids[0])
 

@@ -14,14 +14,11 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bfaas.http.media_type import JSON, body_is_json
-from bfaas.http.server import HTTPError, read_body
+from bfaas.http.media_type import JSON
 from bfaas.units import parse_duration
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from twisted.web.server import Request
 
 MAX_ENV = 128 * 1024 - 1
 """Bytes that variables may have together, as Linux counts them: so each fits into one argument too."""
@@ -87,21 +84,6 @@ class RunRequest:
     def effective_timeout(self, maximum: float) -> float:
         """Tell how long the run may take, in seconds, where `maximum` is the maximum that any may."""
         return maximum if self.timeout is None else min(maximum, self.timeout)
-
-
-def parse_run_request(request: Request) -> RunRequest:
-    """
-    Read what a request asks for.
-
-    Raises `HTTPError`: 400 where that is not clear, 415 where the body is in a form that is not supported.
-    """
-    body = read_body(request)
-    try:
-        return (RunRequest.from_json if body_is_json(request.requestHeaders, body) else RunRequest.plain)(
-            body
-        )
-    except InvalidRequestError as error:
-        raise HTTPError(400, str(error)) from None
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.http.server import HTTPError, register_error_handlers, text_response
+from bfaas.http.errors import HTTPError
+from bfaas.http.server import register_error_handlers, text_response
 from bfaas.protocol import formats
-from bfaas.protocol.request import parse_run_request
+from bfaas.protocol.http_request import parse_run_request
 from bfaas.protocol.response import RunResponse
 from bfaas.tokens import AuthError
 from bfaas.worker.bash_process import BashRun, script_environment

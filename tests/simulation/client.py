@@ -14,7 +14,7 @@ from twisted.internet.error import ConnectionLost
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
-from bfaas.http.server import HTTPError
+from bfaas.http.errors import HTTPError
 from bfaas.protocol import formats
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from typing import Any
 
 from twisted.internet.defer import CancelledError, Deferred
 
-from bfaas.http.client import BodyTooLargeError, abort_body, read_body, single_use_agent, wait_for_response
+from bfaas.http.client import BodyTooLargeError, abort_body, read_body, send_request, single_use_agent
 from bfaas.http.response_parser import MalformedResponseError
 from bfaas.http.strict_agent import IncompleteResponseError
 from tests.support.hostile_worker import LAST_CHUNK, End, LoopbackTestCase, chunk, reactor
@@ -23,7 +23,7 @@ class ExchangeTestCase(LoopbackTestCase):
 
     def get(self, url: str) -> Deferred[Any]:
         """Wait for a head."""
-        return Deferred.fromCoroutine(wait_for_response(self.agent.request(b"GET", url.encode())))
+        return Deferred.fromCoroutine(send_request(self.agent, "GET", url, "/"))
 
     def read(self, response: Any, limit: int = 10) -> Deferred[bytes]:
         return Deferred.fromCoroutine(read_body(response, limit))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from OpenSSL.SSL import TLS_METHOD
-from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectionRefusedError as RefusedConnectionError
 from twisted.internet.error import DNSLookupError
@@ -20,7 +19,7 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.client import Agent
 
-from bfaas.http.client import Towards, wait_for_response
+from bfaas.http.client import send_request
 from bfaas.http.endpoints import (
     CONNECT_TIMEOUT,
     LOOKUP_TIMEOUT,
@@ -242,10 +241,7 @@ class RequestTests(EndpointTestCase):
     """With treq, through both kinds of agent."""
 
     async def ask(self, agent: Any, base: str) -> list[str]:
-        client = HTTPClient(Towards(agent, base))
-        response = await wait_for_response(
-            client.request("GET", f"{Towards.ANYWHERE}/a%20b?c=d", unbuffered=True, reactor=reactor)
-        )
+        response = await send_request(agent, "GET", base, "/a%20b?c=d")
         self.assertEqual(200, response.code)
         lines, _ = self.servers[-1].request() or ([], b"")
         await wait_until(lambda: all(server.end for server in self.servers))
@@ -293,9 +289,7 @@ class TLSTests(EndpointTestCase):
         tls = CertificateOptions(trustRoot=platformTrust())
         tls.getContext().load_verify_locations(str(self.trusted))
         agent = Agent.usingEndpointFactory(reactor, Endpoints(reactor, self.resolver, tls))
-        return Deferred.fromCoroutine(
-            wait_for_response(agent.request(b"GET", f"https://{host}:{port}/".encode()))
-        )
+        return Deferred.fromCoroutine(send_request(agent, "GET", f"https://{host}:{port}", "/"))
 
     async def test_a_trusted_certificate_of_the_host_will_do(self) -> None:
         for host, name, address in (

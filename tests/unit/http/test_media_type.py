@@ -5,8 +5,8 @@ from __future__ import annotations
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http_headers import Headers
 
+from bfaas.http.errors import HTTPError
 from bfaas.http.media_type import FORM, JSON, body_is_json
-from bfaas.http.server import HTTPError
 
 SCRIPTS = [
     b"",

@@ -13,7 +13,8 @@ from twisted.internet.task import Clock
 from zope.interface import directlyProvides
 
 from bfaas.http.channel import Channel
-from bfaas.http.server import BoundedSite, HTTPError, read_body, register_error_handlers, text_response
+from bfaas.http.errors import HTTPError
+from bfaas.http.server import BoundedSite, read_body, register_error_handlers, text_response
 from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, post, reactor
 from tests.support.responses import parse_response
 from tests.support.waiting import wait_until

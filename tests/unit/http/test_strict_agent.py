@@ -8,7 +8,7 @@ from twisted.internet.task import deferLater
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH
 
-from bfaas.http.client import BodyReceiver, BytesProducer, read_body, single_use_agent, wait_for_response
+from bfaas.http.client import BodyReceiver, BytesProducer, read_body, send_request, single_use_agent
 from bfaas.http.response_parser import MalformedResponseError
 from tests.support.hostile_worker import LAST_CHUNK, LoopbackTestCase, Peer, chunk, reactor
 from tests.support.waiting import wait_until
@@ -40,10 +40,11 @@ class AgentTests(LoopbackTestCase):
         peer = Deaf()
         peer.says = says
         port = self.listen(Factory.forProtocol(lambda: peer))
-        url = f"http://127.0.0.1:{port}/".encode()
-        answer = self.agent.request(b"POST", url, None, BytesProducer(LARGE))
+        answer = Deferred.fromCoroutine(
+            send_request(self.agent, "POST", f"http://127.0.0.1:{port}", "/", None, LARGE)
+        )
         await wait_until(lambda: peer.connected)
-        return Deferred.fromCoroutine(wait_for_response(answer)), peer
+        return answer, peer
 
     async def test_a_request_is_written_from_scratch(self) -> None:
         liar, url = self.lie([OK + b"Content-Length: 0\r\n\r\n"])
