@@ -1,5 +1,8 @@
 """
-HTTP client: sends every request of this project, with treq.
+HTTP client: `send_request` sends the requests of the coordinator and the command, with treq.
+
+The emulator's proxy uses an agent directly, with `wait_for_response`: treq would change `Content-Encoding` in
+the responses that it forwards.
 
 treq and Twisted's agent leave three things to their callers: closing the connection as soon as a request is
 cancelled, bounding how much of a response is read, and dropping a response without reading it.
@@ -61,7 +64,7 @@ async def send_request(
     """
     url = (base_url.rstrip("/") + target).encode("ascii")
     client = HTTPClient(_FixedURLAgent(agent, url), data_to_body_producer=BytesProducer)
-    return await _wait_for_response(
+    return await wait_for_response(
         client.request(
             method,
             "http://placeholder/",
@@ -127,7 +130,7 @@ class BytesProducer:
         """Do nothing: the body is written already."""
 
 
-async def _wait_for_response(response: Deferred[Any]) -> IResponse:
+async def wait_for_response(response: Deferred[Any]) -> IResponse:
     """Wait for a response; turn any error that a cancellation causes in the agent into `CancelledError`."""
     cancelled = False
 

@@ -69,6 +69,7 @@ class FlyProxy(Resource):
             self._send_error(request, 503, "no such machine is started")
             return
         try:
+            # Without treq, which would change Content-Encoding in the response.
             response = await wait_for_response(
                 self._agent.request(
                     request.method,
