@@ -1,4 +1,4 @@
-"""How our programs are started, what they say in a line where they cannot start, and what ends them."""
+"""Starting the roles: one-line errors, unusual process environments, and the signals that stop them."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from tests.support.network import free_port
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-PATIENCE = 120.0
+TIMEOUT = 120.0
 
 DAEMON = (sys.executable, "-P", "-c", "from twisted.scripts.twistd import run; run()")
-FORE = (*DAEMON, "-n", "--pidfile=")
-COORD = (*FORE, "bfaas-coord")
-BASHER = (*FORE, "bfaas-basher")
-ALONE = (sys.executable, "-m", "bfaas.basher")
-MACHINES = (*FORE, "bfaas-machines")
+FOREGROUND = (*DAEMON, "-n", "--pidfile=")
+COORD = (*FOREGROUND, "bfaas-coord")
+BASHER = (*FOREGROUND, "bfaas-basher")
+BASHER_WITHOUT_TWISTD = (sys.executable, "-m", "bfaas.basher")
+MACHINES = (*FOREGROUND, "bfaas-machines")
 
 ROOT = str(Path(bfaas.__file__).resolve().parents[1])
-USUAL = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "HOME": "/"}
-MOCK = {**USUAL, "WORKER_APP": "mock", "MAXREQTIME": "20s"}
-WORKER = {**USUAL, "PUBLIC": genkey().public, "FLY_MACHINE_ID": "m1"}
+ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": ROOT, "HOME": "/"}
+MOCK = {**ENVIRONMENT, "WORKER_APP": "mock", "MAXREQTIME": "20s"}
+WORKER = {**ENVIRONMENT, "PUBLIC": genkey().public, "FLY_MACHINE_ID": "m1"}
 
-ODD = """
+PREPARE = """
 import os, resource, signal, sys
 {}
 os.execv(sys.executable, sys.argv[1:])
 """
-"""Makes the process odd in some way, and then what it is asked to be."""
+"""Changes something of the process, then executes a command."""
 
 FULL_PIPE = """
 inner, outer = os.pipe()
@@ -61,15 +61,15 @@ os.set_inheritable(inner, True)
 """
 
 
-def odd(preparation: str, command: Sequence[str]) -> list[str]:
-    return [sys.executable, "-c", ODD.format(preparation), *command]
+def prepared(preparation: str, command: Sequence[str]) -> list[str]:
+    return [sys.executable, "-c", PREPARE.format(preparation), *command]
 
 
 def run(port: int, script: str) -> str:
-    """Have a coordinator run a script, once it listens; its raw answer."""
-    limit = time.monotonic() + PATIENCE
+    """Run a script on a coordinator as soon as it listens, and return the raw response."""
+    limit = time.monotonic() + TIMEOUT
     while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=TIMEOUT)
         try:
             connection.request("POST", "/run?raw=1", script.encode())
             return connection.getresponse().read().decode()
@@ -81,39 +81,39 @@ def run(port: int, script: str) -> str:
             connection.close()
 
 
-def wait_idle(pid: int) -> None:
-    limit = time.monotonic() + PATIENCE
+def wait_for_exit(pid: int) -> None:
+    limit = time.monotonic() + TIMEOUT
     while Path(f"/proc/{pid}").exists():
-        assert time.monotonic() < limit, f"{pid} does not end"
+        assert time.monotonic() < limit, f"{pid} does not exit"
         time.sleep(0.05)
 
 
 class StartTestCase(SynchronousTestCase):
-    timeout = 10 * PATIENCE
+    timeout = 10 * TIMEOUT
 
     def setUp(self) -> None:
         self.directory = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, self.directory)
 
-    def taken_port(self) -> int:
-        taken = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(taken.close)
-        port: int = taken.getsockname()[1]
+    def used_port(self) -> int:
+        used = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(used.close)
+        port: int = used.getsockname()[1]
         return port
 
 
 class ErrorTests(StartTestCase):
-    """What cannot start says why in one line, and ends with 1."""
+    """A start error is one line on standard error, with exit code 1."""
 
     def cases(self) -> Iterator[tuple[Sequence[str], Mapping[str, str], str]]:
-        taken = f"tcp:{self.taken_port()}:interface=127.0.0.1"
+        used = f"tcp:{self.used_port()}:interface=127.0.0.1"
         listens = {
             "tcp:foo": "--listen tcp:foo: invalid literal",
             "nosuch:1": "--listen nosuch:1: Unknown endpoint type: 'nosuch'",
             "tcp:99999": "--listen tcp:99999: .*0-65535",
             "tcp:0:interface=203.0.113.7": "Couldn't listen on 203.0.113.7:0: .*Cannot assign",
             "tcp:0:colour=red": "--listen tcp:0:colour=red: TypeError: .*colour",
-            taken: "Couldn't listen on 127.0.0.1:[0-9]+: .*Address already in use",
+            used: "Couldn't listen on 127.0.0.1:[0-9]+: .*Address already in use",
             "unix:/nonexistent/socket": "--listen unix:/nonexistent/socket: .*No such file",
             "ssl:0:privateKey=/nonexistent": "--listen ssl:.*No such file|--listen ssl:.*OpenSSL",
             "systemd:domain=INET:index=0": "--listen systemd:",
@@ -122,24 +122,33 @@ class ErrorTests(StartTestCase):
         }
         for endpoint, line in listens.items():
             yield (*COORD, "--listen", endpoint), MOCK, line
-            yield (*ALONE, "--listen", endpoint), WORKER, line
-        for endpoint in ("tcp:foo", taken):
+            yield (*BASHER_WITHOUT_TWISTD, "--listen", endpoint), WORKER, line
+        for endpoint in ("tcp:foo", used):
             line = listens[endpoint]
             yield (*BASHER, "--listen", endpoint), WORKER, line
-            yield (*MACHINES, "--listen", endpoint), USUAL, line
-            of_proxy = line.replace("--listen", "--proxy")
-            yield (*MACHINES, "--listen", "tcp:0", "--proxy", endpoint), USUAL, of_proxy
-            of_metrics = line.replace("--listen", "--metrics")
-            yield (*COORD, "--listen", "tcp:0", "--metrics", endpoint), MOCK, of_metrics
-        for command, settings in ((COORD, MOCK), (BASHER, WORKER), (ALONE, WORKER), (MACHINES, USUAL)):
+            yield (*MACHINES, "--listen", endpoint), ENVIRONMENT, line
+            proxy_line = line.replace("--listen", "--proxy")
+            yield (*MACHINES, "--listen", "tcp:0", "--proxy", endpoint), ENVIRONMENT, proxy_line
+            metrics_line = line.replace("--listen", "--metrics")
+            yield (*COORD, "--listen", "tcp:0", "--metrics", endpoint), MOCK, metrics_line
+        for command, settings in (
+            (COORD, MOCK),
+            (BASHER, WORKER),
+            (BASHER_WITHOUT_TWISTD, WORKER),
+            (MACHINES, ENVIRONMENT),
+        ):
             yield (*command, "--nonsense"), settings, "option --nonsense not recognized"
             yield (*command, "nonsense"), settings, "Wrong number of arguments"
-            yield odd("resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))", command), settings, "open files"
-        for command in (COORD, BASHER, ALONE):
+            yield (
+                prepared("resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))", command),
+                settings,
+                "open files",
+            )
+        for command in (COORD, BASHER, BASHER_WITHOUT_TWISTD):
             settings = MOCK if command is COORD else WORKER
             yield (*command, "--log-format", "xml"), settings, "'xml' is neither text nor json"
         for home in ("/etc/passwd", "/nonexistent"):
-            yield (*ALONE, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
+            yield (*BASHER_WITHOUT_TWISTD, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
             yield (*BASHER, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
         yield COORD, {**MOCK, "MAXREQTIME": "\udcff"}, "MAXREQTIME: "
         yield (
@@ -147,19 +156,23 @@ class ErrorTests(StartTestCase):
             MOCK,
             "--pidfile /nonexistent/pid: ",
         )
-        yield (*FORE, "--logfile=/nonexistent/log", "bfaas-coord"), MOCK, "'/nonexistent/log'|'/nonexistent'"
-        yield (*FORE, "--rundir=/nonexistent", "bfaas-coord"), MOCK, "'/nonexistent'"
-        without = odd("resource.setrlimit(resource.RLIMIT_AS, (50 << 20, 50 << 20))", COORD)
-        yield without, MOCK, "ImportError|MemoryError"
+        yield (
+            (*FOREGROUND, "--logfile=/nonexistent/log", "bfaas-coord"),
+            MOCK,
+            "'/nonexistent/log'|'/nonexistent'",
+        )
+        yield (*FOREGROUND, "--rundir=/nonexistent", "bfaas-coord"), MOCK, "'/nonexistent'"
+        low_memory = prepared("resource.setrlimit(resource.RLIMIT_AS, (50 << 20, 50 << 20))", COORD)
+        yield low_memory, MOCK, "ImportError|MemoryError"
 
-    def test_each_is_one_line(self) -> None:
+    def test_each_error_is_one_line(self) -> None:
         def start(case: tuple[Sequence[str], Mapping[str, str], str]) -> None:
             command, settings, line = case
-            done = subprocess.run(
-                command, check=False, capture_output=True, env=settings, cwd=self.directory, timeout=PATIENCE
+            completed = subprocess.run(
+                command, check=False, capture_output=True, env=settings, cwd=self.directory, timeout=TIMEOUT
             )
-            out, err = done.stdout.decode(), done.stderr.decode()
-            self.assertEqual(1, done.returncode, (command, out, err))
+            out, err = completed.stdout.decode(), completed.stderr.decode()
+            self.assertEqual(1, completed.returncode, (command, out, err))
             self.assertNotIn("Traceback", out + err)
             self.assertNotIn("Usage", out + err)
             self.assertEqual(1, len(err.splitlines()), (command, out, err))
@@ -168,28 +181,32 @@ class ErrorTests(StartTestCase):
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(start, self.cases()))
 
-    def test_without_a_temporary_directory(self) -> None:
+    def test_missing_temporary_directory_is_one_line(self) -> None:
         bwrap = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--"]
         if subprocess.run([*bwrap, "true"], check=False, capture_output=True).returncode:
             raise SkipTest("bubblewrap does not work here")
         for command in (COORD, MACHINES):
-            done = subprocess.run([*bwrap, *command], check=False, capture_output=True, env=MOCK, cwd="/")
-            self.assertEqual((1, 1), (done.returncode, len(done.stderr.splitlines())), done.stderr)
-            self.assertRegex(done.stderr.decode(), "^bfaas-[a-z]+: .*(temporary directory|directory)")
+            completed = subprocess.run(
+                [*bwrap, *command], check=False, capture_output=True, env=MOCK, cwd="/"
+            )
+            self.assertEqual(
+                (1, 1), (completed.returncode, len(completed.stderr.splitlines())), completed.stderr
+            )
+            self.assertRegex(completed.stderr.decode(), "^bfaas-[a-z]+: .*(temporary directory|directory)")
 
-    def test_a_daemon_ends_leaves_no_pid_file_and_logs_the_line(self) -> None:
-        taken = f"tcp:{self.taken_port()}:interface=127.0.0.1"
-        for role, settings in (("coord", MOCK), ("basher", WORKER), ("machines", USUAL)):
+    def test_daemon_logs_the_line_and_leaves_no_pid_file(self) -> None:
+        used = f"tcp:{self.used_port()}:interface=127.0.0.1"
+        for role, settings in (("coord", MOCK), ("basher", WORKER), ("machines", ENVIRONMENT)):
             log = self.directory / f"{role}.log"
             options = [f"--pidfile={self.directory}/pid", f"--logfile={log}", f"bfaas-{role}"]
-            done = subprocess.run(
-                [*DAEMON, *options, "--listen", taken],
-                check=False, env=settings, cwd=self.directory, stderr=subprocess.PIPE, timeout=PATIENCE,
+            completed = subprocess.run(
+                [*DAEMON, *options, "--listen", used],
+                check=False, env=settings, cwd=self.directory, stderr=subprocess.PIPE, timeout=TIMEOUT,
             )  # fmt: skip
-            self.assertEqual(1, done.returncode)
-            self.assertIn(b"Couldn't listen on 127.0.0.1:", done.stderr)
-            # The process that waited for the daemon's start may go before it.
-            limit = time.monotonic() + PATIENCE
+            self.assertEqual(1, completed.returncode)
+            self.assertIn(b"Couldn't listen on 127.0.0.1:", completed.stderr)
+            # The parent, which waits for the daemon's start, may exit before the daemon.
+            limit = time.monotonic() + TIMEOUT
             while f"bfaas-{role}: Couldn't listen on 127.0.0.1:" not in (text := log.read_text()):
                 self.assertLess(time.monotonic(), limit, text)
                 time.sleep(0.05)
@@ -198,13 +215,13 @@ class ErrorTests(StartTestCase):
 
 
 class StartTests(StartTestCase):
-    """What can start serves, however odd its process is."""
+    """Roles work in unusual process environments."""
 
     def start(
         self, preparation: str = "", settings: Mapping[str, str] = MOCK
     ) -> tuple[subprocess.Popen[bytes], int]:
         port = free_port()
-        command = odd(preparation, (*COORD, "--listen", f"tcp:{port}:interface=127.0.0.1"))
+        command = prepared(preparation, (*COORD, "--listen", f"tcp:{port}:interface=127.0.0.1"))
         program = subprocess.Popen(
             command, env=settings, cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -218,7 +235,7 @@ class StartTests(StartTestCase):
         self.assertEqual("hi\n\nexit: 3\n", run(port, "echo hi; exit 3"))
         return program, port
 
-    def test_signals_ignored_or_blocked_closed_files_no_directory_a_mask(self) -> None:
+    def test_ignored_and_blocked_signals_closed_files_removed_directory_and_umask(self) -> None:
         program, port = self.start("""
 os.mkdir("gone"); os.chdir("gone"); os.rmdir("../gone"); os.umask(0o077)
 for number in (signal.SIGCHLD, signal.SIGHUP, signal.SIGPIPE): signal.signal(number, signal.SIG_IGN)
@@ -232,29 +249,29 @@ for number in range(3): os.close(number)
         program.send_signal(signal.SIGHUP)
         self.assertIn("hi\n", run(port, "echo hi"))
         program.send_signal(signal.SIGTERM)
-        self.assertEqual(0, program.wait(PATIENCE))
+        self.assertEqual(0, program.wait(TIMEOUT))
 
-    def test_a_full_pipe_and_few_files(self) -> None:
+    def test_full_pipe_as_output_and_few_open_files(self) -> None:
         limit = "\nresource.setrlimit(resource.RLIMIT_NOFILE, (133, 133))"
         program, port = self.start(FULL_PIPE + limit)
         for _ in range(3):
             self.assertIn("hi\n", run(port, "echo hi"))
         program.send_signal(signal.SIGHUP)
-        self.assertEqual(0, program.wait(PATIENCE))
+        self.assertEqual(0, program.wait(TIMEOUT))
 
-    def test_a_full_disk_and_an_empty_environment(self) -> None:
-        few = {
+    def test_full_disk_and_almost_empty_environment(self) -> None:
+        environment = {
             "WORKER_APP": "mock",
             "MAXREQTIME": "20s",
             "PYTHONPATH": ROOT,
             "LC_ALL": "C",
             "PYTHONUTF8": "0",
         }
-        program, _ = self.start("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", few)
+        program, _ = self.start("os.dup2(os.open('/dev/full', os.O_WRONLY), 1)", environment)
         program.send_signal(signal.SIGINT)
-        self.assertEqual(0, program.wait(PATIENCE))
+        self.assertEqual(0, program.wait(TIMEOUT))
 
-    def test_a_daemon_serves_reaps_orphans_and_rotates_its_log_of_json(self) -> None:
+    def test_daemon_reaps_orphans_and_rotates_its_json_log(self) -> None:
         tools = self.directory / "bin"
         tools.mkdir()
         for place in reversed(os.environ["PATH"].split(":")):
@@ -267,25 +284,25 @@ for number in range(3): os.close(number)
         listen = f"tcp:{port}:interface=127.0.0.1"
         subprocess.run(
             [*DAEMON, *options, "--listen", listen],
-            check=True, env={**MOCK, "PATH": str(tools)}, cwd=self.directory, timeout=PATIENCE,
+            check=True, env={**MOCK, "PATH": str(tools)}, cwd=self.directory, timeout=TIMEOUT,
         )  # fmt: skip
         pid = int(pid_file.read_text())
         try:
             self.assertIn("hi\n", run(port, "echo hi"))
             os.kill(pid, signal.SIGUSR1)
-            # The script kills its worker where it can, whose orphans then are the coordinator's.
+            # Orphans of the killed worker become children of the coordinator.
             with ThreadPoolExecutor(1) as pool:
                 started = pool.submit(run, port, "setsid sleep 1000 & sleep 1000 & wait")
-                while not (naps := [p for p in process_tree.descendants(pid) if _name(p.pid) == "sleep"]):
+                while not (sleeps := [p for p in process_tree.descendants(pid) if _name(p.pid) == "sleep"]):
                     time.sleep(0.05)
                 [worker] = [p for p in process_tree.descendants(pid) if b"bfaas.basher" in _command(p.pid)]
                 os.kill(worker.pid, signal.SIGKILL)
-                self.assertIn("worker-lost", started.result(PATIENCE))
-            for nap in naps:
-                wait_idle(nap.pid)
+                self.assertIn("worker-lost", started.result(TIMEOUT))
+            for sleep in sleeps:
+                wait_for_exit(sleep.pid)
         finally:
             os.kill(pid, signal.SIGTERM)
-            wait_idle(pid)
+            wait_for_exit(pid)
         self.assertFalse(pid_file.exists())
         logs = [self.directory / "log.1", log]
         lines = [json.loads(line) for path in logs for line in path.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What a worker loads before it can tell that it is up, and what only afterwards."""
+"""What a worker imports before its first health check response, and what only after it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.support.workers import BASHER, LIMIT, TWISTD, Worker, reactor
 if TYPE_CHECKING:
     from twisted.web.server import Request
 
-LATER = {"klein", "werkzeug", "bfaas.worker.app", "bfaas.worker.bash_process"}
-# Python tells also of what was looked for in vain; but these, only what is there looks for.
+AFTER_HEALTH_CHECK = {"klein", "werkzeug", "bfaas.worker.app", "bfaas.worker.bash_process"}
+# -X importtime also lists failed imports. These modules are only imported by others that were found.
 TLS = {"_ssl", "OpenSSL._util", "cryptography.x509.base"}
 NEVER = {"treq", "bfaas.pool", "twisted.web.client"}
 
 
 def imported(worker: Worker) -> set[str]:
-    """Find what a worker that runs under `-X importtime` has imported until now."""
+    """Return the modules that a worker under `-X importtime` has imported until now."""
     lines = worker.errors.decode().splitlines()
     return {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
 
@@ -38,18 +38,20 @@ class ImportTests(TestCase):
 
     async def start(self, program: tuple[str, ...]) -> Worker:
         worker = await Worker.start(self, program=("-X", "importtime", *program))
-        # What it told before it listened may still be on its way.
-        await wait_until(lambda: "bfaas.http.server" in imported(worker), "its imports are told")
+        # The list of imports may arrive after the worker listens.
+        await wait_until(lambda: "bfaas.http.server" in imported(worker), "the list of imports arrives")
         return worker
 
-    async def test_what_a_run_needs_is_loaded_behind_the_first_answer(self) -> None:
+    async def test_imports_what_a_run_needs_after_the_first_health_check(self) -> None:
         for program in (BASHER, TWISTD):
             worker = await self.start(program)
-            self.assertEqual(set(), imported(worker) & (LATER | NEVER))
+            self.assertEqual(set(), imported(worker) & (AFTER_HEALTH_CHECK | NEVER))
 
             health = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (health.status, health.body))
-            await wait_until(lambda worker=worker: imported(worker) >= LATER, "the rest is loaded")  # type: ignore[arg-type,misc]
+            await wait_until(
+                lambda worker=worker: imported(worker) >= AFTER_HEALTH_CHECK, "the rest is imported"
+            )  # type: ignore[arg-type,misc]
 
             again = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (again.status, again.body))
@@ -57,14 +59,14 @@ class ImportTests(TestCase):
             self.assertEqual(0, await worker.ended())
             self.assertEqual(set(), imported(worker) & NEVER)
 
-    async def test_a_run_that_comes_first_is_run(self) -> None:
+    async def test_first_request_can_be_a_run(self) -> None:
         worker = await self.start(BASHER)
-        self.assertEqual(set(), imported(worker) & LATER)
+        self.assertEqual(set(), imported(worker) & AFTER_HEALTH_CHECK)
 
         self.assertEqual(7, (await worker.run("exit 7")).exit["code"])
         self.assertEqual(0, await worker.ended())
 
-    async def test_one_that_cannot_load_what_runs_scripts_ends_and_says_why(self) -> None:
+    async def test_failure_to_import_the_application_ends_the_worker_and_is_logged(self) -> None:
         without = "import runpy, sys; sys.modules['klein'] = None; "
         worker = await self.start(("-c", without + "runpy.run_module('bfaas.basher', None, '__main__')"))
         self.assertEqual(200, (await worker.fetch("GET", "/healthz")).status)
@@ -72,17 +74,17 @@ class ImportTests(TestCase):
 
         self.assertEqual(1, worker.output.count(b"import of klein halted"))
 
-    async def test_a_worker_by_itself_has_no_tls(self) -> None:
+    async def test_worker_without_twistd_does_not_import_tls(self) -> None:
         worker = await self.start(BASHER)
         self.assertEqual(7, (await worker.run("exit 7")).exit["code"])
         self.assertEqual(0, await worker.ended())
 
-        self.assertGreaterEqual(imported(worker), LATER)
+        self.assertGreaterEqual(imported(worker), AFTER_HEALTH_CHECK)
         self.assertEqual(set(), imported(worker) & TLS)
 
 
-class Slow(Resource):
-    """What takes its time to load."""
+class LoadedResource(Resource):
+    """Stands for the resource that takes time to load."""
 
     isLeaf = True
 
@@ -90,7 +92,7 @@ class Slow(Resource):
         return b"loaded: " + request.path
 
 
-class FrontTests(SynchronousTestCase):
+class LazyResourceTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.loaded = 0
         self.clock = Clock()
@@ -98,10 +100,10 @@ class FrontTests(SynchronousTestCase):
 
     def load(self) -> Resource:
         self.loaded += 1
-        return Slow()
+        return LoadedResource()
 
-    def ask(self, method: str, path: str) -> str:
-        """Send a request; the body of the answer."""
+    def send(self, method: str, path: str) -> str:
+        """Send a request and return the body of the response."""
         transport = StringTransport()
         channel = self.site.buildProtocol(None)
         channel.makeConnection(transport)
@@ -109,50 +111,50 @@ class FrontTests(SynchronousTestCase):
         body: str = transport.value().decode().partition("\r\n\r\n")[2]
         return body
 
-    def test_it_tells_that_it_listens_and_then_loads(self) -> None:
-        self.assertEqual("ok\n", self.ask("GET", "/healthz"))
+    def test_loads_after_the_first_health_check(self) -> None:
+        self.assertEqual("ok\n", self.send("GET", "/healthz"))
         self.assertEqual(0, self.loaded)
         self.clock.advance(0)
         self.assertEqual(1, self.loaded)
-        self.assertEqual("loaded: /healthz", self.ask("GET", "/healthz"))
+        self.assertEqual("loaded: /healthz", self.send("GET", "/healthz"))
 
-    def test_anything_else_is_for_what_it_stands_before(self) -> None:
+    def test_loads_for_any_other_request(self) -> None:
         for method, path in (("GET", "/"), ("POST", "/healthz"), ("GET", "/healthz/"), ("POST", "/run")):
             self.setUp()
-            self.assertEqual(f"loaded: {path}", self.ask(method, path))
+            self.assertEqual(f"loaded: {path}", self.send(method, path))
             self.assertEqual(1, self.loaded)
 
-    def test_it_loads_once(self) -> None:
-        self.ask("GET", "/healthz")
-        self.ask("GET", "/healthz")
-        self.ask("GET", "/run")
+    def test_loads_once(self) -> None:
+        self.send("GET", "/healthz")
+        self.send("GET", "/healthz")
+        self.send("GET", "/run")
         self.clock.advance(0)
         self.assertEqual(1, self.loaded)
         self.assertEqual([], self.clock.getDelayedCalls())
 
 
-class SentFirstTests(TestCase):
+class ResponseOrderTests(TestCase):
     timeout = 2 * LIMIT
 
-    async def test_the_answer_has_come_before_it_loads(self) -> None:
-        heard = b""
+    async def test_health_check_response_is_sent_before_loading(self) -> None:
+        received = b""
 
         def load() -> Resource:
-            nonlocal heard
-            heard = client.recv(65536, socket.MSG_DONTWAIT)
-            return Slow()
+            nonlocal received
+            received = client.recv(65536, socket.MSG_DONTWAIT)
+            return LoadedResource()
 
         port = reactor.listenTCP(0, Site(LazyResource(reactor, load, "m1")), interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         client = socket.create_connection(("127.0.0.1", port.getHost().port))
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-        await wait_until(lambda: heard != b"", "it loads")
+        await wait_until(lambda: received != b"", "the resource is loaded")
         client.close()
-        self.assertTrue(heard.endswith(b"\r\n\r\nok\n"), heard)
+        self.assertTrue(received.endswith(b"\r\n\r\nok\n"), received)
 
 
 class BenchmarkTests(SynchronousTestCase):
-    def test_it_tells_each_of_what_it_measures(self) -> None:
+    def test_measures_each_phase_of_a_start(self) -> None:
         measured = measure(2, Path(ROOT))
         rows = {row["name"]: row for row in json.loads(measured.to_json())["rows"]}
 
@@ -163,5 +165,5 @@ class BenchmarkTests(SynchronousTestCase):
         for row in rows.values():
             self.assertEqual([True, True], [sample > 0 for sample in row["samples"]])
         self.assertEqual({"python", "reactor", "before"}, set(rows["healthz"]["ratios"]))
-        # Nothing is faster than what it has to do first.
+        # A run includes the health check.
         self.assertLess(rows["healthz"]["median"], rows["cold run"]["median"])

@@ -27,7 +27,7 @@ BFAAS = f"{sys.executable} -m bfaas.cli.main"
 LIMIT = 60
 
 
-# Commands, each with its exit code where nothing is wrong with its streams. Nothing listens on port 9.
+# Commands with their exit codes if all streams work. Nothing listens on port 9.
 QUICK = {
     "--help": 0,
     "--version": 0,
@@ -47,7 +47,7 @@ ALL = {
 }
 WRITE_NO_OUTPUT = {command for command in ALL if ALL[command] and command != "doctor"}
 
-# Runs a command with a pipe as its descriptor N, whose reader has left.
+# Runs a command whose descriptor N is a pipe without a reader.
 WITHOUT_READER = f"""{sys.executable} -Sc '
 import os, sys
 reader, writer = os.pipe()
@@ -57,7 +57,7 @@ os.execvp(sys.argv[2], sys.argv[2:])'"""
 
 
 def shell(script: str, **environ: str) -> tuple[int, str, str]:
-    """Run a script in which $BFAAS is the command; return its exit code, output and errors."""
+    """Run a script in which $BFAAS is the command. Return its exit code, output and errors."""
     env = {"PATH": os.environ["PATH"], "BFAAS": BFAAS, "PRIVATE": genkey().private, **environ}
     done = subprocess.run(
         ["bash", "-c", script],
@@ -76,31 +76,31 @@ class StreamTests(SynchronousTestCase):
         prefix: str = "",
         **environ: str,
     ) -> None:
-        """Run commands, all at once, under redirections; none may show a traceback."""
+        """Run commands in parallel with redirections, and compare exit codes. No traceback may be printed."""
         script = "".join(
             f"( ( {prefix} $BFAAS {command} {redirections}; echo $? {command} >&3 ) 2>&4 ) & "
             for command in commands
         )
         with tempfile.TemporaryDirectory() as directory:
             codes, errors = Path(directory, "codes"), Path(directory, "errors")
-            _, _, said = shell(f"exec 3>{codes} 4>{errors}; {script} wait", **environ)
-            said += errors.read_text()
+            _, _, output = shell(f"exec 3>{codes} 4>{errors}; {script} wait", **environ)
+            output += errors.read_text()
             found = sorted(codes.read_text().splitlines())
 
         for word in ("Traceback", "Exception ignored", "Error:", "Fatal"):
-            self.assertNotIn(word, said)
+            self.assertNotIn(word, output)
         expected = sorted(f"{code(command)} {command}".strip() for command in commands)
         self.assertEqual(expected, found, f"{prefix} {redirections}")
 
-    def test_a_closed_standard_input_is_no_input(self) -> None:
+    def test_closed_standard_input_does_not_matter(self) -> None:
         self.each(QUICK, "<&-", ALL.__getitem__)
 
-    def test_a_closed_standard_error_changes_nothing(self) -> None:
+    def test_closed_or_full_standard_error_does_not_matter(self) -> None:
         self.each(QUICK, "2>&-", ALL.__getitem__)
         self.each(QUICK, "2>/dev/full", ALL.__getitem__)
         self.each(ALL, "", ALL.__getitem__, f"{WITHOUT_READER} 2")
 
-    def test_output_that_cannot_be_written_is_74(self) -> None:
+    def test_output_that_cannot_be_written_is_exit_code_74(self) -> None:
         def code(command: str) -> int:
             return ALL[command] if command in WRITE_NO_OUTPUT else os.EX_IOERR
 
@@ -108,7 +108,7 @@ class StreamTests(SynchronousTestCase):
         self.each(QUICK, ">/dev/full 2>&1", code, PYTHONUNBUFFERED="1")
         self.each(ALL, "<&- >&- 2>&-", code)
 
-    def test_a_reader_that_has_left_ends_it_by_sigpipe(self) -> None:
+    def test_output_without_a_reader_ends_it_by_sigpipe(self) -> None:
         def code(command: str) -> int:
             return ALL[command] if command in WRITE_NO_OUTPUT else 128 + signal.SIGPIPE
 
@@ -116,7 +116,7 @@ class StreamTests(SynchronousTestCase):
 
 
 class InputTests(SynchronousTestCase):
-    def test_inputs_that_cannot_be_read_are_one_line(self) -> None:
+    def test_unreadable_input_is_reported_in_one_line(self) -> None:
         for arguments, line in {
             "- <&-": "standard input: is closed",
             "--stdin cat <&-": "standard input: is closed",
@@ -129,7 +129,7 @@ class InputTests(SynchronousTestCase):
         }.items():
             self.assertEqual((1, "", f"{line}\n"), shell(f"$BFAAS run {arguments}"), arguments)
 
-    def test_text_that_is_not_utf_8_is_one_line(self) -> None:
+    def test_arguments_that_are_not_utf_8_are_reported_in_one_line(self) -> None:
         utf8 = "with --stdin, --env or --timeout, script, input and variables must be UTF-8"
         for arguments, line in {
             "run --env A=$'\\xff' true": utf8,
@@ -145,7 +145,7 @@ class InputTests(SynchronousTestCase):
             self.assertIn("\\udcff", errors)
         self.assertEqual(0, shell("$BFAAS genauth $'\\xff'")[0])
 
-    def test_input_that_does_not_block_is_read_whole(self) -> None:
+    def test_non_blocking_input_is_read_to_its_end(self) -> None:
         ours, theirs = os.pipe()
         os.set_blocking(ours, False)
         url = "--url http://127.0.0.1:9"
@@ -169,7 +169,7 @@ write_all(1, os.urandom(1) * 3_000_000)
 
 
 class WriteTests(SynchronousTestCase):
-    def test_all_is_written_where_the_descriptor_does_not_block(self) -> None:
+    def test_writes_everything_to_a_non_blocking_descriptor(self) -> None:
         for options in ((), ("-u",)):
             with subprocess.Popen([sys.executable, *options, "-c", WRITE], stdout=subprocess.PIPE) as process:
                 assert process.stdout is not None
@@ -177,7 +177,7 @@ class WriteTests(SynchronousTestCase):
                 self.assertEqual(3_000_000, len(process.stdout.read()))
             self.assertEqual(0, process.returncode)
 
-    def test_a_limit_on_the_size_of_files_is_an_error(self) -> None:
+    def test_file_size_limit_is_an_error(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             script = f"cd {directory}; ulimit -f 0; $BFAAS genkey > keys"
             line = "bfaas: the output cannot be written: File too large\n"
@@ -185,7 +185,7 @@ class WriteTests(SynchronousTestCase):
                 (os.EX_IOERR, "", line), shell(f"{{ {script}; }} 2>&1 | cat >&2; exit ${{PIPESTATUS[0]}}")
             )
 
-    def test_the_version_is_that_of_the_package(self) -> None:
+    def test_version_is_that_of_the_package(self) -> None:
         self.assertEqual((0, f"bfaas {__version__}\n", ""), shell("$BFAAS --version"))
         twistd = f"{sys.executable} -c 'from twisted.scripts.twistd import run; run()'"
         for role in ("bfaas-coord", "bfaas-basher", "bfaas-machines"):
@@ -201,7 +201,7 @@ class SignalTests(SynchronousTestCase):
     def start(
         self, *arguments: str, ignore: bool = False, stdin: int = subprocess.PIPE
     ) -> subprocess.Popen[bytes]:
-        """Start the command, and wait until it reads its input."""
+        """Start the command, and wait until it reads standard input."""
         command = [sys.executable, "-m", "bfaas.cli.main", *arguments]
         shield = ["env", "--ignore-signal=INT,HUP,TERM"] if ignore else []
         process = subprocess.Popen(
@@ -209,10 +209,10 @@ class SignalTests(SynchronousTestCase):
         )
         self.addCleanup(process.communicate)
         self.addCleanup(process.kill)
-        until_it_reads(process.pid)
+        wait_for_read(process.pid)
         return process
 
-    def test_it_ends_by_a_signal_while_it_reads_its_input(self) -> None:
+    def test_ends_by_a_signal_while_reading_standard_input(self) -> None:
         for arguments in (["-"], ["--stdin", "cat"]):
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 process = self.start("run", "--url", "http://127.0.0.1:9", *arguments)
@@ -220,7 +220,7 @@ class SignalTests(SynchronousTestCase):
                 self.assertEqual(-number, wait_for(process))
                 self.assertEqual((b"", b""), process.communicate())
 
-    def test_it_ends_by_a_signal_while_it_waits_for_the_writer_of_a_fifo(self) -> None:
+    def test_ends_by_a_signal_while_opening_a_fifo(self) -> None:
         with tempfile.TemporaryDirectory() as directory:
             os.mkfifo(f"{directory}/fifo")
             process = self.start("run", "-f", f"{directory}/fifo")
@@ -228,7 +228,7 @@ class SignalTests(SynchronousTestCase):
             self.assertEqual(-signal.SIGINT, wait_for(process))
             self.assertEqual((b"", b""), process.communicate())
 
-    def test_signals_that_are_ignored_stay_ignored(self) -> None:
+    def test_ignored_signals_stay_ignored(self) -> None:
         process = self.start("run", "--url", "http://127.0.0.1:9", "-", ignore=True)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             process.send_signal(number)
@@ -240,7 +240,7 @@ class SignalTests(SynchronousTestCase):
         ours, theirs = pty.openpty()
         self.addCleanup(os.close, ours)
         loop = f"for i in 1 2 3; do {BFAAS} run --url http://127.0.0.1:9 -; echo again; done"
-        # A session of its own, whose terminal this is.
+        # A session whose controlling terminal this is.
         process = subprocess.Popen(
             ["setsid", "--ctty", "bash", "-c", loop], stdin=theirs, stdout=theirs, stderr=theirs
         )
@@ -249,14 +249,14 @@ class SignalTests(SynchronousTestCase):
         self.addCleanup(process.kill)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         block_until(lambda: children.read_text() != "")
-        until_it_reads(int(children.read_text()))
+        wait_for_read(int(children.read_text()))
         os.write(ours, b"\x03")
         self.assertEqual(-signal.SIGINT, wait_for(process))
         self.assertNotIn(b"again", os.read(ours, 4096))
 
 
-def until_it_reads(pid: int) -> None:
-    """Wait until the command, which is Python, sleeps in a read, or in the opening of a FIFO."""
+def wait_for_read(pid: int) -> None:
+    """Wait until the command sleeps in read(2) of standard input, or in the opening of a FIFO."""
 
     def reads() -> bool:
         process = Path(f"/proc/{pid}")
@@ -270,7 +270,7 @@ def until_it_reads(pid: int) -> None:
 
 
 class UrlTests(SynchronousTestCase):
-    def test_a_url_has_a_scheme_a_host_and_perhaps_a_port(self) -> None:
+    def test_accepts_a_scheme_a_host_and_perhaps_a_port(self) -> None:
         for url in (
             "http://localhost", "https://a.example", "http://127.0.0.1:8000", "http://127.1", "http://h:65535",
             "http://_api.internal:4280", "http://my_host", "http://[::1]:8000", "http://[fdaa::3]",
@@ -282,7 +282,7 @@ class UrlTests(SynchronousTestCase):
         }.items():  # fmt: skip
             self.assertEqual(plain, base_url(url))
 
-    def test_anything_else_is_refused_in_one_line(self) -> None:
+    def test_rejects_all_other_urls_in_one_line(self) -> None:
         for url in (
             "", "h", "h:80", "//h", "http:h", "http:/h", "http://", "http:///run", "http://:80", "ftp://h",
             "file:///etc", "http://h:99999", "http://h:0", "http://h:-1", "http://h:x", "http://h:8\uff10",
@@ -297,7 +297,7 @@ class UrlTests(SynchronousTestCase):
             self.assertTrue(str(error).endswith(" is not a URL such as http://127.0.0.1:8000"), url)
             self.assertTrue(str(error).isprintable(), url)
 
-    def test_a_password_is_not_shown(self) -> None:
+    def test_does_not_show_passwords(self) -> None:
         for url in ("http://user:secret@h", "http://user@h", "user:secret@h:99999"):
             error = self.assertRaises(ValueError, base_url, url)
             self.assertEqual("a coordinator's URL cannot contain credentials", str(error))
