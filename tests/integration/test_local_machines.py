@@ -19,7 +19,7 @@ from twisted.internet.task import deferLater
 from bfaas.machines.api import MachineConfig, State
 from bfaas.machines.local.host import can_sandbox
 from bfaas.machines.local.processes import LocalMachines, LocalProcesses
-from bfaas.machines.local.script_users import RANGES
+from bfaas.machines.local.script_users import UID_RANGES
 from bfaas.machines.local.state_directory import wipe
 from bfaas.system import process_tree
 from tests.support import machines_contract
@@ -142,7 +142,7 @@ class ProcessTests(LoopbackTestCase):
 
         home = environment.pop("HOME")
         run_as = environment.pop("RUN_AS")
-        self.assertEqual(os.geteuid() == 0, run_as.isdecimal() and int(run_as) in RANGES[0])
+        self.assertEqual(os.geteuid() == 0, run_as.isdecimal() and int(run_as) in UID_RANGES[0])
         for name in ("PYTHONPATH", "PYTHONUSERBASE", "LC_CTYPE"):
             environment.pop(name, None)
         self.assertEqual(

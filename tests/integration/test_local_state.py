@@ -12,7 +12,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.machines.local.script_users import RANGES, ScriptUsers, unavailable
+from bfaas.machines.local.script_users import UID_RANGES, ScriptUsers, unavailable_reason
 from bfaas.machines.local.state_directory import StateDirectory, abandoned
 from bfaas.system import process_tree
 
@@ -76,10 +76,32 @@ class StateDirectoryTests(SynchronousTestCase):
         state.remove()
         self.assertTrue((state.path / "other").exists())
 
+    def test_removed_directory_is_created_again_and_locked(self) -> None:
+        state = StateDirectory.create(self.parent)
+        self.assertTrue(state.restore())
+        state.path.rmdir()
+
+        self.assertTrue(state.restore())
+
+        self.assertTrue(state.intact)
+        self.assertEqual(0o711, state.path.stat().st_mode & 0o777)
+        self.assertEqual([], abandoned([self.parent]))
+        state.remove()
+
+    def test_replaced_directory_is_not_created_again(self) -> None:
+        state = StateDirectory.create(self.parent)
+        state.path.rmdir()
+        state.path.mkdir()
+
+        self.assertFalse(state.restore())
+
+        state.abandon()
+        self.assertTrue(state.path.exists())
+
 
 class ScriptUsersTests(SynchronousTestCase):
     def setUp(self) -> None:
-        reason = unavailable()
+        reason = unavailable_reason()
         if reason:
             self.skipTest(reason)
 
@@ -93,18 +115,18 @@ class ScriptUsersTests(SynchronousTestCase):
         second._next = first._next
         acquired = [users.acquire() for users in (first, second, second, first)]
         self.assertEqual(4, len(set(acquired)))
-        self.assertTrue(all(user.uid in RANGES[0] and user.gid == user.uid for user in acquired))
+        self.assertTrue(all(user.uid in UID_RANGES[0] and user.gid == user.uid for user in acquired))
 
-        first._next = second._next = RANGES[0].index(acquired[0].uid)
+        first._next = second._next = UID_RANGES[0].index(acquired[0].uid)
         self.assertNotIn(second.acquire(), acquired)
         first.release(acquired[0])
-        second._next = RANGES[0].index(acquired[0].uid)
+        second._next = UID_RANGES[0].index(acquired[0].uid)
         self.assertEqual(acquired[0], second.acquire())
 
     def test_first_id_follows_the_last(self) -> None:
         users = self.users()
-        users._next = len(RANGES[0]) - 1
-        self.assertEqual([RANGES[0][-1], RANGES[0][0]], [users.acquire().uid for _ in range(2)])
+        users._next = len(UID_RANGES[0]) - 1
+        self.assertEqual([UID_RANGES[0][-1], UID_RANGES[0][0]], [users.acquire().uid for _ in range(2)])
 
     def test_id_with_processes_is_not_chosen(self) -> None:
         users = self.users()
@@ -116,7 +138,7 @@ class ScriptUsersTests(SynchronousTestCase):
             assert process.stdout is not None
             self.assertEqual(b"up\n", process.stdout.readline())
             users.release(user)
-            users._next = RANGES[0].index(user.uid)
+            users._next = UID_RANGES[0].index(user.uid)
             self.assertNotEqual(user, users.acquire())
             self.assertTrue(process_tree.kill_user(user.uid))
         self.assertEqual(-signal.SIGKILL, process.returncode)

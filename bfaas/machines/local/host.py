@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from twisted.logger import Logger
 
 from bfaas.machines.local.script_home import ScriptHome
-from bfaas.machines.local.script_users import ScriptUsers, unavailable
+from bfaas.machines.local.script_users import ScriptUsers, unavailable_reason
 from bfaas.machines.local.state_directory import StateDirectory
 from bfaas.system.confinement import BASH, SEARCH_PATH, Confinement, MissingProgramError, check_programs
 
@@ -91,7 +91,7 @@ def examine_host() -> Host:
             reason=sandbox_obstacle,
             user="a user of their own" if users else f"the user {os.environ.get('USER') or os.getuid()}",
         )
-    user_obstacle = unavailable() if os.geteuid() == 0 else None
+    user_obstacle = unavailable_reason() if os.geteuid() == 0 else None
     if user_obstacle:
         _log.warn("scripts run as root: {reason}", reason=user_obstacle)
     return Host(sandboxed=sandbox_obstacle is None, directory=directory)
@@ -104,7 +104,7 @@ def can_sandbox() -> bool:
 
 def available_script_users() -> ScriptUsers | None:
     """Return users for scripts; None where scripts can run only as the user of this process."""
-    return None if unavailable() else ScriptUsers()
+    return None if unavailable_reason() else ScriptUsers()
 
 
 def _check_worker() -> None:

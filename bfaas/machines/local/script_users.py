@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Ranges that are not assigned to users, containers or services: https://systemd.io/UIDS-GIDS/. The second is
 # for use inside containers, which often have only ids below 65536.
-RANGES = (range(1_900_000_000, 1_900_065_536), range(60_578, 61_184))
+UID_RANGES = (range(1_900_000_000, 1_900_065_536), range(60_578, 61_184))
 
 # Bits of CapEff (linux/capability.h) that are needed to give a home to its user, and to remove it.
 _CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3}
@@ -39,14 +39,14 @@ class NoUserError(OSError):
     """All user ids are in use."""
 
 
-def unavailable() -> str | None:
+def unavailable_reason() -> str | None:
     """Return why scripts cannot have users of their own here, or None if they can."""
     if os.geteuid() != 0:
         return "only root can run scripts as other users"
     lacking = missing_capabilities(_CAPABILITIES)
     if lacking:
         return f"cannot give homes to other users without {', '.join(lacking)}"
-    reasons = [User(ids[0], ids[0]).unavailable() for ids in RANGES]
+    reasons = [User(ids[0], ids[0]).unavailable() for ids in UID_RANGES]
     return None if None in reasons else reasons[0]
 
 
@@ -54,7 +54,7 @@ class ScriptUsers:
     """Users for scripts. Ids in use are locked, so that other processes of bfaas do not choose them."""
 
     def __init__(self, random: SystemRandom | None = None) -> None:
-        ids = next((ids for ids in RANGES if User(ids[0], ids[0]).unavailable() is None), RANGES[0])
+        ids = next((ids for ids in UID_RANGES if User(ids[0], ids[0]).unavailable() is None), UID_RANGES[0])
         self._ids = ids
         self._assigned = _assigned_ids()
         # Where ids cannot be locked, random starts make collisions between processes rare.
@@ -77,20 +77,24 @@ class ScriptUsers:
         raise NoUserError("no user id is free for a script")
 
     def release(self, user: User) -> None:
-        """Return a user whose processes have been killed."""
+        """Release a user whose processes have been killed."""
         if user.uid in self._used:
             self._used.remove(user.uid)
             self._lock(user.uid, fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Release everything."""
+        """Release all users."""
         self._used.clear()
         if self._locks is not None:
             os.close(self._locks)
             self._locks = None
 
     def _lock(self, number: int, kind: int) -> bool:
-        """Lock or unlock the byte of an id; the lock belongs to the open file (F_OFD_SETLK, fcntl(2))."""
+        """
+        Lock or unlock an id, which is a byte of the lock file, by F_OFD_SETLK of fcntl(2).
+
+        Return False if another process has the lock; True also if locking is impossible.
+        """
         try:
             if self._locks is None:
                 flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -107,8 +111,8 @@ class ScriptUsers:
 
 
 def _assigned_ids() -> list[Container[int]]:
-    """Return the ids of users and groups, and the ranges that users may give to containers (subuid(5))."""
-    found: list[Container[int]] = [
+    """Return the ids of users and groups, and the ranges that users may assign to containers (subuid(5))."""
+    assigned: list[Container[int]] = [
         {entry.pw_uid for entry in pwd.getpwall()} | {entry.gr_gid for entry in grp.getgrall()}
     ]
     for path in ("/etc/subuid", "/etc/subgid"):
@@ -116,8 +120,8 @@ def _assigned_ids() -> list[Container[int]]:
             for line in Path(path).read_text("utf-8", "replace").splitlines():
                 match = _SUBORDINATE.fullmatch(line)
                 if match:
-                    found.append(range(int(match[1]), int(match[1]) + int(match[2])))
-    return found
+                    assigned.append(range(int(match[1]), int(match[1]) + int(match[2])))
+    return assigned
 
 
 def _owners_of_processes() -> set[int]:
