@@ -1,4 +1,4 @@
-# Two images of one program. `--target coord` is the coordinator, `--target basher` the worker.
+# Two images: `--target coord` is the coordinator, `--target basher` the worker.
 
 FROM debian:bookworm-slim AS python
 RUN apt-get update \
@@ -6,7 +6,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 ENV PATH=/opt/bfaas/bin:$PATH PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 
-# All that Python needs, as bytecode too: a worker starts for every run.
+# Everything that Python needs, with bytecode, since a worker starts for every run.
 FROM python AS built
 RUN apt-get update \
     && apt-get install -y --no-install-recommends python3-venv \
@@ -17,13 +17,13 @@ RUN pip install --no-cache-dir --no-compile --disable-pip-version-check -r /src/
 COPY pyproject.toml README.md LICENSE /src/
 COPY bfaas /src/bfaas
 COPY twisted /src/twisted
-# twistd looks for its plugins once, here; nobody else may write what it finds.
+# twistd caches the plugins that it finds here; at run time it may not write the cache.
 RUN pip install --no-cache-dir --no-compile --disable-pip-version-check --no-deps /src \
     && pip uninstall -y --quiet pip setuptools \
     && python -m compileall -q -j 0 /opt/bfaas/lib \
     && twistd --help > /dev/null
 
-# The worker speaks no TLS, and asks nobody.
+# The worker uses no TLS and sends no requests.
 FROM built AS worker
 RUN rm -r /opt/bfaas/lib/python3.11/site-packages/OpenSSL \
         /opt/bfaas/lib/python3.11/site-packages/service_identity \
@@ -38,8 +38,8 @@ EXPOSE 8000 9091
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["twistd", "-n", "--pidfile=", "bfaas-coord", "--metrics", "tcp:9091:interface=\\:\\:"]
 
-# The worker is root, so that its scripts, which are not, cannot touch it. util-linux, which holds them, is
-# part of the base.
+# The worker runs as root and its scripts do not, so they cannot access it. util-linux, which confines them, is
+# part of the base image.
 FROM python AS basher
 RUN apt-get update \
     && apt-get install -y --no-install-recommends \
@@ -50,5 +50,5 @@ COPY --from=worker /opt/bfaas /opt/bfaas
 ENV RUN_AS=worker HOME=/home/worker
 EXPOSE 8001
 STOPSIGNAL SIGTERM
-# Not twistd, which takes its time to start; the service is the same.
+# Without twistd, which is slower to start; the service is the same.
 ENTRYPOINT ["python", "-m", "bfaas.basher"]

@@ -1,4 +1,4 @@
-# A virtual environment of its own, the coordinator on this machine, the tests, the linters.
+# The virtual environment, a local coordinator, the tests, the linters. CONTRIBUTING.md lists the targets.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,7 +14,7 @@ run: $(VENV)/installed
 	@echo
 	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} POOL_STANDBY=$${POOL_STANDBY:-2} $(BIN)/twistd -n --pidfile= bfaas-coord
 
-# The same, but the coordinator believes that it is on Fly: the Machines API is another program on this host.
+# The same, configured as on Fly, with an emulator of the Machines API on this host.
 fly: $(VENV)/installed
 	@echo
 	@echo "  The Machines API, its proxy and a coordinator are starting. In another terminal, try:"
@@ -49,7 +49,7 @@ proof: $(VENV)/installed-test
 	$(BIN)/python -m tests.simulation.coverage_search
 	$(BIN)/python -m tests.simulation.mutants
 
-# A hundred rounds of killed and stopped coordinators, workers and APIs; BFAAS_SEED chooses others.
+# A hundred rounds of killed and stopped coordinators, workers and emulators; BFAAS_SEED chooses others.
 chaos: $(VENV)/installed-test
 	BFAAS_ROUNDS=$${BFAAS_ROUNDS:-100} $(BIN)/python -m pytest -s tests/e2e/test_chaos.py
 
@@ -57,24 +57,24 @@ chaos: $(VENV)/installed-test
 api: $(VENV)/installed-test
 	BFAAS_EXAMPLES=$${BFAAS_EXAMPLES:-200} $(BIN)/python -m pytest tests/e2e/test_openapi.py -k schemathesis
 
-# How long after MAXREQTIME clients see their endings, on a busy host. Takes minutes.
+# How long after MAXREQTIME clients receive the end of their runs, on a busy host. Takes minutes.
 overshoot: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.overshoot
 
-# How fast everything is: ten minutes. Tables here, JSON and plots in build/bench.
+# All benchmarks, in ten minutes. Prints tables; JSON and plots are in build/bench.
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks
 
-# What the images are made of, from what is installed here.
+# The packages of the images: the versions that are installed here.
 lock: $(VENV)/installed-test
 	$(BIN)/python -m tests.project.lock > requirements.lock
 
-# The images, with whatever builds them: docker, or buildah with BUILD="buildah build --isolation chroot".
+# The images, built with docker, or with buildah: BUILD="buildah build --isolation chroot".
 images:
 	$(or $(BUILD),docker build) --target coord --tag bfaas-coord .
 	$(or $(BUILD),docker build) --target basher --tag bfaas-basher .
 
-# What buildah has built: who runs there, and what a script finds. As root.
+# Check the images that buildah has built. As root.
 image-test: $(VENV)/installed-test
 	$(BIN)/python -m tests.project.images
 

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Builds the worker's image, pushes it, and has the coordinators use it from now on.
+# Build the workers' image, push it, and set it in the coordinators.
 set -euo pipefail
 
 usage() {
     cat <<'END'
 usage: updateWorker.sh [--worker-app APP] [--coord-app APP] [--label LABEL] [--dry-run]
 
-Builds the worker's image as fly.toml.basher says, pushes it to the worker app under LABEL (the time and the
-commit, where that is not said), and sets WORKER_IMAGE of the coordinators to it, which restarts them: runs that
-are under way end first, and machines of the old image are replaced. Stops at the first error.
+Builds the workers' image according to fly.toml.basher, pushes it to the worker app under LABEL (default: the time
+and the commit), and sets WORKER_IMAGE of the coordinators to it. That restarts the coordinators: current runs
+finish first, and machines of the old image are replaced. Stops at the first error.
 
-The apps are those of fly.toml.basher and fly.toml where they are not named. --dry-run prints the commands, and
-runs none of them.
+The default apps are those in fly.toml.basher and fly.toml. --dry-run prints the commands without running them.
 END
 }
 
@@ -48,12 +47,12 @@ if [ "$dry_run" ]; then
     echo "fly secrets set --app $coord_app WORKER_IMAGE=IMAGE"
     exit
 fi
-# flyctl tells where it pushed to in a line of its own. All it says is passed on, but not by tee: that opens
-# /dev/stderr anew, and so empties a log that this is appended to.
+# flyctl prints the pushed image in a line of its own. Its output is copied to standard error without tee, which would
+# open /dev/stderr again, and so truncate a log file that this is appended to.
 image=$("${build[@]}" 2>&1 | while IFS= read -r line || [ "$line" ]; do
     printf '%s\n' "$line" >&2
     case $line in "image: "*) echo "${line#image: }" ;; esac
 done | tail -n 1)
-[ "$image" ] || { echo "updateWorker.sh: flyctl did not say what it pushed; nothing was set" >&2; exit 1; }
+[ "$image" ] || { echo "updateWorker.sh: flyctl did not print an image; nothing was set" >&2; exit 1; }
 fly secrets set --app "$coord_app" "WORKER_IMAGE=$image"
 echo "the coordinators of $coord_app now use $image"

@@ -1,4 +1,4 @@
-"""`bfaas run` as a program, against real coordinators."""
+"""Run `bfaas run` as a program, against real coordinators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import pytest_twisted
 from twisted.internet.defer import Deferred
 from twisted.internet.protocol import ProcessProtocol
-from twisted.internet.task import deferLater
 from twisted.internet.utils import getProcessOutputAndValue
 
 from bfaas.deadline import Deadline
@@ -32,12 +31,12 @@ with_twisted = pytest_twisted.ensureDeferred
 
 
 class Command(ProcessProtocol):
-    """The command as it runs."""
+    """A `bfaas` process, and its output so far."""
 
     def __init__(
         self, port: int, arguments: tuple[str, ...], stdin: bytes = b"", output: str | None = None
     ) -> None:
-        self.said = {1: b"", 2: b""}
+        self.output = {1: b"", 2: b""}
         self.ended: Deferred[int] = Deferred()
         environment = {**os.environ, "BFAAS_URL": f"http://127.0.0.1:{port}"}
         words = [sys.executable, "-m", "bfaas.cli.main", *arguments]
@@ -51,7 +50,7 @@ class Command(ProcessProtocol):
         process.closeStdin()
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self.said[childFD] += data
+        self.output[childFD] += data
 
     def processEnded(self, reason: Failure) -> None:
         value: Any = reason.value
@@ -59,21 +58,17 @@ class Command(ProcessProtocol):
 
     async def end(self) -> tuple[int, bytes, bytes]:
         code = await Deadline(reactor, PATIENCE).run(self.ended)
-        return code, self.said[1], self.said[2]
+        return code, self.output[1], self.output[2]
 
-    async def until_it_says(self, what: bytes) -> None:
-        for _ in range(int(PATIENCE / 0.05)):
-            if what in self.said[1]:
-                return
-            await deferLater(reactor, 0.05)
-        raise AssertionError(self.said)
+    async def wait_for_output(self, text: bytes) -> None:
+        await wait_until(lambda: text in self.output[1], repr(text))
 
 
 class Terminal(ProcessProtocol):
     """A shell at a terminal."""
 
     def __init__(self, port: int) -> None:
-        self.shown = b""
+        self.screen = b""
         self.ended: Deferred[None] = Deferred()
         env = {
             **os.environ,
@@ -87,20 +82,17 @@ class Terminal(ProcessProtocol):
         self._process.write(keys)
 
     def outReceived(self, data: bytes) -> None:
-        self.shown += data
+        self.screen += data
 
     def processEnded(self, reason: Failure) -> None:
         self.ended.callback(None)
 
-    async def until_it_shows(self, what: bytes) -> None:
-        async def shows() -> bool:
-            return what in self.shown
-
-        await wait_until(shows)
+    async def wait_for_text(self, text: bytes) -> None:
+        await wait_until(lambda: text in self.screen, repr(text))
 
 
 async def shell(running: Running, script: str, *words: str, **environ: str) -> tuple[int, bytes, bytes]:
-    """Run a script, in which $BFAAS is the command, with words as its arguments."""
+    """Run a shell script in which $BFAAS is the command, with `words` as its arguments."""
     env = {
         **os.environ,
         "BFAAS": f"{sys.executable} -m bfaas.cli.main",
@@ -118,7 +110,7 @@ async def run(running: Running, *arguments: str, stdin: bytes = b"") -> tuple[in
 
 
 @with_twisted
-async def test_it_writes_and_exits_as_the_script_does(coordinator: Running) -> None:
+async def test_output_and_exit_code_are_the_scripts(coordinator: Running) -> None:
     assert await run(coordinator, "echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
     assert await run(coordinator, "kill -9 $$") == (137, b"", b"")
     assert await run(coordinator, "-", stdin=b"echo from stdin") == (0, b"from stdin\n", b"")
@@ -126,7 +118,7 @@ async def test_it_writes_and_exits_as_the_script_does(coordinator: Running) -> N
 
 
 @with_twisted
-async def test_variables_reach_the_script(coordinator: Running) -> None:
+async def test_variables_are_passed_to_the_script(coordinator: Running) -> None:
     words = (
         "--env",
         "WHO=you & me=us",
@@ -145,7 +137,7 @@ async def test_variables_reach_the_script(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_wrong_arguments_are_one_line_and_nothing_is_sent(coordinator: Running) -> None:
+async def test_invalid_arguments_are_one_line_and_nothing_is_sent(coordinator: Running) -> None:
     for words, line in [
         (("--env", "WHO"), b"--env: 'WHO' is not NAME=VALUE"),
         (("--env", "NO-NAME=1"), b'env: "NO-NAME" is no name: letters, digits, underscores; no digit first'),
@@ -165,17 +157,17 @@ async def test_wrong_arguments_are_one_line_and_nothing_is_sent(coordinator: Run
 
 
 @with_twisted
-async def test_output_that_cannot_be_written_is_74(coordinator: Running) -> None:
+async def test_unwritable_output_exits_with_74(coordinator: Running) -> None:
     command = Command(coordinator.port, ("run", "echo out; sleep 1000"), output="/dev/full")
     line = b"bfaas: the output cannot be written: No space left on device\n"
     assert await command.end() == (74, b"", line)
     await coordinator.settle()
 
 
-# Writes 12 MB in which nothing repeats, and their digest to standard error.
+# Writes 12 MB of random text, and their digest to standard error.
 LARGE = "head -c 9000000 /dev/urandom | base64 -w0 > x; cat x; md5sum < x >&2"
 
-# Runs a command with a pipe, or a socket, that does not block as its standard output, and reads it late.
+# Runs a command with a non-blocking pipe or socket as its standard output, and reads it late.
 NONBLOCKING = """
 import os, socket, subprocess, sys, time
 reader, writer = os.pipe() if sys.argv[1] == "pipe" else [end.detach() for end in socket.socketpair()]
@@ -191,7 +183,7 @@ sys.exit(process.wait())
 
 
 @with_twisted
-async def test_large_output_is_written_whole_to_slow_readers(coordinator: Running) -> None:
+async def test_large_output_is_written_completely_to_slow_readers(coordinator: Running) -> None:
     script = 'set -o pipefail; $BFAAS run "$1" | (sleep 2; md5sum)'
     nonblocking = f'set -o pipefail; {sys.executable} -c "$2" $3 $BFAAS run "$1" | md5sum'
     for unbuffered in ("", "1"):
@@ -205,7 +197,7 @@ async def test_large_output_is_written_whole_to_slow_readers(coordinator: Runnin
 
 
 @with_twisted
-async def test_both_outputs_and_events_are_whole_in_one_pipe(coordinator: Running) -> None:
+async def test_both_outputs_and_events_are_complete_in_one_pipe(coordinator: Running) -> None:
     lines = "for i in $(seq 20000); do echo out $i; echo err $i >&2; done"
     command = f'{sys.executable} -c "$2" pipe bash -c \'exec $BFAAS run {{}} "$1" 2>&1\' bash "$1"'
     code, output, errors = await shell(coordinator, command.format(""), lines, NONBLOCKING)
@@ -222,7 +214,7 @@ async def test_both_outputs_and_events_are_whole_in_one_pipe(coordinator: Runnin
 
 
 @with_twisted
-async def test_a_disk_that_fills_is_74_and_holds_what_fitted(coordinator: Running, tmp_path: Path) -> None:
+async def test_full_disk_exits_with_74_and_keeps_written_data(coordinator: Running, tmp_path: Path) -> None:
     limited = f'cd {tmp_path}; ulimit -f 3000; $BFAAS run "$1" > out; code=$?; wc -c < out; exit $code'
     mounted = f"mount -t tmpfs -o size=3000k none {tmp_path}; {limited.replace('3000;', '30000;')}"
     isolated = 'exec unshare --mount bash -c "$2" bash "$1"'
@@ -237,7 +229,7 @@ async def test_a_disk_that_fills_is_74_and_holds_what_fitted(coordinator: Runnin
 
 
 @with_twisted
-async def test_closed_streams_are_a_fault_where_they_are_needed(coordinator: Running) -> None:
+async def test_closed_streams_are_errors_if_they_are_used(coordinator: Running) -> None:
     fault = b"bfaas: the output cannot be written: Bad file descriptor\n"
     for script, expected in {
         "$BFAAS run 'echo out; exit 3' 2>&-": (3, b"out\n", b""),
@@ -253,7 +245,7 @@ async def test_closed_streams_are_a_fault_where_they_are_needed(coordinator: Run
 
 
 @with_twisted
-async def test_it_ends_by_sigpipe_when_its_reader_leaves(coordinator: Running) -> None:
+async def test_it_ends_by_sigpipe_when_the_reader_leaves(coordinator: Running) -> None:
     for options in ("", "--json"):
         script = f"$BFAAS run {options} 'yes' | head -c 3 | wc -c; echo ${{PIPESTATUS[0]}}"
         assert await shell(coordinator, script) == (0, b"3\n141\n", b"")
@@ -261,7 +253,7 @@ async def test_it_ends_by_sigpipe_when_its_reader_leaves(coordinator: Running) -
 
 
 @with_twisted
-async def test_a_signal_is_taken_while_a_reader_does_not_read(coordinator: Running) -> None:
+async def test_signals_are_handled_while_the_reader_does_not_read(coordinator: Running) -> None:
     reader, writer = os.pipe()
     for number in (signal.SIGINT, signal.SIGTERM):
         command = Command(coordinator.port, ("run", "yes"), output=f"/proc/self/fd/{writer}")
@@ -275,45 +267,42 @@ async def test_a_signal_is_taken_while_a_reader_does_not_read(coordinator: Runni
 
 
 async def until_full(writer: int) -> None:
-    """Wait until a pipe has no room."""
+    """Wait until a pipe is full."""
 
-    async def full() -> bool:
-        return not select.select([], [writer], [], 0)[1]
-
-    await wait_until(full)
+    await wait_until(lambda: not select.select([], [writer], [], 0)[1], "a full pipe")
 
 
 @with_twisted
 async def test_ctrl_c_at_a_terminal_ends_the_loop_of_a_shell(coordinator: Running) -> None:
     terminal = Terminal(coordinator.port)
     terminal.type(b"for i in 1 2 3; do $BFAAS run 'echo beg''an; sleep 1000'; done; echo again\n")
-    await terminal.until_it_shows(b"began")
+    await terminal.wait_for_text(b"began")
     terminal.type(b"\x03")
     terminal.type(b"echo co''de $?; exit\n")
-    await terminal.until_it_shows(b"code 130")
+    await terminal.wait_for_text(b"code 130")
     await Deadline(reactor, PATIENCE).run(terminal.ended)
-    assert terminal.shown.count(b"began") == 1
+    assert terminal.screen.count(b"began") == 1
     await coordinator.settle()
 
 
 @with_twisted
-async def test_a_run_that_is_over_its_time_ends_with_124(coordinator: Running) -> None:
+async def test_timeout_exits_with_124(coordinator: Running) -> None:
     code, output, errors = await run(coordinator, "--timeout", "1s", "echo up; sleep 1000")
     assert (code, output) == (124, b"up\n")
     assert errors == b"bfaas: ended by the coordinator: timeout\n"
 
 
 @with_twisted
-async def test_a_lost_worker_is_125(coordinator: Running) -> None:
+async def test_lost_worker_exits_with_125(coordinator: Running) -> None:
     command = Command(coordinator.port, ("run", "echo up; sleep 1000"))
-    await command.until_it_says(b"up")
+    await command.wait_for_output(b"up")
     for pid in coordinator.workers():
         os.kill(pid, signal.SIGKILL)
     assert await command.end() == (125, b"up\n", b"bfaas: ended by the coordinator: worker-lost\n")
 
 
 @with_twisted
-async def test_events_are_printed_as_lines(coordinator: Running) -> None:
+async def test_json_prints_one_event_per_line(coordinator: Running) -> None:
     code, output, errors = await run(coordinator, "--json", "echo out; exit 4")
     *lines, end = map(json.loads, output.splitlines())
     assert (code, errors, lines) == (4, b"", [{"event": "stdout", "data": "out\n"}])
@@ -324,14 +313,14 @@ async def test_events_are_printed_as_lines(coordinator: Running) -> None:
 async def test_a_signal_ends_the_script_and_then_the_command(coordinator: Running) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         command = Command(coordinator.port, ("run", "echo up; sleep 1000"))
-        await command.until_it_says(b"up")
+        await command.wait_for_output(b"up")
         os.kill(command.pid, number)
         assert await command.end() == (-number, b"up\n", b"")
         await coordinator.settle()
 
 
 @with_twisted
-async def test_refusals_are_one_line_and_a_code_of_their_own(coordinator: Running) -> None:
+async def test_rejected_requests_are_one_line_and_exit_with_69(coordinator: Running) -> None:
     code, output, errors = await run(coordinator, "-", stdin=b"a\0b")
     assert (code, output, errors) == (69, b"", b"bfaas: 400: a script cannot contain a NUL byte\n")
 
@@ -341,10 +330,10 @@ async def test_refusals_are_one_line_and_a_code_of_their_own(coordinator: Runnin
 
 
 @with_twisted
-async def test_to_be_told_to_come_back_is_75() -> None:
+async def test_too_many_requests_exit_with_75() -> None:
     busy = await start_coordinator(MAXPERCLIENT="1")
     first = Command(busy.port, ("run", "echo up; sleep 1000"))
-    await first.until_it_says(b"up")
+    await first.wait_for_output(b"up")
     code, output, errors = await run(busy, ":")
     assert (code, output, errors.count(b"\n")) == (75, b"", 1)
     assert errors.startswith(b"bfaas: 429: too many concurrent requests from this client (try again in ")

@@ -82,8 +82,8 @@ class MachineBackend(NullBackend):
             reactor.callLater(self.lasts, exited)
 
 
-class Tell(Fault):
-    """A machine is said to be in some state."""
+class ReportState(Fault):
+    """The API reports another state of a machine."""
 
     def __init__(self, state: State) -> None:
         self.state = state
@@ -93,7 +93,7 @@ class Tell(Fault):
 
 
 class Hosted(FaultyMachines):
-    """Machines that go wrong, behind the API."""
+    """Machines that fail, behind the API."""
 
     api: EmulatedMachines
 
@@ -104,8 +104,8 @@ class Hosted(FaultyMachines):
         self.api.set_metadata(machine_id, key, value)
 
 
-class IllFly:
-    """Fly in the test's own hands, as an API and a proxy."""
+class FaultyFly:
+    """An API and a proxy like Fly's, whose machines fail in ways that a test chooses."""
 
     def __init__(self) -> None:
         self.bodies = MachineBackend()
@@ -134,26 +134,26 @@ class IllFly:
     def settings(self) -> dict[str, str]:
         return {"FLY_FLAPS_BASE_URL": self.api, "WORKER_URL": self.proxy}
 
-    async def until_asked(self, method: str) -> None:
+    async def wait_for_call(self, method: str) -> None:
         while not self.faulty.count(method):
             await deferLater(reactor, 0.05)
 
-    async def finds(self, failure: str, remedy: str, **settings: str) -> None:
-        """Have it examined: this is what is wrong, one machine at the most was made, and none is left."""
-        code, said = await doctor({**SETTINGS, **self.settings, **settings})
-        assert code == 1, said
-        *_, found, advice = said.splitlines()
-        assert found.startswith("FAIL  "), said
-        assert failure in found, said
-        assert remedy in advice, said
-        assert said.count("FAIL") == said.count("->") == 1, said
+    async def check_doctor(self, failure: str, remedy: str, **settings: str) -> None:
+        """Check doctor's failure and remedy, that it created one machine, and that none is left."""
+        code, output = await doctor({**SETTINGS, **self.settings, **settings})
+        assert code == 1, output
+        *_, found, advice = output.splitlines()
+        assert found.startswith("FAIL  "), output
+        assert failure in found, output
+        assert remedy in advice, output
+        assert output.count("FAIL") == output.count("->") == 1, output
         assert self.faulty.count("create") == 1
         assert await self.machines.list() == []
 
 
 @asynccontextmanager
-async def ill_fly() -> AsyncIterator[IllFly]:
-    fly = IllFly()
+async def faulty_fly() -> AsyncIterator[FaultyFly]:
+    fly = FaultyFly()
     try:
         yield fly
     finally:
@@ -161,7 +161,7 @@ async def ill_fly() -> AsyncIterator[IllFly]:
 
 
 class Impostor(Resource):
-    """Answers anything with a status, perhaps with the name or the time of somebody else."""
+    """Respond to everything with one status, body and headers."""
 
     isLeaf = True
 
@@ -179,7 +179,7 @@ class Impostor(Resource):
 
 
 class Silent(Resource):
-    """Never answers."""
+    """Never respond."""
 
     isLeaf = True
 
@@ -188,103 +188,109 @@ class Silent(Resource):
 
 
 @with_twisted
-async def test_local_machines_are_tried() -> None:
-    code, said = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s"})
-    assert code == 0, said
-    assert "ok    worker: ran a script at http://127.0.0.1:" in said
+async def test_local_machines_are_checked() -> None:
+    code, output = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s"})
+    assert code == 0, output
+    assert "ok    worker: ran a script at http://127.0.0.1:" in output
 
 
 @with_twisted
-async def test_a_local_worker_that_does_not_start_says_why() -> None:
+async def test_log_of_a_local_worker_that_does_not_start_is_printed() -> None:
     few_files = ("/bin/bash", "-c", 'ulimit -n 40; exec "$@"', "bash", sys.executable)
-    code, said = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s"}, few_files)
-    *_, log, found, advice = said.splitlines()
+    code, output = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10s"}, few_files)
+    *_, log, found, advice = output.splitlines()
     assert code == 1
-    assert log.startswith("warn  log: the worker of "), said
-    assert "40 open files (ulimit -n) are too few" in log, said
-    assert found.startswith("FAIL  "), said
-    assert "see the log lines above" in advice, said
+    assert log.startswith("warn  log: the worker of "), output
+    assert "40 open files (ulimit -n) are too few" in log, output
+    assert found.startswith("FAIL  "), output
+    assert "see the log lines above" in advice, output
 
 
 @with_twisted
-async def test_settings_that_are_wrong_are_told_and_nothing_else_is_tried() -> None:
-    code, said = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10"})
+async def test_invalid_settings_are_reported_and_nothing_else_is_checked() -> None:
+    code, output = await doctor({"WORKER_APP": "mock", "MAXREQTIME": "10"})
     assert code == 1
-    assert said.splitlines()[0] == 'FAIL  settings: MAXREQTIME: "10" is not a duration such as 1m30s'
-    assert "worker" not in said
+    assert output.splitlines()[0] == 'FAIL  settings: MAXREQTIME: "10" is not a duration such as 1m30s'
+    assert "worker" not in output
 
 
 @with_twisted
-async def test_on_fly_all_is_tried_and_each_failure_has_a_remedy() -> None:
+async def test_each_failure_on_fly_has_a_remedy() -> None:
     fly = await start_fly()
-    well = fly.settings("a", MAXREQTIME="10s")
+    correct = fly.settings("a", MAXREQTIME="10s")
 
-    code, said = await doctor(well)
-    assert code == 0, said
-    assert [line[:4] for line in said.splitlines()] == ["ok  "] * 4
+    code, output = await doctor(correct)
+    assert code == 0, output
+    assert [line[:4] for line in output.splitlines()] == ["ok  "] * 4
     assert await fly.api.list() == []
 
     for wrong, failure, remedy in [
         ({"FLY_TOKEN": "other"}, "FAIL  API, token, app: ", "-> FLY_TOKEN: "),
-        ({"WORKER_APP": "nobodys"}, "FAIL  API, token, app: ", "-> WORKER_APP: "),
+        ({"WORKER_APP": "unknown"}, "FAIL  API, token, app: ", "-> WORKER_APP: "),
         (
             {"FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{free_port()}"},
             "FAIL  API, token, app: ",
             "-> FLY_FLAPS_BASE_URL: ",
         ),
     ]:
-        code, said = await doctor({**well, **wrong})
+        code, output = await doctor({**correct, **wrong})
         assert code == 1
-        assert failure in said
-        assert remedy in said, said
+        assert failure in output
+        assert remedy in output, output
     assert await stop(fly.machines) == 0
 
 
 @with_twisted
-async def test_a_machine_that_is_not_made() -> None:
-    async def refused(fault: Fault, failure: str, remedy: str) -> None:
-        async with ill_fly() as fly:
+async def test_machine_that_cannot_be_created() -> None:
+    async def rejected(fault: Fault, failure: str, remedy: str) -> None:
+        async with faulty_fly() as fly:
             fly.faulty.next("create", fault)
-            await fly.finds(f"image, region: POST /v1/apps/workers/machines: {failure}", remedy)
+            await fly.check_doctor(f"image, region: POST /v1/apps/workers/machines: {failure}", remedy)
 
     image = "WORKER_IMAGE: does basher:1 exist? FLY_REGION: does ams exist?"
-    await together([
-        refused(Refuse(BadRequestError("manifest unknown")), "400 invalid_argument: manifest", image),
-        refused(Refuse(NotFoundError("region not found")), "404 region not found", image),
-        refused(Refuse(CapacityError("insufficient memory")), "409 aborted: could not", "no capacity in ams"),
-        refused(Refuse(RateLimitedError("")), "429 rate limit exceeded", "try again in a minute"),
-        refused(Refuse(PermissionError()), "401 Authenticate", "it may list machines, but not create them"),
-        refused(Refuse(MachinesError("down")), "503 down", "the API does not respond"),
-    ])  # fmt: skip
+    await together(
+        [
+            rejected(Refuse(BadRequestError("manifest unknown")), "400 invalid_argument: manifest", image),
+            rejected(Refuse(NotFoundError("region not found")), "404 region not found", image),
+            rejected(
+                Refuse(CapacityError("insufficient memory")), "409 aborted: could not", "no capacity in ams"
+            ),
+            rejected(Refuse(RateLimitedError("")), "429 rate limit exceeded", "try again in a minute"),
+            rejected(
+                Refuse(PermissionError()), "401 Authenticate", "it may list machines, but not create them"
+            ),
+            rejected(Refuse(MachinesError("down")), "503 down", "the API does not respond"),
+        ]
+    )
 
 
 @with_twisted
-async def test_a_machine_whose_making_is_not_answered_is_found_and_destroyed() -> None:
-    async with ill_fly() as fly:
+async def test_machine_with_a_lost_response_is_found_and_destroyed() -> None:
+    async with faulty_fly() as fly:
         fly.faulty.next("create", LoseResponse())
-        await fly.finds("image, region: ", "the API does not respond: try again")
+        await fly.check_doctor("image, region: ", "the API does not respond: try again")
         assert fly.faulty.count("destroy") == 1
 
 
 @with_twisted
-async def test_a_machine_that_does_not_run() -> None:
-    async with ill_fly() as fly:
-        fly.faulty.always["get"] = Tell(State.FAILED)
-        await fly.finds("start: machine ", DEAD)
+async def test_machine_that_does_not_run() -> None:
+    async with faulty_fly() as fly:
+        fly.faulty.always["get"] = ReportState(State.FAILED)
+        await fly.check_doctor("start: machine ", DEAD)
         assert fly.faulty.count("destroy") == 1
 
-    async with ill_fly() as fly:
+    async with faulty_fly() as fly:
         fly.bodies.lasts = 0.0
-        await fly.finds("is stopped", DEAD)
+        await fly.check_doctor("is stopped", DEAD)
         assert fly.faulty.count("destroy") == 1
 
 
 @with_twisted
-async def test_a_doctor_that_is_told_to_end_leaves_no_machine() -> None:
-    async with ill_fly() as fly:
-        fly.faulty.always["get"] = Tell(State.STARTING)
+async def test_interrupted_doctor_leaves_no_machine() -> None:
+    async with faulty_fly() as fly:
+        fly.faulty.always["get"] = ReportState(State.STARTING)
         program, pid = start(["-m", "bfaas.cli.main", "doctor"], {**SETTINGS, **fly.settings})
-        await Deadline(reactor, PATIENCE).run(fly.until_asked("get"))
+        await Deadline(reactor, PATIENCE).run(fly.wait_for_call("get"))
         os.kill(pid, signal.SIGINT)
         await Deadline(reactor, PATIENCE).run(program.ended)
         assert program.signal == signal.SIGINT, program.said
@@ -293,44 +299,52 @@ async def test_a_doctor_that_is_told_to_end_leaves_no_machine() -> None:
 
 
 @with_twisted
-async def test_a_worker_that_cannot_be_reached() -> None:
-    async def lost(where: Callable[[IllFly], str], failure: str, remedy: str) -> None:
-        async with ill_fly() as fly:
-            await fly.finds(failure, remedy, WORKER_URL=where(fly))
+async def test_worker_that_cannot_be_reached() -> None:
+    async def unavailable(where: Callable[[FaultyFly], str], failure: str, remedy: str) -> None:
+        async with faulty_fly() as fly:
+            await fly.check_doctor(failure, remedy, WORKER_URL=where(fly))
             assert fly.faulty.count("destroy") == 1
 
-    def deaf(fly: IllFly) -> str:
-        fly.bodies.url = nowhere
+    def unreachable(fly: FaultyFly) -> str:
+        fly.bodies.url = closed
         return fly.proxy
 
-    def short_lived(fly: IllFly) -> str:
+    def short_lived(fly: FaultyFly) -> str:
         fly.bodies.lasts = 3.0
         return fly.proxy
 
-    nowhere = f"http://127.0.0.1:{free_port()}"
-    await together([
-        lost(lambda _: nowhere, "worker: Connection was refused", f"WORKER_URL: {nowhere} cannot be reached"),
-        lost(deaf, "worker: status 502 after 15 s", "does it listen on port 8001?"),
-        lost(short_lived, "is stopped", DEAD),
-        lost(lambda fly: fly.serve(Silent()), "worker: ", "cannot be reached"),
-        lost(
-            lambda fly: fly.serve(Impostor(200, Date="Wed, 25 Nov 2020 09:00:00 GMT")),
-            "worker: it responds, but as another machine or with another time: its Date is Wed, 25 Nov 2020",
-            "clock",
-        ),
-    ])  # fmt: skip
+    closed = f"http://127.0.0.1:{free_port()}"
+    await together(
+        [
+            unavailable(
+                lambda _: closed, "worker: Connection was refused", f"WORKER_URL: {closed} cannot be reached"
+            ),
+            unavailable(unreachable, "worker: status 502 after 15 s", "does it listen on port 8001?"),
+            unavailable(short_lived, "is stopped", DEAD),
+            unavailable(lambda fly: fly.serve(Silent()), "worker: ", "cannot be reached"),
+            unavailable(
+                lambda fly: fly.serve(Impostor(200, Date="Wed, 25 Nov 2020 09:00:00 GMT")),
+                "worker: it responds, but as another machine or with another time: its Date is Wed, 25 Nov 2020",
+                "clock",
+            ),
+        ]
+    )
 
 
 @with_twisted
-async def test_a_worker_that_is_another() -> None:
+async def test_response_of_another_worker() -> None:
     async def impostor(resource: Resource, failure: str) -> None:
-        async with ill_fly() as fly:
+        async with faulty_fly() as fly:
             url = fly.serve(resource)
-            await fly.finds(f"script: {failure}", f"WORKER_URL: is {url} the workers' app?", WORKER_URL=url)
+            await fly.check_doctor(
+                f"script: {failure}", f"WORKER_URL: is {url} the workers' app?", WORKER_URL=url
+            )
             assert fly.faulty.count("destroy") == 1
 
-    well = b"well\n\nexit: 0\n"
-    await together([
-        impostor(Impostor(404, b"no such page"), "404 b'no such page'"),
-        impostor(Impostor(200, well, Worker="other"), "a machine other than the one that was created"),
-    ])  # fmt: skip
+    success = b"well\n\nexit: 0\n"
+    await together(
+        [
+            impostor(Impostor(404, b"no such page"), "404 b'no such page'"),
+            impostor(Impostor(200, success, Worker="other"), "a machine other than the one that was created"),
+        ]
+    )

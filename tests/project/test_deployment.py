@@ -1,4 +1,4 @@
-"""What a deployment is made of: the images' recipe, Fly's files, the script that brings out a new worker."""
+"""Check the Dockerfile, Fly's files, and the script that deploys a new worker."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class FlyFileTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.fly, self.basher = read("fly.toml"), read("fly.toml.basher")
         secrets = {"PRIVATE": genkey().private, "FLY_TOKEN": "t", "WORKER_IMAGE": "i"}
-        given = {"FLY_MACHINE_ID": "m1", "FLY_REGION": "ams"}
-        self.environ = {**self.fly["env"], **secrets, **given}
+        from_fly = {"FLY_MACHINE_ID": "m1", "FLY_REGION": "ams"}
+        self.environ = {**self.fly["env"], **secrets, **from_fly}
         self.settings = CoordSettings.from_environment(self.environ)
 
-    def test_its_environment_and_the_secrets_are_all_that_a_coordinator_needs(self) -> None:
+    def test_environment_and_secrets_are_sufficient_for_a_coordinator(self) -> None:
         assert self.settings.fly is not None
         self.assertEqual(self.basher["app"], self.settings.fly.api.worker_app)
         self.assertGreater(self.settings.pool_size, self.settings.standby)
         self.assertGreater(self.settings.standby, 0)
 
-    def test_no_variable_of_it_has_a_name_that_fly_reserves(self) -> None:
+    def test_variables_do_not_have_reserved_names(self) -> None:
         # https://fly.io/docs/reference/configuration/#the-env-variables-section
         self.assertEqual([], [name for name in self.fly["env"] if name.startswith("FLY_")])
 
@@ -61,28 +61,28 @@ class FlyFileTests(SynchronousTestCase):
         for name in self.fly["env"]:
             self.assertIn(f"`{name}`", document)
 
-    def test_a_coordinator_has_the_time_to_end_in_order(self) -> None:
+    def test_kill_timeout_covers_a_shutdown(self) -> None:
         # While the API hangs: a stop and the wait for it, then two attempts to destroy.
-        needs = self.settings.max_req_time + 2 * StepTimeouts().stop + 2 * StepTimeouts().destroy
+        required = self.settings.max_req_time + 2 * StepTimeouts().stop + 2 * StepTimeouts().destroy
         self.assertEqual("SIGTERM", self.fly["kill_signal"])
-        self.assertGreaterEqual(self.fly["kill_timeout"], needs)
+        self.assertGreaterEqual(self.fly["kill_timeout"], required)
         self.assertGreater(self.fly["kill_timeout"], self.settings.max_req_time + StepTimeouts().exit)
         self.assertLessEqual(self.fly["kill_timeout"], 300)
 
-    def test_its_own_refusals_come_before_those_of_the_proxy(self) -> None:
+    def test_proxy_limit_is_above_the_coordinators_own(self) -> None:
         concurrency = self.fly["http_service"]["concurrency"]
         self.assertEqual("requests", concurrency["type"])
         self.assertGreater(concurrency["hard_limit"], self.settings.pool_size + self.settings.max_queue)
 
-    def test_streams_are_not_held_back_and_silent_ones_not_cut(self) -> None:
+    def test_proxy_neither_buffers_streams_nor_closes_silent_ones(self) -> None:
         options = self.fly["http_service"]["http_options"]
         self.assertIs(False, options["compress"])
         self.assertEqual(self.settings.proxy_idle_timeout, options["idle_timeout"])
         self.assertEqual((), self.settings.idle_timeout_warnings)
 
-    def test_the_workers_service_keeps_silent_runs(self) -> None:
-        for most in ("10s", "5m", "0.5s"):
-            environ = {**self.environ, "MAXREQTIME": most, "MAXWAIT": "30s"}
+    def test_workers_service_keeps_silent_runs_open(self) -> None:
+        for max_req_time in ("10s", "5m", "0.5s"):
+            environ = {**self.environ, "MAXREQTIME": max_req_time, "MAXWAIT": "30s"}
             settings = CoordSettings.from_environment(environ)
             config = encode_config(pool_config(settings).template)
             [port] = config["services"][0]["ports"]
@@ -91,30 +91,30 @@ class FlyFileTests(SynchronousTestCase):
             self.assertGreater(port["http_options"]["idle_timeout"], settings.max_wait)
             self.assertEqual(pool_config(settings).template, decode_config(config))
 
-    def test_no_key_is_unknown_to_flyctl(self) -> None:
+    def test_flyctl_knows_all_keys(self) -> None:
         known = json.loads((ROOT / "tests/data/fly_toml_keys.json").read_text())["keys"]
 
-        def check(place: str, table: dict[str, Any]) -> None:
-            names = known[place]
-            self.assertLessEqual(set(table), set(names), place)
+        def check(section: str, table: dict[str, Any]) -> None:
+            names = known[section]
+            self.assertLessEqual(set(table), set(names), section)
             for name, value in table.items():
                 if name in ("env", "headers"):
                     continue
                 for item in value if isinstance(value, list) else [value]:
                     if isinstance(item, dict):
-                        check(f"{place}.{name}".lstrip("."), item)
+                        check(f"{section}.{name}".lstrip("."), item)
 
         for app in (self.fly, self.basher):
             checks = app.pop("checks", {})
             check("", app)
-            for checked in checks.values():
-                check("checks.*", checked)
+            for item in checks.values():
+                check("checks.*", item)
 
-    def test_the_port_is_the_one_that_it_listens_on(self) -> None:
+    def test_port_is_the_coordinators(self) -> None:
         ports = {self.fly["http_service"]["internal_port"], self.fly["checks"]["ready"]["port"]}
         self.assertEqual({8000}, ports)
 
-    def test_the_metrics_are_where_the_image_tells_them(self) -> None:
+    def test_metrics_port_is_that_of_the_image(self) -> None:
         self.assertEqual("/metrics", self.fly["metrics"]["path"])
         [entry] = re.findall(
             r"^ENTRYPOINT (.*bfaas-coord.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
@@ -126,10 +126,10 @@ class FlyFileTests(SynchronousTestCase):
         [(_, _, _, interface)] = reactor.tcpServers
         self.assertEqual("::", interface)  # Fly's private network is IPv6
 
-    def test_workers_have_no_address_of_their_own_and_no_settings(self) -> None:
+    def test_workers_app_has_no_service_and_no_settings(self) -> None:
         self.assertEqual({"app", "primary_region", "build"}, set(self.basher))
 
-    def test_a_coordinator_s_image_can_verify_certificates(self) -> None:
+    def test_coordinators_image_can_verify_certificates(self) -> None:
         stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
         base, built, coord = (
             next(stage for stage in stages if f" AS {name}\n" in stage)
@@ -143,24 +143,24 @@ class FlyFileTests(SynchronousTestCase):
         for package in ("pyOpenSSL", "service-identity"):
             self.assertIn(f"\n{package}==", lock)
 
-    def test_the_targets_are_there(self) -> None:
+    def test_build_targets_exist(self) -> None:
         targets = re.findall(r"^FROM .* AS (\w+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
         for app in (self.fly, self.basher):
             self.assertIn(app["build"]["build-target"], targets)
 
 
 class WorkerImageTests(SynchronousTestCase):
-    def test_the_worker_starts_without_what_its_image_lacks(self) -> None:
-        lacks = re.findall(r"/site-packages/(\w+)", (ROOT / "Dockerfile").read_text())
-        self.assertIn("OpenSSL", lacks)
-        missing = f"import sys; sys.modules.update(dict.fromkeys({lacks}))"
+    def test_worker_starts_without_the_packages_that_its_image_lacks(self) -> None:
+        removed = re.findall(r"/site-packages/(\w+)", (ROOT / "Dockerfile").read_text())
+        self.assertIn("OpenSSL", removed)
+        missing = f"import sys; sys.modules.update(dict.fromkeys({removed}))"
         code = f"{missing}; import bfaas.basher, bfaas.worker.app, twisted.internet.reactor; print('fine')"
-        said = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        self.assertEqual((b"fine\n", b""), (said.stdout, said.stderr))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+        self.assertEqual((b"fine\n", b""), (done.stdout, done.stderr))
 
 
 class LockTests(SynchronousTestCase):
-    def test_it_names_all_that_is_needed_and_nothing_else_one_version_each(self) -> None:
+    def test_it_pins_every_dependency_and_nothing_else(self) -> None:
         lines = (ROOT / "requirements.lock").read_text().splitlines()[1:]
         names = [line.split("==")[0] for line in lines]
 
@@ -174,9 +174,9 @@ class UpdateWorkerTests(SynchronousTestCase):
         self, *options: str, output: IO[bytes] | None = None, **env: str
     ) -> tuple[int, str, list[str]]:
         """
-        Run it with a flyctl that takes notes; tells the exit code, what was said, and the notes.
+        Run the script with a fake flyctl. Return the exit code, the output, and the calls of flyctl.
 
-        What is said to a file, `output`, is not told.
+        Output that goes to the file `output` is not returned.
         """
         home = Path(self.mktemp()).absolute()
         home.mkdir(parents=True)
@@ -191,36 +191,36 @@ class UpdateWorkerTests(SynchronousTestCase):
             stderr=output or subprocess.PIPE,
             check=False,
         )
-        called = calls.read_text().splitlines() if calls.exists() else []
-        return done.returncode, ((done.stdout or b"") + (done.stderr or b"")).decode(), called
+        recorded = calls.read_text().splitlines() if calls.exists() else []
+        return done.returncode, ((done.stdout or b"") + (done.stderr or b"")).decode(), recorded
 
-    def test_it_builds_pushes_and_tells_the_coordinators(self) -> None:
-        status, said, called = self.update("--label", "v1", IMAGE="example.invalid/bfaas-basher:v1")
+    def test_it_builds_pushes_and_sets_the_image(self) -> None:
+        status, output, calls = self.update("--label", "v1", IMAGE="example.invalid/bfaas-basher:v1")
 
         expected = [
             "deploy --config fly.toml.basher --app bfaas-basher --build-only --push --image-label v1",
             "secrets set --app bfaas-coord WORKER_IMAGE=example.invalid/bfaas-basher:v1",
         ]
-        self.assertEqual((0, expected), (status, called))
-        self.assertIn("of bfaas-coord now use example.invalid/bfaas-basher:v1\n", said)
+        self.assertEqual((0, expected), (status, calls))
+        self.assertIn("of bfaas-coord now use example.invalid/bfaas-basher:v1\n", output)
 
-    def test_other_apps_can_be_named(self) -> None:
-        _, _, called = self.update("--worker-app", "w", "--coord-app", "c", IMAGE="i")
-        self.assertRegex(called[0], "--app w --build-only --push --image-label [0-9]{8}-[0-9]{6}")
-        self.assertEqual("secrets set --app c WORKER_IMAGE=i", called[1])
+    def test_options_select_other_apps(self) -> None:
+        _, _, calls = self.update("--worker-app", "w", "--coord-app", "c", IMAGE="i")
+        self.assertRegex(calls[0], "--app w --build-only --push --image-label [0-9]{8}-[0-9]{6}")
+        self.assertEqual("secrets set --app c WORKER_IMAGE=i", calls[1])
 
     def test_nothing_is_set_after_a_failure(self) -> None:
-        for env, why in (({"IMAGE": "i", "STATUS": "3"}, "Pushing"), ({}, "nothing was set")):
-            status, said, called = self.update("--label", "v1", output=None, **env)
+        for env, reason in (({"IMAGE": "i", "STATUS": "3"}, "Pushing"), ({}, "nothing was set")):
+            status, output, calls = self.update("--label", "v1", output=None, **env)
             self.assertNotEqual(0, status)
-            self.assertIn(why, said)
-            self.assertEqual(1, len(called))
+            self.assertIn(reason, output)
+            self.assertEqual(1, len(calls))
 
-    def test_a_last_line_without_an_end_is_read(self) -> None:
-        status, _, called = self.update("--label", "v1", IMAGE="i", END="")
-        self.assertEqual((0, "secrets set --app bfaas-coord WORKER_IMAGE=i"), (status, called[1]))
+    def test_image_in_an_unterminated_last_line_is_read(self) -> None:
+        status, _, calls = self.update("--label", "v1", IMAGE="i", END="")
+        self.assertEqual((0, "secrets set --app bfaas-coord WORKER_IMAGE=i"), (status, calls[1]))
 
-    def test_a_log_that_it_is_appended_to_is_kept(self) -> None:
+    def test_output_file_is_appended_to_not_truncated(self) -> None:
         log = Path(self.mktemp())
         log.write_text("before\n")
         with log.open("ab") as end:
@@ -230,13 +230,13 @@ class UpdateWorkerTests(SynchronousTestCase):
             log.read_text().splitlines(),
         )
 
-    def test_it_can_be_tried_without_doing_anything(self) -> None:
-        status, said, called = self.update("--dry-run", "--label", "v1")
-        self.assertEqual((0, []), (status, called))
-        self.assertIn("--image-label v1\nfly secrets set --app bfaas-coord WORKER_IMAGE=IMAGE\n", said)
+    def test_dry_run_does_nothing(self) -> None:
+        status, output, calls = self.update("--dry-run", "--label", "v1")
+        self.assertEqual((0, []), (status, calls))
+        self.assertIn("--image-label v1\nfly secrets set --app bfaas-coord WORKER_IMAGE=IMAGE\n", output)
 
-    def test_what_it_does_not_know_is_refused(self) -> None:
+    def test_invalid_options_are_rejected(self) -> None:
         for options in (["--nonsense"], ["--label"]):
-            status, said, called = self.update(*options)
-            self.assertEqual((2, []), (status, called))
-            self.assertIn("updateWorker.sh", said)
+            status, output, calls = self.update(*options)
+            self.assertEqual((2, []), (status, calls))
+            self.assertIn("updateWorker.sh", output)

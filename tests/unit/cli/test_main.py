@@ -14,7 +14,7 @@ from tests.support.paths import ROOT
 
 
 def run(*argv: str, **environ: str) -> tuple[int, str, str]:
-    """Run the command in this process; return its exit code, output and errors."""
+    """Run the command in this process. Return its exit code, output and errors."""
     output, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(output), redirect_stderr(errors):
         try:
@@ -25,7 +25,7 @@ def run(*argv: str, **environ: str) -> tuple[int, str, str]:
 
 
 class GenkeyTests(SynchronousTestCase):
-    def test_it_prints_two_variables_that_belong_together(self) -> None:
+    def test_it_prints_a_matching_pair(self) -> None:
         code, output, errors = run("genkey")
         public, private = output.splitlines()
 
@@ -36,7 +36,7 @@ class GenkeyTests(SynchronousTestCase):
 
 
 class GenauthTests(SynchronousTestCase):
-    def test_it_prints_a_header_for_the_machine(self) -> None:
+    def test_it_prints_an_auth_token_for_the_machine(self) -> None:
         pair = genkey()
         code, output, errors = run("genauth", "worker-1", PRIVATE=pair.private)
         verifier = Verifier(pair.public)
@@ -45,18 +45,18 @@ class GenauthTests(SynchronousTestCase):
         verifier.verify(output.removesuffix("\n"), "worker-1", time.time())
         self.assertRaises(AuthError, verifier.verify, output.removesuffix("\n"), "worker-2", time.time())
 
-    def test_without_a_key_it_says_which_variable_is_missing(self) -> None:
+    def test_missing_key_is_reported_by_the_name_of_its_variable(self) -> None:
         expected = (1, "", "PRIVATE: missing; a private key from `bfaas genkey`\n")
         self.assertEqual(expected, run("genauth", "worker-1"))
         self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=" "))
 
-    def test_a_malformed_key_is_told_and_not_shown(self) -> None:
+    def test_invalid_key_is_reported_and_not_printed(self) -> None:
         expected = (1, "", "PRIVATE: not a key of 64 bytes in hex\n")
         self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=genkey().public))
 
 
 class CommandTests(SynchronousTestCase):
-    def test_wrong_arguments_end_with_two(self) -> None:
+    def test_invalid_arguments_exit_with_2(self) -> None:
         for argv in ((), ("nothing",), ("genauth",), ("genkey", "more")):
             code, output, errors = run(*argv)
             self.assertEqual((2, ""), (code, output))
@@ -69,7 +69,7 @@ class CommandTests(SynchronousTestCase):
         self.assertIn("genkey", output)
         self.assertIn("genauth", output)
 
-    def test_a_shell_can_use_the_keys_at_once(self) -> None:
+    def test_a_shell_can_evaluate_the_keys(self) -> None:
         script = (
             'set -ae; eval "$("$0" -m bfaas.cli.main genkey)"; echo "$PUBLIC"; '
             '"$0" -m bfaas.cli.main genauth worker-1'
