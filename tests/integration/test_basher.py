@@ -212,6 +212,9 @@ class WorkerTests(TestCase):
         self.assertEqual(0, await worker.ended(), worker.output + worker.errors)
         self.assertNotIn(b"Traceback", worker.output + worker.errors)
 
+    async def wait_until_up(self, reader: Reader) -> None:
+        await wait_until(lambda: b"up" in reader.data, "the script is up")
+
     async def start_endless(self, worker: Worker) -> Reader:
         """Run an endless script, and wait until all of its processes run."""
         reader = await worker.stream(ENDLESS)
@@ -373,7 +376,7 @@ class WorkerTests(TestCase):
         for query, end in (("?raw=1", b"\nexit: 125 worker-lost\n"), ("", b'"reason": "worker-lost"')):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
-            await wait_until(lambda reader=reader: b"up" in reader.data, "the script is up")  # type: ignore[arg-type,misc]
+            await self.wait_until_up(reader)
             for process in reversed(process_tree.process_and_descendants(worker.pid)):  # as systemd does
                 with contextlib.suppress(ProcessLookupError):  # the worker may have killed it by then
                     os.kill(process.pid, signal.SIGTERM)

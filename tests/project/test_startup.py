@@ -42,6 +42,9 @@ class ImportTests(TestCase):
         await wait_until(lambda: "bfaas.http.server" in imported(worker), "the list of imports arrives")
         return worker
 
+    async def wait_for_imports(self, worker: Worker) -> None:
+        await wait_until(lambda: imported(worker) >= AFTER_HEALTH_CHECK, "the rest is imported")
+
     async def test_imports_what_a_run_needs_after_the_first_health_check(self) -> None:
         for program in (BASHER, TWISTD):
             worker = await self.start(program)
@@ -49,9 +52,7 @@ class ImportTests(TestCase):
 
             health = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (health.status, health.body))
-            await wait_until(
-                lambda worker=worker: imported(worker) >= AFTER_HEALTH_CHECK, "the rest is imported"
-            )  # type: ignore[arg-type,misc]
+            await self.wait_for_imports(worker)
 
             again = await worker.fetch("GET", "/healthz")
             self.assertEqual((200, b"ok\n"), (again.status, again.body))
