@@ -1,7 +1,7 @@
 """
-The line of requests that wait: clients take turns, and each client's requests are served as they came.
+The queue of requests: round-robin by client, first in, first out within a client.
 
-So whoever joins waits for one request at the most of each other client that waits, however many those have.
+A new entry therefore waits for at most one request of each other waiting client, however many those have.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ T = TypeVar("T")
 
 class FairQueue(Generic[T]):
     """
-    Places in line, by client; its length is how many there are. Each step takes the same time at any length.
+    Queue entries, grouped by client. All operations take constant time.
 
-    The client who is next stands first. After its turn it stands last, if it has more places; whoever is new
-    stands last as well.
+    The next client is the first one in `_clients`. After an entry of its is assigned, the client moves to the
+    end if it has more entries. A client that was not waiting is appended at the end.
     """
 
     def __init__(self) -> None:
@@ -33,38 +33,38 @@ class FairQueue(Generic[T]):
 
     def enqueue(self, client: str) -> Deferred[T]:
         """
-        Take a place, which fires when it is served. Cancelling it leaves the line.
+        Add an entry, which fires with what is assigned to it. Cancellation removes the entry.
 
-        Fails as `close` says, now or later, when the line is closed.
+        When the queue is closed, now or later, the entry fails with the exception passed to `close`.
         """
         if self._closed is not None:
             return fail(self._closed())
-        place: Deferred[T] = Deferred(partial(self._leave, client))
-        self._clients.setdefault(client, OrderedDict())[place] = None
+        entry: Deferred[T] = Deferred(partial(self._remove, client))
+        self._clients.setdefault(client, OrderedDict())[entry] = None
         self._length += 1
-        return place
+        return entry
 
-    def assign(self, thing: T) -> None:
-        """Give something to the one who is next; there must be one."""
-        self._next().callback(thing)
+    def assign(self, resource: T) -> None:
+        """Assign a resource to the next entry. The queue must not be empty."""
+        self._next().callback(resource)
 
     def close(self, error: type[Exception]) -> None:
-        """Let all places fail, and all that are still asked for."""
+        """Make all entries fail with `error`, later ones too."""
         self._closed = error
         while self._clients:
             self._next().errback(error())
 
     def _next(self) -> Deferred[T]:
-        """Take the first place of the client whose turn it is, and let the next client have its turn."""
-        client, places = next(iter(self._clients.items()))
-        place = next(iter(places))
+        """Remove and return the first entry of the next client, and move the client to the end."""
+        client, entries = next(iter(self._clients.items()))
+        entry = next(iter(entries))
         self._clients.move_to_end(client)
-        self._leave(client, place)
-        return place
+        self._remove(client, entry)
+        return entry
 
-    def _leave(self, client: str, place: Deferred[T]) -> None:
-        places = self._clients[client]
-        del places[place]
+    def _remove(self, client: str, entry: Deferred[T]) -> None:
+        entries = self._clients[client]
+        del entries[entry]
         self._length -= 1
-        if not places:
+        if not entries:
             del self._clients[client]

@@ -135,7 +135,7 @@ MUTANTS = [
         "close does not answer queued requests",
     ),
     Mutation(
-        "pooling.fair_queue:FairQueue._leave",
+        "pooling.fair_queue:FairQueue._remove",
         "self._length -= 1",
         "",
         "cancelled requests are counted as queued",
@@ -154,8 +154,8 @@ MUTANTS = [
     ),
     Mutation(
         "pooling.fair_queue:FairQueue._next",
-        "next(iter(places))",
-        "next(reversed(places))",
+        "next(iter(entries))",
+        "next(reversed(entries))",
         "a client's latest request is served first",
     ),
     Mutation(

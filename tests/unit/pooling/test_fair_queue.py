@@ -1,5 +1,3 @@
-"""The line of those who wait: its order, its end, and what leaving it does."""
-
 from __future__ import annotations
 
 from functools import partial
@@ -18,126 +16,128 @@ if TYPE_CHECKING:
 
 
 class ClosedError(Exception):
-    """What a closed line fails with here."""
+    """The error of a closed queue."""
 
 
-class LineTests(SynchronousTestCase):
+class FairQueueTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.line: FairQueue[int] = FairQueue()
-        self.started_at: list[str] = []
+        self.queue: FairQueue[int] = FairQueue()
+        self.assigned: list[str] = []
 
-    def join(self, client: str, count: int = 1) -> list[Deferred[Any]]:
-        """Take places; who is served is noted, as a letter and the number of the place."""
-        places = [self.line.enqueue(client) for _ in range(count)]
-        for number, place in enumerate(places):
-            place.addCallback(partial(self._note, f"{client}{number}"))
-        return places
+    def enqueue(self, client: str, count: int = 1) -> list[Deferred[Any]]:
+        """Add entries, whose assignments are recorded by client and number."""
+        entries = [self.queue.enqueue(client) for _ in range(count)]
+        for number, entry in enumerate(entries):
+            entry.addCallback(partial(self._record, f"{client}{number}"))
+        return entries
 
-    def _note(self, name: str, _: int) -> None:
-        self.started_at.append(name)
+    def _record(self, name: str, _: int) -> None:
+        self.assigned.append(name)
 
-    def serve(self, count: int) -> list[str]:
-        self.started_at.clear()
+    def assign(self, count: int) -> list[str]:
+        self.assigned.clear()
         for number in range(count):
-            self.line.assign(number)
-        return self.started_at
+            self.queue.assign(number)
+        return self.assigned
 
-    def test_one_client_is_served_in_the_order_in_which_it_came(self) -> None:
-        self.join("a", 3)
+    def test_one_client_is_served_first_in_first_out(self) -> None:
+        self.enqueue("a", 3)
 
-        self.assertEqual(["a0", "a1", "a2"], self.serve(3))
+        self.assertEqual(["a0", "a1", "a2"], self.assign(3))
 
-    def test_clients_take_turns(self) -> None:
-        self.join("a", 4)
-        self.join("b", 2)
-        self.join("c", 1)
+    def test_clients_are_served_round_robin(self) -> None:
+        self.enqueue("a", 4)
+        self.enqueue("b", 2)
+        self.enqueue("c", 1)
 
-        self.assertEqual(["a0", "b0", "c0", "a1", "b1", "a2", "a3"], self.serve(7))
+        self.assertEqual(["a0", "b0", "c0", "a1", "b1", "a2", "a3"], self.assign(7))
 
-    def test_a_thousand_requests_of_one_delay_anothers_by_one_turn(self) -> None:
-        self.join("many", 1000)
-        self.serve(500)
-        self.join("one")
+    def test_many_requests_of_one_client_delay_another_by_one(self) -> None:
+        self.enqueue("many", 1000)
+        self.assign(500)
+        self.enqueue("one")
 
-        self.assertEqual(["many500", "one0", "many501"], self.serve(3))
+        self.assertEqual(["many500", "one0", "many501"], self.assign(3))
 
-    def test_who_had_its_turn_and_comes_again_is_last(self) -> None:
-        self.join("a")
-        self.join("b", 2)
-        self.serve(1)
-        self.join("a")
+    def test_returning_client_is_last(self) -> None:
+        self.enqueue("a")
+        self.enqueue("b", 2)
+        self.assign(1)
+        self.enqueue("a")
 
-        self.assertEqual(["b0", "a0", "b1"], self.serve(3))
+        self.assertEqual(["b0", "a0", "b1"], self.assign(3))
 
-    def test_who_leaves_takes_nothing_with_it(self) -> None:
-        first, second, third = self.join("a", 3)
-        [other] = self.join("b")
-        for place in (second, other):
-            place.cancel()
-            self.failureResultOf(place, CancelledError)
+    def test_cancelled_entry_leaves_the_queue(self) -> None:
+        first, second, third = self.enqueue("a", 3)
+        [other] = self.enqueue("b")
+        for entry in (second, other):
+            entry.cancel()
+            self.failureResultOf(entry, CancelledError)
 
-        self.assertEqual(2, len(self.line))
-        self.assertEqual(["a0", "a2"], self.serve(2))
-        self.assertEqual(0, len(self.line))
-        for place in (first, third):
-            self.successResultOf(place)
+        self.assertEqual(2, len(self.queue))
+        self.assertEqual(["a0", "a2"], self.assign(2))
+        self.assertEqual(0, len(self.queue))
+        for entry in (first, third):
+            self.successResultOf(entry)
 
-    def test_leaving_keeps_a_clients_turn_for_its_other_requests(self) -> None:
-        first, _ = self.join("a", 2)
-        self.join("b")
+    def test_cancellation_keeps_the_clients_position(self) -> None:
+        first, _ = self.enqueue("a", 2)
+        self.enqueue("b")
         first.addErrback(lambda failure: failure.trap(CancelledError) and None)
         first.cancel()
 
-        self.assertEqual(["a1", "b0"], self.serve(2))
+        self.assertEqual(["a1", "b0"], self.assign(2))
 
-    def test_who_is_served_may_join_or_leave_at_once(self) -> None:
-        [first] = self.join("a")
-        [second] = self.join("b")
+    def test_callbacks_may_change_the_queue(self) -> None:
+        [first] = self.enqueue("a")
+        [second] = self.enqueue("b")
         second.addErrback(lambda failure: failure.trap(CancelledError) and None)
         first.addCallback(lambda _: second.cancel())
-        first.addCallback(lambda _: self.join("c"))
+        first.addCallback(lambda _: self.enqueue("c"))
 
-        self.assertEqual(["a0", "c0"], self.serve(2))
+        self.assertEqual(["a0", "c0"], self.assign(2))
 
-    def test_a_closed_line_fails_all_and_whoever_comes(self) -> None:
-        places = [*self.join("a", 2), *self.join("b")]
+    def test_closed_queue_fails_all_entries_and_later_ones(self) -> None:
+        entries = [*self.enqueue("a", 2), *self.enqueue("b")]
         late: list[Deferred[Any]] = []
 
-        def come_again(failure: Failure) -> Failure:
-            late.append(self.line.enqueue("a"))
+        def enqueue_again(failure: Failure) -> Failure:
+            late.append(self.queue.enqueue("a"))
             return failure
 
-        places[0].addErrback(come_again)
-        self.line.close(ClosedError)
+        entries[0].addErrback(enqueue_again)
+        self.queue.close(ClosedError)
 
-        for place in [*places, *late, *self.join("c")]:
-            self.failureResultOf(place, ClosedError)
-        self.assertEqual(0, len(self.line))
+        for entry in [*entries, *late, *self.enqueue("c")]:
+            self.failureResultOf(entry, ClosedError)
+        self.assertEqual(0, len(self.queue))
 
-    @given(st.lists(st.sampled_from(["join a", "join b", "join c", "serve", "leave 0", "leave 3"])))
-    def test_it_does_what_a_plain_list_of_lists_does(self, steps: list[str]) -> None:
-        self.line, self.started_at = FairQueue(), []
-        plain: list[list[str]] = []
-        places: dict[str, Deferred[Any]] = {}
+    @given(
+        st.lists(st.sampled_from(["enqueue a", "enqueue b", "enqueue c", "assign", "cancel 0", "cancel 3"]))
+    )
+    def test_behaves_like_a_list_of_lists(self, steps: list[str]) -> None:
+        self.queue, self.assigned = FairQueue(), []
+        model: list[list[str]] = []
+        entries: dict[str, Deferred[Any]] = {}
         expected: list[str] = []
         for number, step in enumerate(steps):
-            what, _, which = step.partition(" ")
-            waiting = [name for names in plain for name in names]
-            if what == "join":
+            operation, _, which = step.partition(" ")
+            waiting = [name for names in model for name in names]
+            if operation == "enqueue":
                 name = f"{which}{number}"
-                places[name] = self.line.enqueue(which)
-                places[name].addCallback(partial(self._note, name))
-                mine = [names for names in plain if names[0][0] == which]
-                mine[0].append(name) if mine else plain.append([name])
-            elif what == "serve" and plain:
-                names = plain.pop(0)
+                entries[name] = self.queue.enqueue(which)
+                entries[name].addCallback(partial(self._record, name))
+                own = [names for names in model if names[0][0] == which]
+                own[0].append(name) if own else model.append([name])
+            elif operation == "assign" and model:
+                names = model.pop(0)
                 expected.append(names.pop(0))
-                plain += [names] if names else []
-                self.line.assign(number)
-            elif what == "leave" and int(which) < len(waiting):
+                model += [names] if names else []
+                self.queue.assign(number)
+            elif operation == "cancel" and int(which) < len(waiting):
                 name = waiting[int(which)]
-                plain = [left for names in plain if (left := [other for other in names if other != name])]
-                places[name].addErrback(lambda failure: failure.trap(CancelledError) and None)
-                places[name].cancel()
-            self.assertEqual(expected, self.started_at)
-            self.assertEqual(sum(map(len, plain)), len(self.line))
+                model = [rest for names in model if (rest := [other for other in names if other != name])]
+                entries[name].addErrback(lambda failure: failure.trap(CancelledError) and None)
+                entries[name].cancel()
+            self.assertEqual(expected, self.assigned)
+            self.assertEqual(sum(map(len, model)), len(self.queue))
