@@ -426,10 +426,10 @@ MUTANTS = [
         "a request may reach any machine",
     ),
     Mutation(
-        "coordinator.worker_client:WorkerClient._request",
-        "allow_redirects = False",
-        "allow_redirects = True",
-        "a worker redirects the coordinator",
+        "http.client:_FixedURLAgent.request",
+        "self._url",
+        "uri",
+        "requests are not sent to their URL",
     ),
     Mutation(
         "coordinator.worker_client:WorkerClient.stream",
