@@ -1,1 +1,1 @@
-"""HTTP with limits, both ends; it knows nothing of runs or machines."""
+"""HTTP server and client with limits; independent of runs and machines."""

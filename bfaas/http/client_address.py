@@ -1,4 +1,4 @@
-"""Which addresses count as one client."""
+"""Maps client addresses to the key under which they are counted: IPv6 addresses by their /64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _HOST_BITS = 64
 
 
 def address_key(address: str) -> str:
-    """Tell the address, or the network, that counts as one client; raise `ValueError` if it is none."""
+    """Return the IPv4 address or IPv6 /64 of a client. Raises `ValueError` for an invalid address."""
     ip = ip_address(address)
     if not isinstance(ip, IPv6Address):
         return str(ip)

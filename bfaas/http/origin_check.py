@@ -1,8 +1,8 @@
 """
-What a page in the user's browser must not do: have scripts run on the user's machine.
+Rejects cross-origin requests from browsers, so that a web page cannot run scripts on the user's machine.
 
-A browser sends anybody's page's requests to loopback, too. It says what page they come from, in headers that
-a page cannot change; other clients send none of them.
+Browsers send requests to loopback addresses for pages of any site. They name the page's origin in headers
+that the page cannot change; other clients send none of them.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ _HOST = re.compile(r"(?:(?P<name>[^:\[\]]+)|\[(?P<six>[^\[\]]+)\])(?::[0-9]{1,5}
 
 def cross_origin_reason(request: Request) -> str | None:
     """
-    Tell in a line why this may come from a page that is not ours; None if it does not.
+    Return why a request may come from a page of another origin, as one line; None if it does not.
 
-    A page can give its own name our address, and is then, to the browser, the page of that name and we its
-    server. So whoever comes to a loopback address must call it by a loopback name. At other addresses, where
-    the user has chosen to be reached, any name will do.
+    An attacker's domain can resolve to a loopback address (DNS rebinding); to the browser, this server is
+    then of that domain's origin. So a request to a loopback address must have a loopback name in `Host`. At
+    other addresses, where the user chose to be reachable, any name is allowed.
     """
     host = _only(request, "Host")
     arrived_at = getattr(request.getHost(), "host", "")
     if _is_loopback(arrived_at) and host is not None and not _names_loopback(host):
-        return "the Host header does not name this machine"
+        return "the Host header is not a loopback name"
     origin = _only(request, "Origin")
     if origin is not None and not _is_same(origin, host):
-        return "a page of another origin may not ask this"
+        return "cross-origin requests are not allowed"
     site = _only(request, "Sec-Fetch-Site")
     if site not in (None, "none", "same-origin", "same-site"):
-        return "a page of another site may not ask this"
+        return "cross-site requests are not allowed"
     return None
 
 
 def _only(request: Request, name: str) -> str | None:
-    """Give a header's value; two of them make one that nothing matches."""
+    """Return a header in lower case; repeated headers are joined into a value that nothing matches."""
     values = request.requestHeaders.getRawHeaders(name)
     return None if values is None else ",".join(values).strip().lower()
 
@@ -60,6 +60,6 @@ def _names_loopback(host: str) -> bool:
 
 
 def _is_same(origin: str, host: str | None) -> bool:
-    """Tell whether an origin is our own; a port that its scheme implies is not written in either."""
+    """Return whether an origin is that of `Host`. Browsers omit the default port in both headers."""
     scheme, separator, authority = origin.partition("://")
     return bool(separator) and scheme in ("http", "https") and authority == host

@@ -1,8 +1,4 @@
-"""
-The edges of an HTTP server: bounded request bodies, one-line errors, and an orderly end.
-
-Both roles stand on this; it knows nothing of runs or machines.
-"""
+"""HTTP server: bounded request bodies and connections, one-line errors, graceful connection shutdown."""
 
 from __future__ import annotations
 
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
 _log = Logger()
 
 MAX_CONNECTIONS = 4096
-"""Connections that a site has at the same time, unless it is told otherwise."""
+"""Default limit of concurrent connections of a site."""
 
 FLUSH_TIMEOUT = 5.0
 """Seconds that connections get to deliver their output when a site is drained."""
@@ -48,44 +44,44 @@ FLUSH_TIMEOUT = 5.0
 _TEXT = "text/plain; charset=utf-8"
 
 
-def error_response(request: Request, code: int, line: str) -> bytes:
-    """Make the request's answer a one-line error; returns its body. A 503 has a `Retry-After`."""
+def error_response(request: Request, code: int, message: str) -> bytes:
+    """Set the status and headers of a one-line error and return its body. A 503 gets a `Retry-After`."""
     request.setResponseCode(code)
     if code == SERVICE_UNAVAILABLE and not request.responseHeaders.hasHeader("Retry-After"):
         request.setHeader("Retry-After", RETRY_AFTER)
-    return _text(request, line, _TEXT)
+    return _text(request, message, _TEXT)
 
 
-def text_response(request: Request, text: str, kind: str = _TEXT) -> bytes:
-    """Make the request's answer something small that is true now; returns its body."""
+def text_response(request: Request, text: str, content_type: str = _TEXT) -> bytes:
+    """Set the headers of a short response that must not be cached, and return its body."""
     request.setHeader("Cache-Control", "no-store")
     request.setHeader("X-Content-Type-Options", "nosniff")
-    return _text(request, text, kind)
+    return _text(request, text, content_type)
 
 
-def _text(request: Request, text: str, kind: str) -> bytes:
+def _text(request: Request, text: str, content_type: str) -> bytes:
     data = text.encode() + b"\n"
-    request.setHeader("Content-Type", kind)
+    request.setHeader("Content-Type", content_type)
     request.setHeader("Content-Length", str(len(data)))
     return data
 
 
 def read_body(request: Request) -> bytes:
-    """Give the request's body, all of which has come."""
-    assert request.content is not None  # noqa: S101 - it is made before a request is dispatched
+    """Return the complete body of a dispatched request."""
+    assert request.content is not None  # noqa: S101 - set before a request is dispatched
     content: bytes = request.content.read()
     return content
 
 
 def register_error_handlers(app: Klein) -> None:
-    """Let the routes of an app raise `HTTPError`, and make its 404 and 405 one line of text."""
-    # Not at the top: a worker listens before it loads klein, which has loaded this.
+    """Register handlers that turn `HTTPError`, and klein's 404 and 405, into one-line responses."""
+    # Not at module level: a worker listens before it loads klein, which loads werkzeug.
     from werkzeug.exceptions import HTTPException  # noqa: PLC0415
 
     @app.handle_errors(HTTPError)
-    def refused(self: object, request: Any, failure: Failure) -> bytes:  # noqa: ARG001 - a method
+    def http_error(self: object, request: Any, failure: Failure) -> bytes:  # noqa: ARG001 - a method
         error = failure.value
-        assert isinstance(error, HTTPError)  # noqa: S101 - what klein dispatched on
+        assert isinstance(error, HTTPError)  # noqa: S101 - klein dispatches on the type
         for name, value in error.headers.items():
             request.setHeader(name, value)
         return error_response(request, error.code, error.message)
@@ -101,10 +97,10 @@ def register_error_handlers(app: Klein) -> None:
 
 class BoundedRequest(Request):
     """
-    A request whose body has a limit: past it, the answer is 413 and the connection ends.
+    A request whose body has a limit: over it, the response is 413 and the connection ends.
 
-    Such a request is never dispatched, so that nobody acts on the first half of a body. Nor is one that
-    `request_filter` has something against, which is answered 403.
+    Such a request is not dispatched, so that no application acts on half a body. Requests that
+    `request_filter` rejects are answered with 403.
     """
 
     channel: Channel
@@ -116,35 +112,35 @@ class BoundedRequest(Request):
         self._received = 0
 
     def handleContentChunk(self, data: bytes) -> None:
-        """Keep a piece of the body, or refuse it all."""
+        """Store body data; reject the request over the limit."""
         self._received += len(data)
         if self._received > self.channel.max_body:
-            self.channel.too_large()
+            self.channel.reject_too_large()
             return
         try:
             super().handleContentChunk(data)
         except OSError:
-            self.channel.refuse(503, "no room for the body")
+            self.channel.send_error(503, "cannot store the request body")
 
     def process(self) -> None:
-        """Dispatch the request, unless it was refused meanwhile, or is refused now."""
+        """Dispatch the request unless it was rejected earlier or is invalid."""
         transport: Any = self.transport
         if transport.disconnecting:
             return
         if self._is_ambiguous():
-            self.channel.malformed()
+            self.channel.reject_malformed()
             return
         # Methods are case-sensitive; the router's are not.
         if self.method == b"CONNECT" or not self.method.isupper():
-            self.channel.refuse(501, "the method is not supported")
+            self.channel.send_error(501, "method not supported")
             return
-        if not self._take_target():
-            self.channel.refuse(400, "the request target is not a path, or a URL of the Host that is asked")
+        if not self._normalize_target():
+            self.channel.send_error(400, "the request target is neither a path nor a URL that matches Host")
             return
         self.setHeader("Date", datetimeToString())
-        objection = self._request_filter(self) if self._request_filter else None
-        if objection is not None:
-            error = error_response(self, 403, objection)
+        rejection = self._request_filter(self) if self._request_filter else None
+        if rejection is not None:
+            error = error_response(self, 403, rejection)
         elif not _is_routable(self.path):
             error = error_response(self, 404, "not found")
         else:
@@ -153,12 +149,12 @@ class BoundedRequest(Request):
         self.write(error)
         self.finish()
 
-    def _take_target(self) -> bool:
+    def _normalize_target(self) -> bool:
         """
         Reduce the absolute form of the request target to a path. Return whether the target is valid.
 
-        RFC 9112, 3.2.2: the authority of such a target counts, and not `Host`. Others may read it the other
-        way round, so the two must be the same.
+        By RFC 9112, 3.2.2, the authority of such a target overrides `Host`. Other software may prefer `Host`,
+        so the two must be the same.
         """
         if self.uri.startswith(b"/") or (self.uri == b"*" and self.method == b"OPTIONS"):
             return True
@@ -167,23 +163,23 @@ class BoundedRequest(Request):
             return False
         scheme, authority = match[1].lower(), match[2]
         hosts = self.requestHeaders.getRawHeaders(b"Host", [authority])
-        is_ours = _without_default_port(hosts[0], scheme) == _without_default_port(authority, scheme)
-        if not is_ours or (scheme == b"https" and not self.isSecure()):
+        same_host = _without_default_port(hosts[0], scheme) == _without_default_port(authority, scheme)
+        if not same_host or (scheme == b"https" and not self.isSecure()):
             return False
-        self.requestHeaders.setRawHeaders(b"Host", hosts)  # HTTP/1.0 may leave it out
+        self.requestHeaders.setRawHeaders(b"Host", hosts)  # HTTP/1.0 requests may lack it
         self.uri = match[3] if match[3].startswith(b"/") else b"/" + match[3]
         self.path = self.uri.partition(b"?")[0]
         return True
 
     def _is_ambiguous(self) -> bool:
-        """Tell whether others could read this request as one to another host, or of another length."""
+        """Return whether other software could read another host or body length from this request."""
         hosts = self.requestHeaders.getRawHeaders("Host", [])
         if self.clientproto == b"HTTP/1.1":
             return len(hosts) != 1
         return len(hosts) > 1 or self.requestHeaders.hasHeader("Transfer-Encoding")
 
     def getRequestHostname(self) -> bytes:
-        """Tell klein a host that it can read, whatever the client calls us; no route looks at it."""
+        """Return a fixed host: Klein fails on invalid Host headers, and no route depends on it."""
         return b"localhost"
 
 
@@ -197,7 +193,7 @@ def _without_default_port(authority: bytes, scheme: bytes) -> bytes:
 
 
 def _is_routable(path: bytes) -> bool:
-    """Tell what klein can be given: it finds `/run` for `//run`, and logs an error without UTF-8."""
+    """Return whether Klein may get this path: it routes `//run` to `/run`, and fails on invalid UTF-8."""
     try:
         return "//" not in unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
@@ -207,14 +203,14 @@ def _is_routable(path: bytes) -> bool:
 @implementer(IHalfCloseableProtocol)
 class _Connection(ProtocolWrapper):
     """
-    A connection that closes as TCP wants it: it ends its own side, then waits for the peer to end its.
+    A connection that closes gracefully: it closes its own side, then waits until the peer closes.
 
-    Until then the peer may not have everything: closing at once, or ending the machine, would lose it.
-    Under TLS the end of our side is a close_notify alert, which the peer answers with its own.
+    Until then the peer may not have received all output: closing at once, or stopping the machine, would
+    lose it. With TLS, our side ends with a close_notify alert, which the peer answers with its own.
 
-    A peer that does not take what was written, and end its side, within `LINGER` seconds is cut off. (Sent
-    is not taken: the kernel may hold megabytes for a peer that reads slowly, and an abort drops them.) So is
-    one that sends more than `MAX_IGNORED` bytes meanwhile.
+    The connection is aborted if the peer does not receive all output and close its side within `LINGER`
+    seconds, or sends more than `MAX_IGNORED` bytes meanwhile. (Output that is sent may still be in the
+    kernel, megabytes of it for a slow reader; an abort drops it.)
     """
 
     LINGER = 60.0
@@ -231,18 +227,18 @@ class _Connection(ProtocolWrapper):
         self._peer: IAddress | None = None
         self._host: IAddress | None = None
         self.counted_as: str | None = None
-        """The address that the site counts this connection under, if any."""
+        """The address under which the site counts this connection; None if it is not counted."""
 
     def getPeer(self) -> Any:
-        """Return the client's address: the one that its proxy tells, where there is one."""
+        """Return the client's address, from the PROXY header if there is one."""
         return self._peer or super().getPeer()
 
     def getHost(self) -> Any:
-        """Return the address that the client connected to, in the same way."""
+        """Return the address that the client connected to, from the PROXY header if there is one."""
         return self._host or super().getHost()
 
     def loseConnection(self) -> None:
-        """End our side, once what was written is sent."""
+        """Close our side once all output is sent."""
         if self.disconnecting:
             return
         self.disconnecting = 1
@@ -254,7 +250,7 @@ class _Connection(ProtocolWrapper):
             self.transport.loseWriteConnection()
 
     def dataReceived(self, data: bytes) -> None:
-        """Pass it on, unless nobody could be answered any more."""
+        """Pass data to the channel; discard it once our side is closed."""
         if not self.disconnecting:
             if self._header is not None:
                 data = self._without_header(self._header, data)
@@ -266,37 +262,37 @@ class _Connection(ProtocolWrapper):
             self.transport.abortConnection()
 
     def _without_header(self, header: HeaderReader, data: bytes) -> bytes:
-        """Read the proxy's header; return what follows it. Abort a connection that is not to be served."""
+        """Parse the PROXY header and return the data after it. Abort if it is invalid, or over the limit."""
         try:
-            read = header.feed(data)
+            parsed = header.feed(data)
         except ValueError as error:
             self.factory.report_header(error)
             self._abort()
             return b""
-        if read is None:
+        if parsed is None:
             return b""
-        self._header, self._peer, self._host = None, read.source, read.destination
+        self._header, self._peer, self._host = None, parsed.source, parsed.destination
         if not self.factory.count(self):
             self._abort()
             return b""
-        return read.rest
+        return parsed.rest
 
     def _abort(self) -> None:
         self.disconnecting = 1
         self.transport.abortConnection()
 
     def writeConnectionLost(self) -> None:
-        """Our side has ended; what was written may still be on its way."""
+        """Do nothing: our side is closed, but the peer may still be reading."""
 
     def readConnectionLost(self) -> None:
-        """Close, as the peer has; one that does so in the middle of an exchange has gone away."""
+        """Close after the peer. A peer that closes during a request or response has disconnected: abort."""
         if self.disconnecting:
             self.transport.loseConnection()
         else:
             self.transport.abortConnection()
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """Both sides have ended."""
+        """Fire `closed`."""
         if self._lingering is not None and self._lingering.active():
             self._lingering.cancel()
         super().connectionLost(reason)
@@ -304,39 +300,39 @@ class _Connection(ProtocolWrapper):
 
 
 class _Site(Site):
-    """A site that leaves the log to the application."""
+    """A site that writes no access log."""
 
     noisy = False
     displayTracebacks = False
     _IN_MEMORY = 16 << 10
 
     def log(self, request: object) -> None:
-        """Log nothing: the one line that tells of a run is ours."""
+        """Do nothing: the application logs one line per run."""
 
     def getContentFile(self, _: int | None) -> SpooledTemporaryFile[bytes]:
-        """Keep a body while it comes: many may come slowly, so that only the short ones are in memory."""
+        """Return a file for a request body, in memory while small: many slow uploads may be in progress."""
         return SpooledTemporaryFile(self._IN_MEMORY)
 
 
-class _Refused(Protocol):
-    """A connection that is closed as it comes: wrappers of a site, such as TLS, take no None for it."""
+class _Rejected(Protocol):
+    """Closes a connection at once; wrappers of a site, such as TLS, accept no None in its place."""
 
     transport: Any
 
     def connectionMade(self) -> None:
-        """Close it."""
+        """Close the connection."""
         self.transport.loseConnection()
 
 
 @implementer(IProtocolNegotiationFactory)
 class BoundedSite(WrappingFactory):
     """
-    Serves a resource with bounded bodies, and can wait until what it has written is delivered.
+    Serves a resource with bounded request bodies and connections; `drain` waits until output is delivered.
 
-    Connections past `max_connections`, or past `max_per_address` from one address, are closed as they come.
-    An address is counted as a client's is: an IPv6 one with its /64; peers without one, on a UNIX socket, are
-    not limited by it. (Behind a proxy all clients have the proxy's few addresses, unless it names theirs, see
-    `proxied`.) `request_filter` tells what there is against a request, if anything.
+    Connections over `max_connections`, or over `max_per_address` from one address, are closed at once. IPv6
+    addresses of one /64 count as one; peers on a UNIX socket have no address and no such limit. (Behind a
+    proxy all clients share the proxy's few addresses, unless it sends theirs, see `proxied`.)
+    `request_filter` returns why a request is rejected, or None.
     """
 
     protocol = _Connection
@@ -354,11 +350,11 @@ class BoundedSite(WrappingFactory):
     ) -> None:
         self.clock = clock
         self.proxied = False
-        """Whether connections begin with a header of the PROXY protocol, by which they are then counted."""
+        """Whether connections start with a PROXY protocol header, and are counted under its address."""
         self._header_reported = False
         self._max_connections = max_connections
         self._max_per_address = max_per_address
-        self._from: Counter[str] = Counter()
+        self._connections_from: Counter[str] = Counter()
         site = _Site(
             resource,
             requestFactory=partial(BoundedRequest, request_filter=request_filter),
@@ -367,53 +363,53 @@ class BoundedSite(WrappingFactory):
             reactor=clock,
         )
         make_channel: Any = partial(Channel, max_body)
-        site.protocol = make_channel  # type: ignore[method-assign]  # it is no method
+        site.protocol = make_channel  # type: ignore[method-assign]  # it is not a method
         super().__init__(site)
 
     def acceptableProtocols(self) -> list[bytes]:
-        """Return what may be agreed on by ALPN, under TLS."""
+        """Return the protocols to negotiate by ALPN."""
         return [b"http/1.1", b"http/1.0"]
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
-        """Take a connection, or have it closed."""
+        """Return the protocol for a connection; one that closes it if a limit is reached."""
         full = len(self.protocols) >= self._max_connections
-        if full or not (self.proxied or self._has_room(_name(addr))):
-            return _Refused()
+        if full or not (self.proxied or self._has_room(_address_key(addr))):
+            return _Rejected()
         return super().buildProtocol(addr)
 
     def registerProtocol(self, connection: _Connection) -> None:
-        """Note a connection that has begun; one from a proxy is counted once its client is known."""
+        """Count a connection; one from a proxy is counted once its PROXY header has arrived."""
         super().registerProtocol(connection)
         if not self.proxied:
             self.count(connection)
 
     def count(self, connection: _Connection) -> bool:
-        """Count a connection under its peer's address; return False if that has as many as it may."""
-        name = _name(connection.getPeer())
-        if not self._has_room(name):
+        """Count a connection under its peer's address; return False if that is at its limit."""
+        key = _address_key(connection.getPeer())
+        if not self._has_room(key):
             return False
-        connection.counted_as = name
-        self._from[name] += 1
+        connection.counted_as = key
+        self._connections_from[key] += 1
         return True
 
     def unregisterProtocol(self, connection: _Connection) -> None:
-        """Count it no more."""
+        """Stop counting a connection."""
         super().unregisterProtocol(connection)
-        name = connection.counted_as
-        if name is not None:
-            self._from[name] -= 1
-            if not self._from[name]:
-                del self._from[name]
+        key = connection.counted_as
+        if key is not None:
+            self._connections_from[key] -= 1
+            if not self._connections_from[key]:
+                del self._connections_from[key]
 
-    def _has_room(self, name: str) -> bool:
-        return not name or self._from[name] < self._max_per_address
+    def _has_room(self, key: str) -> bool:
+        return not key or self._connections_from[key] < self._max_per_address
 
     def report_header(self, error: ValueError) -> None:
-        """Log the first connection that does not begin as it has to; anyone could make many."""
+        """Log the first invalid PROXY header only: any client could cause many."""
         if not self._header_reported:
             self._header_reported = True
             _log.warn(
-                "closed a connection that does not begin with a PROXY header: {error}; others are not logged",
+                "closed a connection without a valid PROXY header: {error}; further ones are not logged",
                 error=error,
             )
 
@@ -432,8 +428,8 @@ class BoundedSite(WrappingFactory):
             connection.abortConnection()
 
 
-def _name(address: IAddress | None) -> str:
-    """Name what an address counts as; sockets of files have no name."""
+def _address_key(address: IAddress | None) -> str:
+    """Return the key that an address is counted under; an empty string for a UNIX socket."""
     host = getattr(address, "host", "")
     try:
         return address_key(host)

@@ -1,4 +1,4 @@
-"""HTTP towards servers that we do not trust: each request on its own connection, its answer fenced in."""
+"""HTTP client for untrusted servers: one connection per request, strict response parsing."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _REQUEST = re.compile(rb"[A-Z]+ /[!-~]*")
 
 
 class IncompleteResponseError(Exception):
-    """The connection ended before the answer did, or nothing tells whether it did."""
+    """The connection was lost before the end of the response, or the response has no explicit end."""
 
 
 @implementer(IPushProducer)
 class _ClientProtocol(Protocol):
     """
-    One request and its answer. To who receives the answer's body, this is the producer.
+    One request and its response. It is the producer of the response's body.
 
-    Whatever ends it resets the connection: nothing more is to be said on it, nor is what was not yet sent of
-    any use. So a worker that reads nothing holds nothing.
+    Every outcome resets the connection: no further request follows, and unsent data is of no use. So a worker
+    that does not read cannot keep a connection open.
     """
 
     transport: Any
@@ -40,19 +40,19 @@ class _ClientProtocol(Protocol):
     def __init__(self, method: bytes) -> None:
         self._parser = ResponseParser(method)
         self._receiver: IProtocol | None = None
-        self._kept = b""
+        self._buffer = b""
         self._outcome: Failure | None = None
-        self._answer: Deferred[IResponse] = Deferred(lambda _: self._end(CancelledError()))
+        self._response: Deferred[IResponse] = Deferred(lambda _: self._end(CancelledError()))
 
     def send(self, head: bytes, body: IBodyProducer | None) -> Deferred[IResponse]:
-        """Send the request, and wait for the head of its answer."""
+        """Send the request; the result fires with the head of the response."""
         self.transport.write(head)
         if body is not None:
             body.startProducing(self.transport)
-        return self._answer
+        return self._response
 
     def dataReceived(self, data: bytes) -> None:
-        """Read on; what comes of a body before it is asked for is kept, and no more is read."""
+        """Parse data. Body data that arrives before `deliver` is buffered, and reading pauses."""
         if self._outcome is not None:
             return
         parser = self._parser
@@ -61,45 +61,45 @@ class _ClientProtocol(Protocol):
             if body:
                 self._receiver.dataReceived(body)
         elif parser.head is not None:
-            self._kept += body
+            self._buffer += body
             self.transport.pauseProducing()
         if parser.complete:
             self._end(ResponseDone())
         elif parser.error is not None:
             self._end(parser.error)
-        if parser.head is not None and not self._answer.called:
-            self._answer.callback(_Response(parser.head, self))
+        if parser.head is not None and not self._response.called:
+            self._response.callback(_Response(parser.head, self))
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """Whatever it was that ended the connection, the answer is not whole."""
+        """Fail unless the response is complete: a lost connection ends no response in order."""
         self._end(IncompleteResponseError(reason.getErrorMessage()))
 
     def deliver(self, receiver: IProtocol) -> None:
-        """Give the body to its receiver, from now on as it comes."""
+        """Deliver the buffered body data to `receiver`, then further data as it arrives."""
         outcome = self._outcome
         self._receiver = receiver
         self.transport.resumeProducing()
-        receiver.makeConnection(self)  # type: ignore[arg-type]  # what IResponse.deliverBody promises
-        if self._kept:
-            receiver.dataReceived(self._kept)
-            self._kept = b""
+        receiver.makeConnection(self)  # type: ignore[arg-type]  # as IResponse.deliverBody specifies
+        if self._buffer:
+            receiver.dataReceived(self._buffer)
+            self._buffer = b""
         if outcome is not None:
             receiver.connectionLost(outcome)
 
     def pauseProducing(self) -> None:
-        """Stop reading, and so, in time, the worker."""
+        """Stop reading; TCP flow control then stops the worker."""
         self.transport.pauseProducing()
 
     def resumeProducing(self) -> None:
-        """Read on."""
+        """Resume reading."""
         self.transport.resumeProducing()
 
     def stopProducing(self) -> None:
-        """End it; the receiver is told that it was cut short."""
+        """Abort the connection; the receiver gets an `IncompleteResponseError`."""
         self.transport.abortConnection()
 
     def _end(self, outcome: Exception) -> None:
-        """Close the connection, and tell the outcome, once, to whoever waits for it."""
+        """Close the connection and report the first outcome: to the receiver, or to the caller of `send`."""
         if self._outcome is not None:
             return
         self._outcome = Failure(outcome)
@@ -107,40 +107,39 @@ class _ClientProtocol(Protocol):
         if self._receiver is not None:
             self._receiver.connectionLost(self._outcome)
         elif self._parser.head is None:
-            self._answer.errback(self._outcome)
+            self._response.errback(self._outcome)
 
 
 @implementer(IResponse)
 class _Response:
-    """What a caller gets of an answer once its head has come; the reason phrase is nobody's business."""
+    """A response whose head has arrived. The reason phrase is dropped."""
 
     version = (b"HTTP", 1, 1)
     phrase = b""
     request = None
     previousResponse = None
 
-    def __init__(self, head: ResponseHead, exchange: _ClientProtocol) -> None:
+    def __init__(self, head: ResponseHead, connection: _ClientProtocol) -> None:
         self.code = head.code
         self.headers = head.headers
         self.length = UNKNOWN_LENGTH if head.length is None else head.length
-        self._exchange = exchange
+        self._connection = connection
 
     def deliverBody(self, protocol: IProtocol) -> None:
-        """Give the body to a protocol, whose transport is a push producer."""
-        self._exchange.deliver(protocol)
+        """Deliver the body to a protocol, whose transport is a push producer."""
+        self._connection.deliver(protocol)
 
     def setPreviousResponse(self, response: IResponse) -> None:
-        """Note the redirect that led here; we follow none."""
+        """Store the redirect that led here; this agent follows none."""
         self.previousResponse = response
 
 
 @implementer(IAgent)
 class StrictAgent:
     """
-    Sends each request on a connection of its own, once, and takes no answer but a strict and plain one.
+    Sends each request once, on its own connection, and accepts only strictly valid responses.
 
-    Beside what a connection fails with, `MalformedResponseError` and `IncompleteResponseError` are how an
-    answer, or its body, ends that is not whole.
+    Requests and bodies fail with `MalformedResponseError`, `IncompleteResponseError` or a connection error.
     """
 
     def __init__(self, endpoints: IAgentEndpointFactory) -> None:
@@ -153,29 +152,33 @@ class StrictAgent:
         headers: Headers | None = None,
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
-        """Send a request, whose body is of a known length. Raises `ValueError` if it cannot be written."""
-        there = URI.fromBytes(uri)
-        head = _request_head(method, there, headers or Headers(), bodyProducer)
-        connecting = self._endpoints.endpointForURI(there).connect(
+        """
+        Send a request.
+
+        Raises `ValueError` for an invalid method or path, and for a body of unknown length.
+        """
+        parsed = URI.fromBytes(uri)
+        head = _request_head(method, parsed, headers or Headers(), bodyProducer)
+        connecting = self._endpoints.endpointForURI(parsed).connect(
             Factory.forProtocol(lambda: _ClientProtocol(method))
         )
-        answer: Deferred[IResponse] = connecting.addCallback(
-            lambda exchange: exchange.send(head, bodyProducer)
+        response: Deferred[IResponse] = connecting.addCallback(
+            lambda connection: connection.send(head, bodyProducer)
         )
-        return answer
+        return response
 
 
-def _request_head(method: bytes, there: URI, headers: Headers, body: IBodyProducer | None) -> bytes:
-    target = b"%b %b" % (method, there.originForm)
-    if not _REQUEST.fullmatch(target):
-        raise ValueError("a method or a path that cannot be sent")
+def _request_head(method: bytes, uri: URI, headers: Headers, body: IBodyProducer | None) -> bytes:
+    request_line = b"%b %b" % (method, uri.originForm)
+    if not _REQUEST.fullmatch(request_line):
+        raise ValueError("invalid method or path")
     if body is not None and body.length is UNKNOWN_LENGTH:
-        raise ValueError("a body of unknown length")
+        raise ValueError("the length of the body is unknown")
     headers = headers.copy()
     headers.removeHeader(b"transfer-encoding")
-    headers.setRawHeaders(b"host", [there.netloc])
+    headers.setRawHeaders(b"host", [uri.netloc])
     headers.setRawHeaders(b"connection", [b"close"])
     headers.setRawHeaders(b"accept-encoding", [b"identity"])
     headers.setRawHeaders(b"content-length", [b"%d" % (body.length if body else 0)])
     fields = [b"%b: %b" % (name, value) for name, values in headers.getAllRawHeaders() for value in values]
-    return b"\r\n".join([target + b" HTTP/1.1", *fields, b"", b""])
+    return b"\r\n".join([request_line + b" HTTP/1.1", *fields, b"", b""])

@@ -31,13 +31,13 @@ if TYPE_CHECKING:
 MAX_REQ_TIME = 2.5
 CLOCK_SKEW = 15.0
 
-MALFORMED = "400 this is not a request, or its head is too large"
+MALFORMED = "400 malformed request, or request head too large"
 TOO_LARGE = "413 the body is larger than 1048576 bytes"
 LATE = "408 the request was not complete within 15 s"
 NOT_FOUND = "404 not found"
 NOT_ALLOWED = "405 method not allowed"
-NOT_SUPPORTED = "501 the method is not supported"
-NO_TARGET = "400 the request target is not a path, or a URL of the Host that is asked"
+NOT_SUPPORTED = "501 method not supported"
+NO_TARGET = "400 the request target is neither a path nor a URL that matches Host"
 CODED = "415 a Content-Encoding is not supported: send the body as it is"
 FORM_FOUND = "415 the body is a form: send the script itself, or as text/plain"
 FINE = "0"
@@ -199,7 +199,7 @@ CASES = [
          "400 more than one Content-Type"),
     Case("a form", once(post("/run", b"script=evil&x=1", f"Content-Type: {FORM}")), FORM_FOUND),
     Case("an expectation", once(post("/run", b"evil", "Expect: evil")),
-         "417 the only expectation that is supported is 100-continue"),
+         "417 the only supported expectation is 100-continue"),
     Case("two slashes", asks(b"POST", b"//run"), NOT_FOUND),
     Case("a path that climbs", asks(b"POST", b"/run/../run"), NOT_FOUND),
     Case("a path that is no UTF-8", asks(b"POST", b"/run%ff"), NOT_FOUND),
@@ -359,10 +359,10 @@ async def test_a_page_from_elsewhere_reaches_no_machine_of_a_laptop() -> None:
     try:
         there = Stage(coordinator, Worker())
         for fields, line in {
-            (page, "Origin: http://evil.example"): "a page of another origin may not ask this",
-            (page, "Origin: null"): "a page of another origin may not ask this",
-            (page, "Sec-Fetch-Site: cross-site"): "a page of another site may not ask this",
-            ("Host: evil.example",): "the Host header does not name this machine",
+            (page, "Origin: http://evil.example"): "cross-origin requests are not allowed",
+            (page, "Origin: null"): "cross-origin requests are not allowed",
+            (page, "Sec-Fetch-Site: cross-site"): "cross-site requests are not allowed",
+            ("Host: evil.example",): "the Host header is not a loopback name",
         }.items():
             asked = post("/run", b"echo hello", *fields[1:]).replace(b"Host: localhost", fields[0].encode())
             heard, _ = await there.ask(asked)

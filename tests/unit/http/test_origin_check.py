@@ -15,9 +15,9 @@ from tests.support.transport import ServerTransport
 HERE = IPv4Address("TCP", "127.0.0.1", 8000)
 LAN = IPv4Address("TCP", "192.168.1.5", 8000)
 
-NAME = "the Host header does not name this machine"
-ORIGIN = "a page of another origin may not ask this"
-SITE = "a page of another site may not ask this"
+NAME = "the Host header is not a loopback name"
+ORIGIN = "cross-origin requests are not allowed"
+SITE = "cross-site requests are not allowed"
 
 
 class Root(Resource):

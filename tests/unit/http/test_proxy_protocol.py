@@ -124,7 +124,7 @@ class ProxiedSiteTests(SiteTestCase):
             peer = await self.call(self.port, version_1(f"198.51.100.{number % 3}") + post("/run", b""))
             self.assertIn(b"ran", await peer.hear_out())
             await wait_until(lambda: not self.site.protocols)
-        self.assertEqual({}, dict(self.site._from))
+        self.assertEqual({}, dict(self.site._connections_from))
 
     async def test_connections_of_one_client_have_a_limit_and_their_proxy_has_none(self) -> None:
         first = [await self.proxied("198.51.100.7") for _ in range(2)]
@@ -147,7 +147,7 @@ class ProxiedSiteTests(SiteTestCase):
             self.assertEqual(b"", await peer.hear_out())
         await wait_until(lambda: not self.site.protocols)
         self.assertEqual([], self.little.bodies)
-        self.assertEqual({}, dict(self.site._from))
+        self.assertEqual({}, dict(self.site._connections_from))
         self.assertEqual([], self.flushLoggedErrors())
         self.assert_no_timer()
 

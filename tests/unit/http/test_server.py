@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from twisted.web.server import Request
 
 MUCH = 16 << 20
-MALFORMED = "this is not a request, or its head is too large\n"
+MALFORMED = "malformed request, or request head too large\n"
 CHUNKED = b"POST /run HTTP/1.1\r\nHost: there\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
@@ -102,7 +102,7 @@ class ErrorTests(SiteTestCase):
         text = {"Content-Type": "text/plain; charset=utf-8"}
         not_found = (404, "not found\n", text)
         not_allowed = (405, "method not allowed\n", {**text, "Allow": "POST"})
-        not_supported = (501, "the method is not supported\n", text)
+        not_supported = (501, "method not supported\n", text)
         malformed = (400, MALFORMED, text)
         get = b"GET %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n"
         cases = {
@@ -333,7 +333,9 @@ class DiskTests(SiteTestCase):
         self.assertEqual(200, (await self.ask(whole))[0])
         more = post("/run", b"x" * ((1 << 14) + 1))
         text = {"Content-Type": "text/plain; charset=utf-8"}
-        self.assertEqual((503, "no room for the body\n", {**text, "Retry-After": "1"}), await self.ask(more))
+        self.assertEqual(
+            (503, "cannot store the request body\n", {**text, "Retry-After": "1"}), await self.ask(more)
+        )
         self.assertEqual(1, len(self.little.bodies))
 
 
@@ -343,7 +345,7 @@ class TimeTests(SiteTestCase):
         cases = {"in its head": 30, "at its first byte": 1, "in its body": len(slow) - 3}
         for way, start in cases.items():
             peer = await self.call(self.port, slow[:start])
-            await wait_until(lambda: self.channel()._begun)
+            await wait_until(lambda: self.channel()._in_request)
             self.clock.advance(14)
             await peer.say(slow[start : start + 1])
             self.clock.advance(0.9)
