@@ -68,7 +68,7 @@ async def doctor(
 
 
 class MachineBackend(NullBackend):
-    """Bodies that may end by themselves, after some seconds; their workers are where the test says."""
+    """Machines that may stop by themselves after some seconds; the test sets the URL of their workers."""
 
     def __init__(self) -> None:
         self.url: str | None = None

@@ -1,5 +1,5 @@
 """
-Fly's private network, in a network namespace: names with AAAA records alone, and the README's settings alone.
+Fly's private network, in a network namespace: names with AAAA records only; settings of docs/deploy-fly.md.
 
 dnsmasq serves the names, the C library resolves them, and clients' requests are curl's. Needs root, iproute2,
 dnsmasq and curl, which CI has (`.ci/run`).
@@ -37,7 +37,7 @@ pytestmark = [
 DNS, API, FLYCAST, WEB, SILENT = "fdaa::3", "fdaa:0:18::2", "fdaa:0:18:0:1::3", "fdaa:0:18::4", "fdaa:dead::1"
 TOKEN = "FlyV1 fm2_permission,fm2_discharge"
 
-# What the README has a user of Fly set, and what Fly sets.
+# The settings in docs/deploy-fly.md, and those that Fly sets.
 SETTINGS = {
     "WORKER_APP": "my-basher",
     "WORKER_IMAGE": "registry.example/basher:1",
