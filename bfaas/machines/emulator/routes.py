@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from klein import Klein
 from twisted.internet.defer import Deferred, FailureGroup, race
-from twisted.logger import Logger
 from werkzeug.exceptions import HTTPException
 
 from bfaas.http.server import read_body
@@ -40,14 +39,15 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.server import Request
 
-# Not imported from bfaas.machines.fly: if a name is wrong in the client, tests against the emulator fail.
+# Defined here too, in place of an import from bfaas.machines.fly: if the client has one of them wrong, tests
+# against the emulator fail.
 _NONCE_HEADER = "fly-machine-lease-nonce"
-_SCHEMES = ("bearer", "flyv1")  # without regard to case: RFC 9110, 11.1
+_SCHEMES = ("bearer", "flyv1")  # case-insensitive: RFC 9110, 11.1
+_ROOT = "/v1/apps/<app>/machines"
 
-ROOT = "/v1/apps/<app>/machines"
 _WAITABLE = ("started", "stopped", "suspended", "destroyed", "failed", "settled")
 _SETTLED = (State.STARTED, State.STOPPED, State.SUSPENDED, State.DESTROYED, State.FAILED)
-_MAX_WAIT = 60
+_MAX_WAIT = 60  # seconds
 _DESTROYABLE = (State.STOPPED, State.SUSPENDED, State.FAILED, State.CREATED)
 
 
@@ -71,7 +71,6 @@ class MachinesServer:
     """The API of one app. Requests need its token; without one, every token is accepted."""
 
     app = Klein()
-    _log = Logger()
 
     def __init__(self, machines: ServedMachines, app_name: str, token: str | None) -> None:
         self._machines = machines
@@ -121,7 +120,7 @@ class MachinesServer:
         request.setHeader("fly-request-id", f"{secrets.token_hex(13).upper()}-local")
         return b"" if status == 204 else json.dumps(document).encode()  # noqa: PLR2004 - no content
 
-    @app.route(ROOT, methods=["GET"])
+    @app.route(_ROOT, methods=["GET"])
     async def list(self, request: Request, app: str) -> bytes:
         """Return the machines, filtered by region, state and metadata."""
         self._authorize(request, app)
@@ -142,7 +141,7 @@ class MachinesServer:
         ]
         return self._reply(request, documents)
 
-    @app.route(ROOT, methods=["POST"])
+    @app.route(_ROOT, methods=["POST"])
     async def create(self, request: Request, app: str) -> bytes:
         """Create a machine."""
         self._authorize(request, app)
@@ -159,13 +158,13 @@ class MachinesServer:
             document["nonce"] = lease.nonce
         return self._reply(request, document)
 
-    @app.route(f"{ROOT}/<machine_id>", methods=["GET"])
+    @app.route(f"{_ROOT}/<machine_id>", methods=["GET"])
     async def get(self, request: Request, app: str, machine_id: str) -> bytes:
         """Return one machine."""
         self._authorize(request, app)
         return self._reply(request, self._encode(await self._machines.get(machine_id)))
 
-    @app.route(f"{ROOT}/<machine_id>", methods=["DELETE"])
+    @app.route(f"{_ROOT}/<machine_id>", methods=["DELETE"])
     async def destroy(self, request: Request, app: str, machine_id: str) -> bytes:
         """Destroy a machine; a running machine only with `force`."""
         self._authorize(request, app)
@@ -177,7 +176,7 @@ class MachinesServer:
         await self._machines.destroy(machine_id, _nonce(request))
         return self._reply(request, {"ok": True})
 
-    @app.route(f"{ROOT}/<machine_id>/start", methods=["POST"])
+    @app.route(f"{_ROOT}/<machine_id>/start", methods=["POST"])
     async def start(self, request: Request, app: str, machine_id: str) -> bytes:
         """Start a machine."""
         self._authorize(request, app)
@@ -189,7 +188,7 @@ class MachinesServer:
             request, {"previous_state": before.state, "migrated": migrated, "new_host": new_host}
         )
 
-    @app.route(f"{ROOT}/<machine_id>/stop", methods=["POST"])
+    @app.route(f"{_ROOT}/<machine_id>/stop", methods=["POST"])
     async def stop(self, request: Request, app: str, machine_id: str) -> bytes:
         """Stop a machine, without a grace period: signal and timeout are validated and ignored."""
         self._authorize(request, app)
@@ -197,14 +196,14 @@ class MachinesServer:
         await self._machines.stop(machine_id, _nonce(request))
         return self._reply(request, {"ok": True})
 
-    @app.route(f"{ROOT}/<machine_id>/suspend", methods=["POST"])
+    @app.route(f"{_ROOT}/<machine_id>/suspend", methods=["POST"])
     async def suspend(self, request: Request, app: str, machine_id: str) -> bytes:
         """Suspend a machine."""
         self._authorize(request, app)
         await self._machines.suspend(machine_id, _nonce(request))
         return self._reply(request, {"ok": True})
 
-    @app.route(f"{ROOT}/<machine_id>/wait", methods=["GET"])
+    @app.route(f"{_ROOT}/<machine_id>/wait", methods=["GET"])
     async def wait(self, request: Request, app: str, machine_id: str) -> bytes:
         """Wait 1 to 60 seconds until a machine, or a version of it, is in one of the given states."""
         self._authorize(request, app)
@@ -229,13 +228,13 @@ class MachinesServer:
         now = (await self._machines.get(machine_id)).state
         return self._reply(request, {"ok": True, "state": now, "version": machine.instance_id})
 
-    @app.route(f"{ROOT}/<machine_id>/lease", methods=["GET"])
+    @app.route(f"{_ROOT}/<machine_id>/lease", methods=["GET"])
     async def get_lease(self, request: Request, app: str, machine_id: str) -> bytes:
         """Return the lease, with its nonce."""
         self._authorize(request, app)
         return self._reply(request, encode_lease(await self._machines.get_lease(machine_id)))
 
-    @app.route(f"{ROOT}/<machine_id>/lease", methods=["POST"])
+    @app.route(f"{_ROOT}/<machine_id>/lease", methods=["POST"])
     async def acquire_lease(self, request: Request, app: str, machine_id: str) -> bytes:
         """Acquire a lease, or extend the one whose nonce the request has."""
         self._authorize(request, app)
@@ -253,7 +252,7 @@ class MachinesServer:
         lease = await self._machines.acquire_lease(machine_id, ttl, description)
         return self._reply(request, encode_lease(lease), 201)
 
-    @app.route(f"{ROOT}/<machine_id>/lease", methods=["DELETE"])
+    @app.route(f"{_ROOT}/<machine_id>/lease", methods=["DELETE"])
     async def release_lease(self, request: Request, app: str, machine_id: str) -> bytes:
         """Release a lease."""
         self._authorize(request, app)
@@ -265,13 +264,13 @@ class MachinesServer:
 
     # Metadata can be changed without the lease, because machines change their own.
 
-    @app.route(f"{ROOT}/<machine_id>/metadata", methods=["GET"])
+    @app.route(f"{_ROOT}/<machine_id>/metadata", methods=["GET"])
     async def get_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
         """Return all keys."""
         self._authorize(request, app)
         return self._reply(request, dict((await self._machines.get(machine_id)).metadata))
 
-    @app.route(f"{ROOT}/<machine_id>/metadata", methods=["PATCH", "PUT"])
+    @app.route(f"{_ROOT}/<machine_id>/metadata", methods=["PATCH", "PUT"])
     async def patch_metadata(self, request: Request, app: str, machine_id: str) -> bytes:
         """Merge keys; null or an empty value removes one."""
         self._authorize(request, app)
@@ -282,7 +281,7 @@ class MachinesServer:
             self._machines.set_metadata(machine_id, key, str(value) if value else None)
         return self._reply(request, None, 204)
 
-    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["GET"])
+    @app.route(f"{_ROOT}/<machine_id>/metadata/<key>", methods=["GET"])
     async def get_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
         """Return one key."""
         self._authorize(request, app)
@@ -291,7 +290,7 @@ class MachinesServer:
             raise NotFoundError("metadata key not found")
         return self._reply(request, {"value": metadata[key]})
 
-    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["POST"])
+    @app.route(f"{_ROOT}/<machine_id>/metadata/<key>", methods=["POST"])
     async def set_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
         """Set one key."""
         self._authorize(request, app)
@@ -301,7 +300,7 @@ class MachinesServer:
         self._machines.set_metadata(machine_id, key, value)
         return self._reply(request, None, 204)
 
-    @app.route(f"{ROOT}/<machine_id>/metadata/<key>", methods=["DELETE"])
+    @app.route(f"{_ROOT}/<machine_id>/metadata/<key>", methods=["DELETE"])
     async def delete_metadata_key(self, request: Request, app: str, machine_id: str, key: str) -> bytes:
         """Remove one key."""
         self._authorize(request, app)

@@ -62,8 +62,8 @@ class _Entry:
     """
     A machine with its hidden state.
 
-    `generation` is increased by everything that voids a start in progress. `watchers` are called at the next
-    change of its state.
+    Everything that voids a boot in progress increases `generation`. `watchers` fire at the next change of the
+    state.
     """
 
     machine: Machine
