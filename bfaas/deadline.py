@@ -1,7 +1,7 @@
 """
-A span of time that work is run under, and what its end looks like.
+Deadlines of work.
 
-Deadlines are absolute: made once, then handed down, so that the steps of one piece of work share its time.
+A deadline is a fixed time. It is created once and passed on, so that all steps of the work share it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_INSTANT = 1e-6  # seconds: a timer so short may leave the clock where it is
+_MIN_DELAY = 1e-6
+"""Seconds. A shorter timer may not advance the clock."""
 
 
 class DeadlineExceededError(Exception):
-    """Time ran out, and the work was cancelled."""
+    """The work was cancelled at its deadline."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"not done after {seconds:g} s")
@@ -29,7 +30,7 @@ class DeadlineExceededError(Exception):
 
 
 class Deadline:
-    """A moment, `seconds` from now on the clock."""
+    """A time, `seconds` from now on the clock."""
 
     def __init__(self, clock: IReactorTime, seconds: float) -> None:
         self._clock = clock
@@ -38,17 +39,16 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds that are left; 0 when there are none, or less than a clock can tell."""
-        left = self._at - self._clock.seconds()
-        return left if left > _INSTANT else 0.0
+        """Seconds until the deadline. 0 after it, and if it is closer than the resolution of a clock."""
+        remaining = self._at - self._clock.seconds()
+        return remaining if remaining > _MIN_DELAY else 0.0
 
     async def run(self, work: Coroutine[Deferred[Any], Any, T] | Deferred[T]) -> T:
         """
-        Wait for the work; cancel it when the time is up, and raise `DeadlineExceededError`.
+        Wait for the work. Cancel it at the deadline, and raise `DeadlineExceededError`.
 
-        What the work raises while it is being cancelled is raised here: only plain cancellation becomes
-        the deadline's error. Cancelling this cancels the work. A coroutine that cleans up behind an
-        `await` is waited for, beyond the deadline.
+        An error that the work raises while it is cancelled is raised unchanged. Cancelling this cancels the
+        work. If the work awaits something in its cleanup, that is waited for, beyond the deadline.
         """
         task = work if isinstance(work, Deferred) else Deferred.fromCoroutine(work)
         expired = False

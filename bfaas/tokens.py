@@ -1,9 +1,9 @@
 """
-Ed25519 keys, and the one header by which a worker knows its coordinator.
+Ed25519 keys, and the auth tokens with which a coordinator authenticates its requests to a worker.
 
-A header is lower-case hex of a NaCl signed message (https://nacl.cr.yp.to/sign.html): a 64-byte
-signature, then the message `UNIX_SECONDS,MACHINE_ID`. Both it and the keys are those of `auth/lib.go`
-in https://github.com/superfly/bfaas, so either side may be that program.
+An auth token is a NaCl signed message (https://nacl.cr.yp.to/sign.html) in lower-case hex: a signature of 64
+bytes, then the message `UNIX_SECONDS,MACHINE_ID`. The formats of tokens and keys are those of `auth/lib.go`
+in https://github.com/superfly/bfaas, so that either side can be that program.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 CLOCK_SKEW = 5
-"""Seconds that a header may come before its time: two machines' clocks differ."""
+"""Seconds that a token may be received before its time, because the clocks of two machines differ."""
 
-_LIFETIME = 60  # seconds after its time that a header is good for
-_MAX_HEADER = 1024  # characters
+_LIFETIME = 60
+"""Seconds after its time during which a token is valid."""
+
+_MAX_LENGTH = 1024
+"""Characters of a token."""
 
 _KEY_SIZE = 32
 _SIGNATURE_SIZE = 64
 
-# One spelling for each number, so that a message has one meaning.
+# Each number has only one spelling.
 _MESSAGE = re.compile(rb"(0|[1-9][0-9]{0,19}),(.*)", re.DOTALL)
 
 
 class KeyFormatError(ValueError):
-    """A key is malformed. The message is one line and never holds the key."""
+    """A key is malformed. The message is one line and never contains the key."""
 
 
 class AuthError(Exception):
-    """A header is refused. The message is the reason: it is for the log, never for the answer."""
+    """An auth token is invalid. The message is the reason, for the log only, never for the response."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class KeyPair:
 
 
 def genkey() -> KeyPair:
-    """Make a new pair."""
+    """Generate a key pair."""
     key = Ed25519PrivateKey.generate()
     public = key.public_key().public_bytes_raw().hex()
     return KeyPair(public=public, private=key.private_bytes_raw().hex() + public)
@@ -55,9 +58,9 @@ def genkey() -> KeyPair:
 
 class Signer:
     """
-    Signs headers with a private key, 64 bytes in hex of either case.
+    Signs auth tokens with a private key: 64 bytes in hex, in either case.
 
-    Raises `KeyFormatError` for anything else, and where the public half is not that of the seed.
+    Raises `KeyFormatError` if the key is malformed, or if its public half does not match its seed.
     """
 
     def __init__(self, private: str) -> None:
@@ -73,21 +76,21 @@ class Signer:
 
     @property
     def public(self) -> str:
-        """The public key that headers are checked with, in hex."""
+        """The public key that verifies the tokens, in hex."""
         return self._public
 
     def sign(self, machine_id: str, now: float) -> str:
-        """Write the header for a machine, at a time in Unix seconds."""
+        """Return an auth token for a machine. `now` is the time in Unix seconds."""
         message = b"%d,%b" % (math.floor(now), _encode(machine_id))
         return (self._key.sign(message) + message).hex()
 
 
 class Verifier:
     """
-    Checks headers against public keys, each 32 bytes in hex of either case, separated by commas.
+    Verifies auth tokens with public keys: 32 bytes each, in hex of either case, separated by commas.
 
-    Any one of them will do, so that a key can be replaced without a pause. Raises `KeyFormatError`
-    where one is malformed or there is none.
+    A token of any of the keys is valid, so that keys can be rotated without interruption. Raises
+    `KeyFormatError` if a key is malformed or there is none.
     """
 
     def __init__(self, public: str) -> None:
@@ -95,9 +98,9 @@ class Verifier:
             Ed25519PublicKey.from_public_bytes(_unhex(key, _KEY_SIZE)) for key in public.split(",")
         )
 
-    def verify(self, header: str, machine_id: str, now: float) -> None:
-        """Check a header that came to a machine at a time in Unix seconds; raise `AuthError` if it is bad."""
-        signed = _signed_bytes(header)
+    def verify(self, token: str, machine_id: str, now: float) -> None:
+        """Verify a token for a machine. `now` is the time in Unix seconds. Raises `AuthError`."""
+        signed = _signed_bytes(token)
         signature, message = signed[:_SIGNATURE_SIZE], signed[_SIGNATURE_SIZE:]
         if not any(_is_signed(key, signature, message) for key in self._keys):
             raise AuthError("bad signature")
@@ -114,7 +117,7 @@ class Verifier:
 
 
 def _unhex(text: str, size: int) -> bytes:
-    """Read a key of `size` bytes, with whitespace around it."""
+    """Decode a key of `size` bytes, which may be surrounded by whitespace."""
     try:
         raw = binascii.unhexlify(text.strip())
     except ValueError:
@@ -124,15 +127,15 @@ def _unhex(text: str, size: int) -> bytes:
     return raw
 
 
-def _signed_bytes(header: str) -> bytes:
-    """Read a header's hex, in the one spelling that it may have."""
-    if len(header) > _MAX_HEADER:
+def _signed_bytes(token: str) -> bytes:
+    """Decode a token, which must be lower-case hex. Raises `AuthError`."""
+    if len(token) > _MAX_LENGTH:
         raise AuthError("too long")
     try:
-        signed = bytes.fromhex(header)
+        signed = bytes.fromhex(token)
     except ValueError:
         raise AuthError("not hex") from None
-    if signed.hex() != header:
+    if signed.hex() != token:
         raise AuthError("not canonical hex")
     if len(signed) <= _SIGNATURE_SIZE:
         raise AuthError("too short")
@@ -148,5 +151,5 @@ def _is_signed(key: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
 
 
 def _encode(machine_id: str) -> bytes:
-    # Total, unlike plain UTF-8: a name out of the environment may hold surrogates.
+    # Names from the environment may contain surrogates, which plain UTF-8 rejects.
     return machine_id.encode(errors="surrogatepass")

@@ -1,3 +1,5 @@
+"""Deadlines: cancellation at the deadline and before it, and errors."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, TypeVar
@@ -27,7 +29,7 @@ class DeadlineTests(SynchronousTestCase):
     def assert_no_timer(self) -> None:
         self.assertEqual([], self.clock.getDelayedCalls())
 
-    def test_what_is_done_in_time_leaves_no_timer(self) -> None:
+    def test_work_that_ends_in_time_leaves_no_timer(self) -> None:
         waiting = self.run_for(2, self.work)
         self.clock.advance(1.9)
         self.assertNoResult(waiting)
@@ -35,7 +37,7 @@ class DeadlineTests(SynchronousTestCase):
         self.assertEqual("done", self.successResultOf(waiting))
         self.assert_no_timer()
 
-    def test_at_its_end_the_work_is_cancelled(self) -> None:
+    def test_cancels_the_work_at_the_deadline(self) -> None:
         waiting = self.run_for(2.5, self.work)
         self.clock.advance(2.4)
         self.assertEqual([], self.cancelled)
@@ -45,20 +47,20 @@ class DeadlineTests(SynchronousTestCase):
         self.assertEqual((2.5, "not done after 2.5 s"), (error.seconds, str(error)))
         self.assert_no_timer()
 
-    def test_an_error_of_the_work_passes(self) -> None:
+    def test_raises_errors_of_the_work(self) -> None:
         waiting = self.run_for(2, self.work)
         self.work.errback(ZeroDivisionError())
         self.failureResultOf(waiting, ZeroDivisionError)
         self.assert_no_timer()
 
-    def test_cancelling_from_outside_cancels_the_work_and_is_no_deadline(self) -> None:
+    def test_cancelling_cancels_the_work_and_is_not_an_exceeded_deadline(self) -> None:
         waiting = self.run_for(2, self.work)
         waiting.cancel()
         self.assertEqual([self.work], self.cancelled)
         self.failureResultOf(waiting, CancelledError)
         self.assert_no_timer()
 
-    def test_an_error_in_cleaning_up_comes_out(self) -> None:
+    def test_raises_errors_of_the_cleanup(self) -> None:
         async def work() -> None:
             try:
                 await self.work
@@ -69,7 +71,7 @@ class DeadlineTests(SynchronousTestCase):
         self.clock.advance(2)
         self.failureResultOf(waiting, ZeroDivisionError)
 
-    def test_cleaning_up_is_waited_for(self) -> None:
+    def test_waits_for_the_cleanup(self) -> None:
         cleaned: Deferred[None] = Deferred()
 
         async def work() -> None:
@@ -84,7 +86,7 @@ class DeadlineTests(SynchronousTestCase):
         cleaned.callback(None)
         self.failureResultOf(waiting, DeadlineExceededError)
 
-    def test_steps_share_its_time(self) -> None:
+    def test_steps_share_the_time(self) -> None:
         deadline = Deadline(self.clock, 3)
         self.assertEqual(3, deadline.remaining)
         self.clock.advance(2)
@@ -95,7 +97,7 @@ class DeadlineTests(SynchronousTestCase):
         self.clock.advance(1)
         self.assertEqual(0, deadline.remaining)
 
-    def test_the_deadline_that_ends_first_is_the_one_that_is_told(self) -> None:
+    def test_raises_the_error_of_the_earliest_deadline(self) -> None:
         for outer, inner in ((1, 2), (2, 1)):
             work: Deferred[None] = Deferred()
             waiting = self.run_for(outer, Deadline(self.clock, inner).run(work))
