@@ -137,6 +137,16 @@ class ArchitectureTests(SynchronousTestCase):
                 self.assertTrue((ROOT / "bfaas" / path).exists(), path)
 
 
+class GuaranteeTests(SynchronousTestCase):
+    def test_numbers_are_those_of_the_simulation(self) -> None:
+        rows = re.findall(r"(?m)^\| (\d+) \|.*\|(.*)\|$", section("guarantees.md", "The guarantees"))
+        self.assertEqual(list(range(1, len(rows) + 1)), [int(number) for number, _ in rows])
+        source = "".join(path.read_text() for path in (ROOT / "tests" / "simulation").glob("*.py"))
+        reported = set(re.findall(r'report\(\s*(?:f?"(\d+):|(\d+),)', source))
+        numbers = {first or second for first, second in reported}
+        self.assertEqual(numbers, {number for number, tests in rows if "simulation" in tests})
+
+
 class OperationsTests(SynchronousTestCase):
     def test_every_outcome_and_reason_is_explained(self) -> None:
         table = section("operations.md", "Runs")
