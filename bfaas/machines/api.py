@@ -219,7 +219,7 @@ class CapacityError(MachinesError):
     """The region has no capacity for another machine."""
 
 
-class RefusedError(MachinesError):
+class RejectedError(MachinesError):
     """The request is invalid or not authorized. A retry does not help."""
 
 

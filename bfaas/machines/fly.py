@@ -32,7 +32,7 @@ from bfaas.machines.api import (
     NotFoundError,
     NotReadyError,
     RateLimitedError,
-    RefusedError,
+    RejectedError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -375,5 +375,5 @@ def _response_error(call: Call, body: bytes) -> MachinesError:
     elif status < 400 or status == 408 or status >= 500:  # noqa: PLR2004 - a proxy's, or a server error
         kind = UnavailableError
     else:
-        kind = RefusedError
+        kind = RejectedError
     return kind(message, call)

@@ -35,7 +35,7 @@ from bfaas.machines.api import (
     NotFoundError,
     NotReadyError,
     RateLimitedError,
-    RefusedError,
+    RejectedError,
     State,
 )
 from bfaas.machines.emulator.routes import MachinesServer
@@ -335,7 +335,7 @@ class WireTests(LoopbackTestCase):
         lease = await client.acquire_lease(machine.id, 60, "d")
         await client.destroy(machine.id, lease.nonce)
         await client.wait(machine, State.DESTROYED, 10)
-        await self.expect(RefusedError, self.client("other").list())
+        await self.expect(RejectedError, self.client("other").list())
         await self.expect(NotFoundError, self.client(app="none").list())
 
     async def test_requests_and_responses_follow_the_schema(self) -> None:

@@ -16,7 +16,7 @@ from bfaas.machines.api import (
     NameTakenError,
     NotFoundError,
     RateLimitedError,
-    RefusedError,
+    RejectedError,
     UnavailableError,
 )
 from bfaas.pooling.config import pool_of
@@ -95,7 +95,7 @@ class Network(ForwardingMachines):
         if world.outage:
             return UnavailableError("503 outage")
         if world.unauthorized and call.method not in ("wait", "get"):
-            return RefusedError("401 token validation error")
+            return RejectedError("401 token validation error")
         for fault, error in (
             ("500", UnavailableError("500")),
             ("garbage", UnavailableError("<html>")),

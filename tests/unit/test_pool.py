@@ -16,7 +16,7 @@ from bfaas.machines.api import (
     NotFoundError,
     NotReadyError,
     RateLimitedError,
-    RefusedError,
+    RejectedError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -537,7 +537,7 @@ class StandbyTests(PoolCase):
     def test_suspensions_that_fail_are_spaced_out_and_requests_are_served_all_the_while(self) -> None:
         self.standing_by(suspend_standby=True)
         self.allocated().release()
-        self.api.always["suspend"] = Refuse(RefusedError("it has too much memory"))
+        self.api.always["suspend"] = Refuse(RejectedError("it has too much memory"))
         self.world.advance(5)
         for _ in range(20):
             self.world.advance(57)
@@ -552,7 +552,7 @@ class StandbyTests(PoolCase):
         self.world = World()
         self.pool, self.api = self.world.pool(size=4, standby=1, suspend_standby=True, start=False)
         self.addCleanup(self.end, self.pool)
-        self.api.always["suspend"] = Refuse(RefusedError("it has too much memory"))
+        self.api.always["suspend"] = Refuse(RejectedError("it has too much memory"))
         self.pool.start()
         self.world.advance(120)
         self.assertLess(self.api.count("create"), 4)
@@ -911,7 +911,7 @@ class FailureTests(PoolCase):
 
     def test_an_image_that_cannot_be_pulled_yet_is_tried_again_until_it_can(self) -> None:
         # As right after a push, for some 15 s.
-        self.api.always["create"] = Refuse(RefusedError("400 MANIFEST_UNKNOWN: manifest unknown"))
+        self.api.always["create"] = Refuse(RejectedError("400 MANIFEST_UNKNOWN: manifest unknown"))
         place = self.pool.allocate("c")
         self.world.advance(15)
         self.assertNoResult(place)

@@ -22,7 +22,7 @@ from bfaas.machines.api import (
     NotFoundError,
     NotReadyError,
     RateLimitedError,
-    RefusedError,
+    RejectedError,
     State,
     UnavailableError,
     WaitTimeoutError,
@@ -176,15 +176,15 @@ class RetryTests(ScriptedServerTestCase):
 
     async def test_rejected_call_is_not_retried(self) -> None:
         cases: list[tuple[int, object, type[MachinesError]]] = [
-            (400, {"error": "invalid_argument: no"}, RefusedError),
-            (401, b"no", RefusedError),
+            (400, {"error": "invalid_argument: no"}, RejectedError),
+            (401, b"no", RejectedError),
             (404, {"error": "machine not found"}, NotFoundError),
             (409, {"error": "machine ID 1 lease currently held by a@b, expires at x"}, LeaseHeldError),
             (409, {"status": "error", "message": "Lease currently held by a@b"}, LeaseHeldError),
             (409, {"error": "aborted: machine still attempting to start, please try again"}, NotReadyError),
             (409, {"error": "aborted: could not reserve resource for machine"}, CapacityError),
             (422, {"error": "insufficient_capacity", "status": "insufficient_capacity"}, CapacityError),
-            (422, {"error": None}, RefusedError),
+            (422, {"error": None}, RejectedError),
             (412, {"error": "failed_precondition: machine getting replaced"}, NotReadyError),
             (409, {"error": "unique machine name violation, machine ID 12ab already exists"}, NameTakenError),
         ]
@@ -450,4 +450,4 @@ class WaitTests(ScriptedServerTestCase):
     async def test_rejected_wait_ends(self) -> None:
         client = self.client(response(400, {"error": "invalid_argument"}))
 
-        await self.error(RefusedError, client.wait(M, State.STOPPED, 10))
+        await self.error(RejectedError, client.wait(M, State.STOPPED, 10))
