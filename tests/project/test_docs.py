@@ -12,6 +12,8 @@ from bfaas.basher import Options as BasherOptions
 from bfaas.coord import Options as CoordOptions
 from bfaas.coordinator.outcome import OutcomeKind
 from bfaas.pooling.slot import Phase
+from bfaas.settings import CoordSettings
+from bfaas.units import parse_duration, parse_size
 from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
@@ -158,6 +160,9 @@ class OperationsTests(SynchronousTestCase):
         names = set(re.findall(r'"(bfaas_\w+)"', source))
         documented = re.findall(r"`(bfaas_\w+)(?:\{([\w,]+)\})?`", section("operations.md", "Metrics"))
         self.assertEqual(names, {name for name, _ in documented})
+        for _, labels in documented:
+            for label in filter(None, labels.split(",")):
+                self.assertIn(f'"{label}"', source)
 
     def test_every_reason_of_readyz_is_explained(self) -> None:
         source = "".join(path.read_text() for path in (ROOT / "bfaas").rglob("*.py"))
@@ -226,6 +231,23 @@ class ConfigurationTests(SynchronousTestCase):
         self.assertGreater(len(names), 20)
         documented = {name for cell in column(DOCS["configuration.md"]) for name in code(cell)}
         self.assertEqual(set(), names - documented)
+
+    def test_defaults_are_those_of_the_coordinator(self) -> None:
+        settings = CoordSettings.from_environment({"WORKER_APP": "mock", "MAXREQTIME": "10s"})
+        table = section("configuration.md", "Coordinator")
+        documented = dict(re.findall(r"(?m)^\| `([A-Z]+(?:_[A-Z]+)?)` \| `?(\w+)`? \|", table))
+        for name, value in {
+            "POOLSIZE": settings.pool_size,
+            "POOL_STANDBY": settings.standby,
+            "MAXWAIT": settings.max_wait,
+            "MAXQUEUE": settings.max_queue,
+            "MAXPERCLIENT": settings.max_per_client,
+            "MAXBODY": settings.max_body,
+            "MAXOUTPUT": settings.max_output,
+        }.items():
+            text = documented[name]
+            parse = parse_duration if name == "MAXWAIT" else parse_size
+            self.assertEqual(value, parse(text), name)
 
     def test_every_option_of_the_roles_is_explained(self) -> None:
         documented = {
