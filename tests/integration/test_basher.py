@@ -51,6 +51,9 @@ class FakeTransport:
     def signalProcess(self, _: str) -> None:
         pass
 
+    def closeChildFD(self, number: int) -> None:
+        del self.pipes[number]
+
 
 class FakeReactor(Clock):
     """A clock whose only process is simulated by the test."""
@@ -58,12 +61,14 @@ class FakeReactor(Clock):
     error: OSError | None = None
     script_starts = True
     process: ProcessProtocol
+    transport: FakeTransport
 
     def spawnProcess(self, protocol: ProcessProtocol, *_: object, **__: object) -> None:
         if self.error is not None:
             raise self.error
         self.process = protocol
         transport = FakeTransport()
+        self.transport = transport
         protocol.makeConnection(transport)
         for pipe in transport.pipes.values():
             os.close(pipe.fileno())
@@ -197,6 +202,19 @@ class FakeProcessTests(SynchronousTestCase):
         self.assertIn(b" 200 ", self.written())
         self.assertEqual(b'event: stdout\ndata: "x"\n\n', self.write_output(b"x"))
         self.end()
+
+    def test_closes_pipes_that_stay_open_a_second_after_the_exit(self) -> None:
+        self.post("?raw=1")
+        pipes = self.reactor.transport.pipes
+        pipes[1] = object()
+        self.reactor.process.processExited(Failure(ProcessDone(0)))
+        self.assertEqual(b"late", self.write_output(b"late"))
+        self.reactor.advance(0.9)
+        self.assertEqual([1], list(pipes))
+        self.reactor.advance(0.1)
+        self.assertEqual([], list(pipes))
+        self.reactor.process.processEnded(Failure(ProcessDone(0)))
+        self.assertEqual(b"\nexit: 0\n", self.written())
 
     def test_deadline_before_the_script_has_started_is_a_timeout(self) -> None:
         self.reactor.script_starts = False

@@ -144,16 +144,16 @@ class ProcessTreeTests(SynchronousTestCase):
         self.assertEqual(process_tree.kill_descendants_once(os.getpid(), existing), 0)
 
     def test_reaps_in_order_until_an_excluded_child(self) -> None:
-        existing = process_tree.children(os.getpid())
+        process_tree.reap_orphans(())  # of other tests
         excluded = subprocess.Popen(["true"])
         self.addCleanup(excluded.wait)
         block_until(lambda: excluded.pid in self.dead_descendants())
         orphan = os.spawnlp(os.P_NOWAIT, "true", "true")
         block_until(lambda: orphan in self.dead_descendants())
-        process_tree.reap_until_excluded({excluded.pid, *existing})
+        process_tree.reap_until_excluded({excluded.pid})
         self.assertLessEqual({excluded.pid, orphan}, self.dead_descendants())
         excluded.wait()
-        process_tree.reap_until_excluded(existing)
+        process_tree.reap_until_excluded(())
         self.assertNotIn(orphan, self.dead_descendants())
 
     def dead_descendants(self) -> set[int]:
