@@ -1,5 +1,3 @@
-"""The pool, over machines in memory, in simulated time, with faults."""
-
 from __future__ import annotations
 
 from random import Random
@@ -37,7 +35,7 @@ MAX_REQ_TIME = 10.0
 
 
 class LostStart(Fault):
-    """A start is done, its answer is lost, and the call that repeats it is refused."""
+    """The start takes effect, but its response is lost, and the repeated call is rejected."""
 
     def __init__(self, clock: Clock, seconds: float, refusal: NotReadyError) -> None:
         self.clock, self.seconds, self.refusal = clock, seconds, refusal
@@ -49,7 +47,7 @@ class LostStart(Fault):
 
 
 class World:
-    """One app's machines, and pools that share it, on one clock."""
+    """The machines of one app, and pools that share it, on one clock."""
 
     def __init__(self, timing: Timing | None = None, *, limited: bool = False) -> None:
         self.clock = Clock()
@@ -58,10 +56,10 @@ class World:
             self.clock, lambda: EPOCH + self.clock.seconds(), timing=timing, rate_limited=limited
         )
         self.never_ready: set[str] = set()
-        self.nobody_ready = False
+        self.none_ready = False
 
     async def wait_until_ready(self, machine: Machine) -> None:
-        if machine.id in self.never_ready or self.nobody_ready:
+        if machine.id in self.never_ready or self.none_ready:
             await Deferred()
 
     def pool(
@@ -76,7 +74,7 @@ class World:
         **env: str,
     ) -> tuple[Pool, FaultyMachines]:
         api = FaultyMachines(self.machines)
-        settings = PoolConfig(
+        config = PoolConfig(
             name=name,
             size=size,
             region="r",
@@ -86,18 +84,18 @@ class World:
             standby=standby,
             suspend_standby=suspend_standby,
         )
-        pool = Pool(api, self, self.clock, Random(1), settings)
+        pool = Pool(api, self, self.clock, Random(1), config)
         if start:
             pool.start()
         return pool, api
 
     def advance(self, seconds: float) -> None:
-        # In steps, since what falls due in one starts its own timers from there.
+        # In steps, because a timer that fires may start another.
         self.clock.pump([0.05] * round(seconds / 0.05))
 
 
 def crash(api: FaultyMachines) -> None:
-    """Let a pool have no more effect on the world, and the world none on it."""
+    """Cut a pool off from its machines, as a crash does."""
     api.always["*"] = Hang()
 
 
@@ -112,26 +110,26 @@ class PoolCase(SynchronousTestCase):
     def states(self) -> list[State]:
         return sorted(machine.state for machine in self.machines())
 
-    def begin(self, work: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
+    def start(self, work: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
         return Deferred.fromCoroutine(work)
 
     def allocated(self, pool: Pool | None = None, within: float = 5) -> Allocation:
-        place = (pool or self.pool).allocate("c")
+        entry = (pool or self.pool).allocate("c")
         self.world.advance(within)
-        return self.successResultOf(place)
+        return self.successResultOf(entry)
 
     def close(self, pool: Pool | None = None, within: float = 60) -> None:
-        closing = self.begin((pool or self.pool).close())
+        closing = self.start((pool or self.pool).close())
         self.world.advance(within)
         self.successResultOf(closing)
 
     def assert_nothing_pending(self) -> None:
-        self.world.advance(61)  # the time for which destroyed machines are remembered
+        self.world.advance(61)  # destroyed machines are remembered for a minute
         self.assertEqual([], self.world.clock.getDelayedCalls())
 
 
 class AllocationTests(PoolCase):
-    def test_a_request_gets_a_started_machine_that_names_its_owner(self) -> None:
+    def test_request_gets_a_started_machine_of_this_pool(self) -> None:
         allocation = self.allocated()
 
         [machine] = self.machines()
@@ -140,7 +138,7 @@ class AllocationTests(PoolCase):
         self.assertEqual("p", pool_of(machine.name))
         self.assertEqual("p//i", machine.metadata["pool_id"])
 
-    def test_a_released_machine_is_stopped_and_serves_again(self) -> None:
+    def test_released_machine_is_stopped_and_reused(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
@@ -152,31 +150,31 @@ class AllocationTests(PoolCase):
         self.assertEqual(1, self.api.count("create"))
         self.assertEqual(1, self.api.count("stop"))
 
-    def test_requests_beyond_the_size_wait_their_turn(self) -> None:
-        places = [self.pool.allocate("c") for _ in range(5)]
+    def test_requests_beyond_the_size_wait(self) -> None:
+        entries = [self.pool.allocate("c") for _ in range(5)]
         self.world.advance(5)
-        served = [self.successResultOf(place) for place in places[:2]]
-        for place in places[2:]:
-            self.assertNoResult(place)
+        served = [self.successResultOf(entry) for entry in entries[:2]]
+        for entry in entries[2:]:
+            self.assertNoResult(entry)
 
         served[0].release()
         self.world.advance(5)
-        third = self.successResultOf(places[2])
-        self.assertNoResult(places[3])
+        third = self.successResultOf(entries[2])
+        self.assertNoResult(entries[3])
         served[1].release()
         self.world.advance(5)
 
         self.assertEqual(served[0].machine.id, third.machine.id)
-        self.assertEqual(served[1].machine.id, self.successResultOf(places[3]).machine.id)
+        self.assertEqual(served[1].machine.id, self.successResultOf(entries[3]).machine.id)
         self.assertEqual(2, len(self.machines()))
-        places[4].cancel()
-        self.failureResultOf(places[4], CancelledError)
+        entries[4].cancel()
+        self.failureResultOf(entries[4], CancelledError)
 
-    def test_a_request_that_leaves_the_line_takes_nothing_with_it(self) -> None:
-        place = self.pool.allocate("c")
+    def test_cancelled_request_leaves_the_queue(self) -> None:
+        entry = self.pool.allocate("c")
         self.world.advance(0.2)
-        place.cancel()
-        self.failureResultOf(place, CancelledError)
+        entry.cancel()
+        self.failureResultOf(entry, CancelledError)
         self.world.advance(5)
 
         self.assertEqual([State.STOPPED], self.states())
@@ -184,26 +182,26 @@ class AllocationTests(PoolCase):
         self.allocated()
         self.assertEqual(1, self.api.count("create"))
 
-    def test_a_machine_is_released_once(self) -> None:
+    def test_machine_is_released_once(self) -> None:
         allocation = self.allocated()
         allocation.release()
 
         self.assertRaises(RuntimeError, allocation.release)
 
-    def test_next_in_line_counts_the_machines_that_have_to_come_free(self) -> None:
+    def test_queue_depth_ahead_counts_machines_that_must_become_free(self) -> None:
         self.assertEqual(0, self.pool.queue_depth_ahead)
         served = [self.allocated(), self.allocated()]
         self.assertEqual(1, self.pool.queue_depth_ahead)
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
 
         self.assertEqual(2, self.pool.queue_depth_ahead)
-        place.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        place.cancel()
+        entry.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        entry.cancel()
         served[0].release()
         self.world.advance(5)
         self.assertEqual(0, self.pool.queue_depth_ahead)
 
-    def test_clients_take_turns(self) -> None:
+    def test_clients_are_served_round_robin(self) -> None:
         served = [self.allocated(), self.allocated()]
         many = [self.pool.allocate("many") for _ in range(5)]
         one = self.pool.allocate("one")
@@ -213,12 +211,12 @@ class AllocationTests(PoolCase):
 
         self.successResultOf(one)
         self.successResultOf(many[0])
-        for place in many[1:]:
-            self.assertNoResult(place)
-            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
-            place.cancel()
+        for entry in many[1:]:
+            self.assertNoResult(entry)
+            entry.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            entry.cancel()
 
-    def test_the_expected_wait_follows_the_latest_turns(self) -> None:
+    def test_expected_wait_follows_the_latest_turnarounds(self) -> None:
         pool, _ = self.world.pool("q", size=1)
         self.assertEqual(0.0, pool.expected_wait)
         allocation = self.allocated(pool)
@@ -227,15 +225,15 @@ class AllocationTests(PoolCase):
             self.world.advance(3)
             allocation = self.allocated(pool, within=2)
 
-        # Two seconds of a start and a run, half a second of a stop.
+        # Two seconds for a start and a run, half a second for a stop.
         self.assertApproximates(2.5, pool.expected_wait, 0.2)
-        places = [pool.allocate("c"), pool.allocate("d")]
+        entries = [pool.allocate("c"), pool.allocate("d")]
         self.assertApproximates(3 * 2.5, pool.expected_wait, 0.6)
-        for place in places:
-            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
-            place.cancel()
+        for entry in entries:
+            entry.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            entry.cancel()
 
-    def test_more_machines_make_the_wait_shorter(self) -> None:
+    def test_more_machines_shorten_the_expected_wait(self) -> None:
         allocations = [self.allocated() for _ in range(2)]
         self.world.advance(8)
         for allocation in allocations:
@@ -244,25 +242,27 @@ class AllocationTests(PoolCase):
         for _ in range(2):
             self.allocated()
 
-        self.assertApproximates(6.5, self.pool.expected_wait, 2.5)  # half of a start, a run and a stop
+        self.assertApproximates(
+            6.5, self.pool.expected_wait, 2.5
+        )  # half the time of a start, a run and a stop
 
-    def test_nothing_is_expected_before_anything_is_known(self) -> None:
+    def test_expected_wait_before_the_first_turnaround_is_the_time_in_use(self) -> None:
         for _ in range(2):
             self.allocated()
-        places = [self.pool.allocate("c") for _ in range(6)]
+        entries = [self.pool.allocate("c") for _ in range(6)]
         before = self.pool.expected_wait
         self.assertEqual(7, self.pool.queue_depth_ahead)
         self.world.advance(4)
 
-        # Two machines have been in use for four more seconds: a turn takes so long at the least.
+        # Two machines have been in use for four more seconds, which is the least that a turnaround takes.
         self.assertApproximates(before + 7 / 2 * 4, self.pool.expected_wait, 0.1)
         self.world.advance(10 * MAX_REQ_TIME)
         self.assertEqual(7 / 2 * (MAX_REQ_TIME + StepTimeouts().stop), self.pool.expected_wait)
-        for place in places:
-            place.addErrback(lambda failure: failure.trap(CancelledError) and None)
-            place.cancel()
+        for entry in entries:
+            entry.addErrback(lambda failure: failure.trap(CancelledError) and None)
+            entry.cancel()
 
-    def test_one_long_turn_at_first_does_not_count_for_long(self) -> None:
+    def test_long_first_turnaround_is_soon_outweighed(self) -> None:
         pool, _ = self.world.pool("q", size=1)
         allocation = self.allocated(pool)
         self.world.advance(MAX_REQ_TIME)
@@ -273,7 +273,7 @@ class AllocationTests(PoolCase):
 
         self.assertLess(pool.expected_wait, 4)
 
-    def test_a_turn_counts_as_a_request_of_full_length_and_a_stop_at_the_most(self) -> None:
+    def test_turnaround_counts_for_a_full_run_and_a_stop_at_most(self) -> None:
         pool, _ = self.world.pool("q", size=1)
         for _ in range(30):
             self.allocated(pool).release()
@@ -287,24 +287,24 @@ class AllocationTests(PoolCase):
         self.assertGreater(pool.expected_wait, 0.5 * MAX_REQ_TIME)
         self.assertLessEqual(pool.expected_wait, MAX_REQ_TIME + StepTimeouts().stop)
 
-    def test_a_start_is_tried_again_while_the_stop_is_not_over(self) -> None:
+    def test_start_is_retried_during_the_cooldown_after_a_stop(self) -> None:
         first = self.allocated()
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         self.world.advance(5)
-        second = self.successResultOf(place)
+        second = self.successResultOf(entry)
         waiting = self.pool.allocate("c")
         first.release()
         self.world.advance(5)
 
         self.assertEqual(first.machine.id, self.successResultOf(waiting).machine.id)
-        # Three calls in a burst are all that the API takes.
+        # The API accepts bursts of three calls.
         self.assertTrue(2 <= self.api.count("start") <= 3, self.api.count("start"))
         self.assertEqual(0, self.api.count("destroy"))
         second.release()
 
 
-class TroubleTests(PoolCase):
-    def test_none_is_known_of_once_the_pool_has_seen_its_machines(self) -> None:
+class ReadinessTests(PoolCase):
+    def test_ready_once_the_machines_are_listed(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(start=False)
         self.addCleanup(self.close)
@@ -313,49 +313,49 @@ class TroubleTests(PoolCase):
         self.world.advance(1)
         self.assertIsNone(self.pool.not_ready_reason)
 
-    def test_it_is_told_while_machines_cannot_be_made_and_no_longer(self) -> None:
+    def test_not_ready_while_creations_fail(self) -> None:
         self.api.always["create"] = Refuse(CapacityError("full"))
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         self.world.advance(60)
         self.assertEqual("machines cannot be started", self.pool.not_ready_reason)
 
         del self.api.always["create"]
         self.world.advance(40)
-        self.successResultOf(place)
+        self.successResultOf(entry)
         self.assertIsNone(self.pool.not_ready_reason)
 
-    def test_it_is_told_while_the_api_does_not_answer_and_no_machine_stands_by(self) -> None:
-        for standby, trouble in ((0, "the Machines API is failing"), (1, None)):
+    def test_not_ready_while_the_api_fails_unless_a_machine_is_in_standby(self) -> None:
+        for standby, reason in ((0, "the Machines API is failing"), (1, None)):
             world = World()
             pool, api = world.pool(standby=standby)
             world.advance(5)
             api.always["list"] = Refuse(UnavailableError("down"))
             world.advance(400)
-            self.assertEqual(trouble, pool.not_ready_reason)
+            self.assertEqual(reason, pool.not_ready_reason)
 
             del api.always["list"]
             world.advance(60)
             self.assertIsNone(pool.not_ready_reason)
-            self.begin(pool.close())
+            self.start(pool.close())
             world.advance(5)
 
-    def test_it_is_told_as_soon_as_a_machine_fails_for_want_of_an_answer(self) -> None:
+    def test_not_ready_as_soon_as_a_machine_gets_no_response(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
             allocation.release()
         self.world.advance(2)
         self.api.always["*"] = Refuse(UnavailableError("down"))
-        self.assertIsNone(self.pool.not_ready_reason)  # nobody has asked for anything
-        places = [self.pool.allocate("c") for _ in range(2)]
+        self.assertIsNone(self.pool.not_ready_reason)  # no call was made
+        entries = [self.pool.allocate("c") for _ in range(2)]
         self.world.advance(1)
         self.assertEqual("the Machines API is failing", self.pool.not_ready_reason)
 
         del self.api.always["*"]
         self.world.advance(40)
-        for place in places:
-            self.successResultOf(place)
+        for entry in entries:
+            self.successResultOf(entry)
         self.assertIsNone(self.pool.not_ready_reason)
 
-    def test_a_machine_that_fails_by_itself_means_no_trouble_once_the_api_was_asked(self) -> None:
+    def test_ready_after_a_machine_failed_and_the_api_answered(self) -> None:
         self.world.never_ready.add(self.allocated().machine.id)
         self.allocated().release()
         lists = self.api.count("list")
@@ -368,22 +368,22 @@ class TroubleTests(PoolCase):
         self.assertIsNone(self.pool.not_ready_reason)
         self.successResultOf(waiting)
 
-    def test_it_is_told_while_all_machines_failed_and_cannot_be_destroyed(self) -> None:
+    def test_not_ready_while_failed_machines_occupy_all_slots(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
             allocation.release()
         self.world.advance(2)
         self.api.always["start"] = self.api.always["destroy"] = Refuse(UnavailableError("broken"))
-        places = [self.pool.allocate("c") for _ in range(2)]
+        entries = [self.pool.allocate("c") for _ in range(2)]
         self.world.advance(60)
         self.assertEqual("machines cannot be started", self.pool.not_ready_reason)
 
         self.api.always.clear()
         self.world.advance(40)
-        for place in places:
-            self.successResultOf(place)
+        for entry in entries:
+            self.successResultOf(entry)
         self.assertIsNone(self.pool.not_ready_reason)
 
-    def test_a_doubt_in_the_midst_of_a_sweep_is_looked_into_after_it(self) -> None:
+    def test_check_requested_during_a_sweep_follows_it(self) -> None:
         self.allocated().release()
         self.world.advance(2)
         other, others = self.world.pool("q", start=False)
@@ -397,7 +397,7 @@ class TroubleTests(PoolCase):
         self.assertEqual(2, others.count("list"))
         self.close(other)
 
-    def test_a_sweep_that_loses_the_api_tells_so(self) -> None:
+    def test_not_ready_after_a_sweep_lost_the_api(self) -> None:
         self.allocated().release()
         self.world.advance(2)
         other, others = self.world.pool("q", start=False)
@@ -410,23 +410,23 @@ class TroubleTests(PoolCase):
         self.assertIsNone(other.not_ready_reason)
         self.close(other)
 
-    def test_doubts_cost_a_list_each_and_fewer_the_more_there_are(self) -> None:
+    def test_repeated_checks_are_backed_off_and_list_only(self) -> None:
         other, others = self.world.pool("q")
         self.allocated(other).release()
         self.world.advance(2)
         self.assertEqual(1, self.api.count("list"))
-        asked = self.api.count("get_lease")
+        calls = self.api.count("get_lease")
         for _ in range(100):
             self.pool._reconciler.check_soon()
             self.world.advance(1)
 
         self.assertTrue(5 <= self.api.count("list") <= 20, self.api.count("list"))
-        self.assertEqual(asked, self.api.count("get_lease"))
+        self.assertEqual(calls, self.api.count("get_lease"))
         self.assertIsNone(self.pool.not_ready_reason)
         self.assertEqual(1, others.count("list"))
         self.close(other)
 
-    def test_a_worker_that_does_not_answer_is_no_doubt_of_the_api(self) -> None:
+    def test_unresponsive_worker_causes_no_check_of_the_api(self) -> None:
         first = self.allocated()
         first.release()
         self.world.never_ready.add(first.machine.id)
@@ -437,32 +437,32 @@ class TroubleTests(PoolCase):
 
 
 class StandbyTests(PoolCase):
-    def standing_by(self, standby: int = 1, *, size: int = 2, suspend_standby: bool = False) -> None:
+    def start_standby(self, standby: int = 1, *, size: int = 2, suspend_standby: bool = False) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(size=size, standby=standby, suspend_standby=suspend_standby)
         self.addCleanup(self.end, self.pool)
         self.world.advance(5)
 
     def end(self, pool: Pool) -> None:
-        # What looks after a machine that stands by must not be left to the garbage collector.
-        self.begin(pool.close())
+        # A monitor of a standby machine must not be left to the garbage collector.
+        self.start(pool.close())
         self.world.advance(1)
 
-    def test_a_machine_that_stands_by_is_given_at_once_and_without_a_call(self) -> None:
-        self.standing_by()
+    def test_standby_machine_is_allocated_at_once_without_a_call(self) -> None:
+        self.start_standby()
         self.assertEqual([State.STARTED], self.states())
         calls = len(self.api.calls)
 
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
 
-        first = self.successResultOf(place)
+        first = self.successResultOf(entry)
         self.assertEqual(calls, len([call for call in self.api.calls if call[0] != "create"]))
         self.world.advance(5)
         self.assertEqual(1, self.pool.count(Phase.READY))
         self.assertNotEqual(first.machine.id, self.allocated(within=0).machine.id)
 
-    def test_a_used_machine_is_stopped_before_it_stands_by_again(self) -> None:
-        self.standing_by(size=1)
+    def test_used_machine_is_stopped_before_standby(self) -> None:
+        self.start_standby(size=1)
         first = self.allocated(within=0)
         waiting = self.pool.allocate("c")
         first.release()
@@ -474,52 +474,52 @@ class StandbyTests(PoolCase):
         self.assertEqual((1, 1), (self.api.count("stop"), self.api.count("create")))
         self.assertGreaterEqual(self.api.count("start"), 1)
 
-    def test_no_more_machines_stand_by_than_should(self) -> None:
-        self.standing_by(size=3)
+    def test_surplus_machines_are_stopped(self) -> None:
+        self.start_standby(size=3)
         for allocation in [self.allocated(), self.allocated(), self.allocated()]:
             allocation.release()
         self.world.advance(5)
 
         self.assertEqual([State.STARTED, State.STOPPED, State.STOPPED], self.states())
 
-    def test_its_lease_is_kept_fresh(self) -> None:
+    def test_lease_of_a_standby_machine_is_renewed(self) -> None:
         for suspend_standby in (False, True):
-            self.standing_by(suspend_standby=suspend_standby)
+            self.start_standby(suspend_standby=suspend_standby)
             [machine] = self.machines()
             for _ in range(10):
                 self.world.advance(150)
-                lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+                lease = self.successResultOf(self.start(self.world.machines.get_lease(machine.id)))
                 self.assertGreater(lease.expires_at - EPOCH - self.world.clock.seconds(), 150)
 
             self.assertEqual([machine.id], [other.id for other in self.machines()])
             self.assertEqual(machine.id, self.allocated().machine.id)
 
-    def test_it_is_never_without_a_lease_however_often_a_renewal_fails(self) -> None:
-        self.standing_by()
+    def test_standby_machine_is_leased_until_it_is_destroyed(self) -> None:
+        self.start_standby()
         [machine] = self.machines()
         self.api.always["refresh_lease"] = Refuse(UnavailableError("down"))
         while machine.id in {other.id for other in self.machines()}:
             self.assertLess(self.world.clock.seconds(), 600)
-            self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
+            self.successResultOf(self.start(self.world.machines.get_lease(machine.id)))
             self.world.advance(1)
 
         self.assertGreaterEqual(self.api.count("refresh_lease"), 3)
 
-    def test_one_that_stops_by_itself_is_started_again_and_one_that_is_gone_replaced(self) -> None:
-        self.standing_by()
+    def test_standby_machine_that_ends_is_replaced(self) -> None:
+        self.start_standby()
         [machine] = self.machines()
-        lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
-        self.successResultOf(self.begin(self.world.machines.stop(machine.id, lease.nonce)))
+        lease = self.successResultOf(self.start(self.world.machines.get_lease(machine.id)))
+        self.successResultOf(self.start(self.world.machines.stop(machine.id, lease.nonce)))
         self.world.advance(5)
         self.assertEqual((1, [State.STARTED]), (self.pool.count(Phase.READY), self.states()))
 
-        self.successResultOf(self.begin(self.world.machines.destroy(machine.id, lease.nonce)))
+        self.successResultOf(self.start(self.world.machines.destroy(machine.id, lease.nonce)))
         self.world.advance(5)
 
         self.assertEqual((1, [State.STARTED]), (self.pool.count(Phase.READY), self.states()))
         self.assertNotEqual([machine.id], [other.id for other in self.machines()])
 
-    def test_starts_that_fail_are_spaced_out_and_a_request_is_served_in_the_end(self) -> None:
+    def test_failing_creations_for_standby_are_backed_off(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(standby=2, start=False)
         self.addCleanup(self.end, self.pool)
@@ -527,15 +527,15 @@ class StandbyTests(PoolCase):
         self.pool.start()
         self.world.advance(120)
         self.assertLess(self.api.count("create"), 40)
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         del self.api.always["create"]
         self.world.advance(40)
 
-        self.successResultOf(place)
+        self.successResultOf(entry)
         self.assertEqual(1, self.pool.count(Phase.READY))
 
-    def test_suspensions_that_fail_are_spaced_out_and_requests_are_served_all_the_while(self) -> None:
-        self.standing_by(suspend_standby=True)
+    def test_failing_suspensions_are_backed_off_and_requests_served(self) -> None:
+        self.start_standby(suspend_standby=True)
         self.allocated().release()
         self.api.always["suspend"] = Refuse(RejectedError("it has too much memory"))
         self.world.advance(5)
@@ -548,7 +548,7 @@ class StandbyTests(PoolCase):
         self.world.advance(120)
         self.assertLess(self.api.count("suspend") - suspended, 20)
 
-    def test_suspensions_that_fail_hold_no_creation_back(self) -> None:
+    def test_failing_suspensions_do_not_delay_creations(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(size=4, standby=1, suspend_standby=True, start=False)
         self.addCleanup(self.end, self.pool)
@@ -561,20 +561,20 @@ class StandbyTests(PoolCase):
             self.allocated(within=2)
         self.assertEqual(4, self.api.count("create"))
 
-    def test_one_that_stops_by_itself_again_and_again_is_started_later_and_later(self) -> None:
-        self.standing_by()
+    def test_standby_machine_that_keeps_stopping_is_backed_off(self) -> None:
+        self.start_standby()
         for _ in range(600):
             self.world.advance(0.5)
             for machine in self.machines():
                 if machine.state is State.STARTED:
-                    lease = self.successResultOf(self.begin(self.world.machines.get_lease(machine.id)))
-                    self.successResultOf(self.begin(self.world.machines.stop(machine.id, lease.nonce)))
+                    lease = self.successResultOf(self.start(self.world.machines.get_lease(machine.id)))
+                    self.successResultOf(self.start(self.world.machines.stop(machine.id, lease.nonce)))
 
         self.assertLess(self.api.count("refresh_lease"), 30)
         self.assertEqual(1, self.api.count("create"))
 
-    def test_suspended_ones_are_thawed_for_a_request_and_never_frozen_after_one(self) -> None:
-        self.standing_by(suspend_standby=True)
+    def test_used_machine_is_stopped_and_never_suspended(self) -> None:
+        self.start_standby(suspend_standby=True)
         self.assertEqual([State.SUSPENDED], self.states())
 
         first = self.allocated()
@@ -586,18 +586,18 @@ class StandbyTests(PoolCase):
         self.assertEqual([State.STOPPED, State.SUSPENDED], self.states())
         self.assertEqual((2, 1), (suspended, self.api.count("stop")))
 
-    def test_the_time_for_which_it_stands_by_is_no_part_of_a_turn(self) -> None:
-        self.standing_by(size=1)
+    def test_time_in_standby_is_no_part_of_a_turnaround(self) -> None:
+        self.start_standby(size=1)
         for _ in range(30):
             self.allocated(within=2).release()
             self.world.advance(60)
         self.allocated(within=2)
 
-        # A second of a start, two of a run, half a second of a stop.
+        # A second for a start, two for a run, half a second for a stop.
         self.assertApproximates(3.5, self.pool.expected_wait, 0.2)
 
-    def test_a_suspended_one_is_thawed_though_others_are_on_their_way(self) -> None:
-        self.standing_by(2, size=3, suspend_standby=True)
+    def test_suspended_machine_is_resumed_while_others_are_created(self) -> None:
+        self.start_standby(2, size=3, suspend_standby=True)
         self.api.always["create"] = Slow(self.world.clock, 60)
         self.allocated()
         self.assertEqual(1, self.pool.count(Phase.CREATING))
@@ -605,7 +605,7 @@ class StandbyTests(PoolCase):
         self.allocated()
         self.assertEqual([State.STARTED, State.STARTED], self.states())
 
-    def test_one_that_is_suspended_goes_before_one_that_is_about_to_be(self) -> None:
+    def test_suspended_machine_is_preferred_to_one_being_suspended(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(standby=2, suspend_standby=True, start=False)
         self.addCleanup(self.end, self.pool)
@@ -616,17 +616,17 @@ class StandbyTests(PoolCase):
 
         self.allocated()
 
-    def test_a_tampered_one_serves_nobody(self) -> None:
-        self.standing_by()
+    def test_tampered_standby_machine_is_not_used(self) -> None:
+        self.start_standby()
         [machine] = self.machines()
         self.world.machines.set_metadata(machine.id, "pool_id", "q//i")
         self.world.advance(400)
 
         self.assertNotEqual(machine.id, self.allocated(within=0).machine.id)
 
-    def test_close_stops_what_stands_by(self) -> None:
+    def test_close_stops_standby_machines(self) -> None:
         for suspend_standby in (False, True):
-            self.standing_by(2, suspend_standby=suspend_standby)
+            self.start_standby(2, suspend_standby=suspend_standby)
             self.close(within=5)
 
             self.assertEqual([State.STOPPED, State.STOPPED], self.states())
@@ -647,7 +647,7 @@ class StandbyTests(PoolCase):
                 self.assertEqual([State.STOPPED], self.states())
                 self.assert_nothing_pending()
 
-    def test_one_that_is_found_out_while_it_is_suspended_is_gone_at_once(self) -> None:
+    def test_machine_found_unusable_during_suspension_is_destroyed(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(standby=1, suspend_standby=True, start=False)
         self.addCleanup(self.end, self.pool)
@@ -655,24 +655,24 @@ class StandbyTests(PoolCase):
         self.pool.start()
         self.world.advance(2)
         [tampered] = self.machines()
-        for member in self.pool._slots:
-            member.unusable = True  # as a sweep that comes in just now would have it
-            member.wake(wanted=False)
+        for slot in self.pool._slots:
+            slot.unusable = True  # as a sweep at this moment would set it
+            slot.wake(wanted=False)
         self.world.advance(10)
 
         self.assertNotIn(tampered.id, [machine.id for machine in self.machines()])
 
 
 class LeaseTests(PoolCase):
-    def test_a_lease_is_extended_at_allocation(self) -> None:
+    def test_lease_is_extended_at_allocation(self) -> None:
         self.allocated().release()
         self.world.advance(200)
         allocation = self.allocated()
 
-        lease = self.successResultOf(self.begin(self.world.machines.get_lease(allocation.machine.id)))
+        lease = self.successResultOf(self.start(self.world.machines.get_lease(allocation.machine.id)))
         self.assertGreater(lease.expires_at - EPOCH - self.world.clock.seconds(), 290)
 
-    def test_a_machine_is_used_with_what_is_left_of_its_lease(self) -> None:
+    def test_machine_is_used_with_the_rest_of_its_lease(self) -> None:
         self.allocated().release()
         self.world.advance(200)
         self.api.always["refresh_lease"] = Refuse(UnavailableError("no"))
@@ -681,7 +681,7 @@ class LeaseTests(PoolCase):
 
         self.assertEqual(1, self.api.count("create"))
 
-    def test_a_machine_whose_lease_may_not_cover_a_request_is_replaced(self) -> None:
+    def test_machine_whose_lease_does_not_cover_a_request_is_replaced(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(270)
@@ -692,13 +692,13 @@ class LeaseTests(PoolCase):
         self.assertNotEqual(first.machine.id, second.machine.id)
         self.assertEqual(1, len(self.machines()))
 
-    def test_an_idle_machine_goes_before_its_lease_does(self) -> None:
+    def test_stopped_machine_is_destroyed_before_its_lease_expires(self) -> None:
         self.allocated().release()
         self.world.advance(299)
 
         self.assertEqual([], self.machines())
 
-    def test_a_machine_whose_lease_was_lost_is_not_used(self) -> None:
+    def test_machine_whose_lease_was_lost_is_not_used(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
@@ -710,86 +710,86 @@ class LeaseTests(PoolCase):
 
 
 class FailureTests(PoolCase):
-    def test_a_create_whose_answer_is_lost_is_found_and_counted_once(self) -> None:
+    def test_creation_with_a_lost_response_counts_once(self) -> None:
         self.api.next("create", LoseResponse())
-        places = [self.pool.allocate("c"), self.pool.allocate("c"), self.pool.allocate("c")]
+        entries = [self.pool.allocate("c"), self.pool.allocate("c"), self.pool.allocate("c")]
         self.world.advance(10)
 
-        served = [self.successResultOf(place) for place in places[:2]]
-        self.assertNoResult(places[2])
+        served = [self.successResultOf(entry) for entry in entries[:2]]
+        self.assertNoResult(entries[2])
         self.assertEqual(2, len(self.machines()))
         self.assertEqual(2, len({allocation.machine.id for allocation in served}))
         names = [argument for method, argument in self.api.calls if method == "create"]
         self.assertEqual(2, len(set(names)))
-        places[2].addErrback(lambda failure: failure.trap(CancelledError) and None)
-        places[2].cancel()
+        entries[2].addErrback(lambda failure: failure.trap(CancelledError) and None)
+        entries[2].cancel()
 
-    def test_a_create_that_was_done_keeps_its_place_whatever_comes_of_looking_for_it(self) -> None:
-        troubles = (
+    def test_creation_keeps_its_slot_while_the_machine_is_searched_for(self) -> None:
+        cases = (
             ("create", LoseResponse(), "get", Refuse(UnavailableError("500"))),
             ("create", LoseResponse(), "get_lease", Refuse(UnavailableError("500"))),
             ("create", LoseResponse(), "create", Refuse(CapacityError("full"))),
         )
-        for first, fault, second, other in troubles:
+        for first, fault, second, other in cases:
             world = self.world = World()
             pool, api = world.pool(size=1)
             api.next(first, fault)
             api.next(second, other)
-            place = pool.allocate("c")
+            entry = pool.allocate("c")
             world.advance(20)
 
-            self.assertEqual([self.successResultOf(place).machine.id], [m.id for m in self.machines()])
+            self.assertEqual([self.successResultOf(entry).machine.id], [m.id for m in self.machines()])
 
-    def test_a_lost_create_that_is_done_after_its_machine_vanished_is_found(self) -> None:
+    def test_late_duplicate_of_a_vanished_machine_is_destroyed(self) -> None:
         pool, api = self.world.pool("q", size=1)
         api.next("create", LoseResponse())
         first = self.allocated(pool, within=10)
         first.release()
         self.world.advance(2)
         [name] = [argument for method, argument in api.calls if method == "create"][:1]
-        lease = self.successResultOf(self.begin(self.world.machines.get_lease(first.machine.id)))
-        self.successResultOf(self.begin(self.world.machines.destroy(first.machine.id, lease.nonce)))
-        self.successResultOf(self.begin(self.world.machines.create(name, "r", MachineConfig("i"), 300)))
+        lease = self.successResultOf(self.start(self.world.machines.get_lease(first.machine.id)))
+        self.successResultOf(self.start(self.world.machines.destroy(first.machine.id, lease.nonce)))
+        self.successResultOf(self.start(self.world.machines.create(name, "r", MachineConfig("i"), 300)))
         self.world.advance(100)
 
         second = self.allocated(pool, within=10)
 
         self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
 
-    def test_failing_creates_keep_no_place_and_are_spaced_out(self) -> None:
+    def test_failing_creations_keep_no_slot_and_are_backed_off(self) -> None:
         self.api.always["create"] = Refuse(CapacityError("full"))
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         self.world.advance(60)
         self.assertLess(self.api.count("create"), 25)
         self.assertGreater(self.api.count("create"), 5)
         del self.api.always["create"]
         self.world.advance(40)
 
-        self.successResultOf(place)
+        self.successResultOf(entry)
         self.allocated()
 
-    def test_at_the_limit_of_the_app_machines_are_asked_for_one_at_a_time(self) -> None:
+    def test_machines_are_created_one_at_a_time_at_the_rate_limit(self) -> None:
         self.world = World(limited=True)
         self.pool, self.api = self.world.pool(size=20)
         self.world.advance(1)
         self.api.always["create"] = Slow(self.world.clock, 0.1)
-        places = [self.pool.allocate("c") for _ in range(20)]
+        entries = [self.pool.allocate("c") for _ in range(20)]
         self.world.advance(60)
 
-        for place in places:
-            self.successResultOf(place)
-        # Three are done at once, and one a second after that; each place by itself would ask 600 times.
+        for entry in entries:
+            self.successResultOf(entry)
+        # Three calls succeed at once, and one a second after that. Twenty independent slots would make 600.
         self.assertLess(self.api.count("create"), 200)
-        self.assertEqual(1, self.api.count("list"))  # nobody doubts that the API is well
+        self.assertEqual(1, self.api.count("list"))  # no check of the API
 
-    def test_a_create_at_the_limit_whose_first_answer_was_lost_keeps_its_place(self) -> None:
+    def test_creation_with_a_lost_response_keeps_its_slot_at_the_rate_limit(self) -> None:
         self.api.next("create", LoseResponse(), *[Refuse(RateLimitedError("429"))] * 5)
         self.allocated(within=30)
 
         self.assertEqual(1, len(self.machines()))
         self.assertEqual(1, len({argument for method, argument in self.api.calls if method == "create"}))
 
-    def test_a_creation_that_is_known_by_its_name_keeps_its_place_at_the_limit(self) -> None:
+    def test_creation_known_by_its_name_keeps_its_slot_at_the_rate_limit(self) -> None:
         self.world = World()
         self.pool, self.api = self.world.pool(size=1)
         self.world.advance(1)
@@ -799,7 +799,7 @@ class FailureTests(PoolCase):
 
         self.assertEqual(1, len(self.machines()))
 
-    def test_a_machine_that_does_not_start_is_destroyed_and_another_tried(self) -> None:
+    def test_machine_that_does_not_start_is_replaced(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
@@ -810,75 +810,75 @@ class FailureTests(PoolCase):
         self.assertNotEqual(first.machine.id, second.machine.id)
         self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
 
-    def test_a_worker_that_never_answers_is_given_up(self) -> None:
+    def test_machine_with_an_unresponsive_worker_is_replaced(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
         self.world.never_ready.add(first.machine.id)
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         self.world.advance(45)
 
-        self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
+        self.assertNotEqual(first.machine.id, self.successResultOf(entry).machine.id)
 
     def end_by_itself(self, machine_id: str) -> None:
-        """End a machine's body, as a worker that exits does."""
+        """End a machine as the exit of its worker does."""
         self.world.machines._run_in_background(
             self.world.machines._stop(self.world.machines._entries[machine_id])
         )
 
-    def test_a_worker_that_ends_while_its_machine_starts_is_given_up_at_once(self) -> None:
-        for ends_after in (0.7, 1.2, 4.0):  # before it has started, and before its first answer
+    def test_machine_whose_worker_ends_during_the_start_is_replaced_at_once(self) -> None:
+        for ends_after in (0.7, 1.2, 4.0):  # before the start, and before the worker is ready
             self.world = World()
             self.pool, self.api = self.world.pool()
-            self.world.nobody_ready = True
-            place = self.pool.allocate("c")
+            self.world.none_ready = True
+            entry = self.pool.allocate("c")
             self.world.advance(ends_after)
             [machine] = self.machines()
-            self.world.nobody_ready = False
+            self.world.none_ready = False
 
             self.end_by_itself(machine.id)
             self.world.advance(4)
 
-            second = self.successResultOf(place)
+            second = self.successResultOf(entry)
             self.assertNotEqual(machine.id, second.machine.id)
             self.assertEqual([second.machine.id], [machine.id for machine in self.machines()])
 
-    def test_a_machine_that_cannot_boot_is_given_up_at_once(self) -> None:
+    def test_machine_that_cannot_boot_is_replaced_at_once(self) -> None:
         for state in (State.FAILED, State.LAUNCH_FAILED, State.STOPPED):
             first = self.allocated()
             first.release()
             self.world.advance(2)
-            place = self.pool.allocate("c")
+            entry = self.pool.allocate("c")
             self.world.advance(0.2)
-            entry = self.world.machines._entries[first.machine.id]
-            entry.generation += 1
-            self.world.machines._set_state(entry, state)
+            emulated = self.world.machines._entries[first.machine.id]
+            emulated.generation += 1
+            self.world.machines._set_state(emulated, state)
             self.world.advance(3)
 
-            second = self.successResultOf(place)
+            second = self.successResultOf(entry)
             self.assertNotEqual(first.machine.id, second.machine.id)
             second.release()
             self.world.advance(2)
 
-    def test_a_worker_that_answers_promptly_costs_no_second_wait(self) -> None:
+    def test_prompt_worker_costs_no_second_wait(self) -> None:
         self.allocated()
 
         self.assertEqual(1, self.api.count("wait"))
 
-    def test_a_failing_api_does_not_end_the_wait_for_a_slow_worker(self) -> None:
-        self.world.nobody_ready = True
-        place = self.pool.allocate("c")
+    def test_failing_api_does_not_end_the_wait_for_a_slow_worker(self) -> None:
+        self.world.none_ready = True
+        entry = self.pool.allocate("c")
         self.world.advance(1.2)
         self.api.always["wait"] = Refuse(UnavailableError("500"))
         self.world.advance(10)
-        self.assertNoResult(place)
+        self.assertNoResult(entry)
         self.assertEqual(([State.STARTED], 1), (self.states(), self.api.count("create")))
         self.api.always.clear()
-        place.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+        entry.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
         self.close()
         self.assert_nothing_pending()
 
-    def test_a_machine_that_migrates_as_it_starts_is_waited_for_under_its_new_version(self) -> None:
+    def test_migrating_machine_is_waited_for_under_its_new_version(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
@@ -893,7 +893,7 @@ class FailureTests(PoolCase):
         self.assertEqual([State.STOPPED], self.states())
         self.assertEqual(first.machine.id, self.allocated().machine.id)
 
-    def test_a_machine_that_was_started_by_a_call_whose_answer_was_lost_has_started(self) -> None:
+    def test_start_with_a_lost_response_counts(self) -> None:
         for refusal in ("unable to start machine from current state: 'started'", "still attempting to start"):
             for seconds in (0.0, 0.3):
                 first = self.allocated()
@@ -909,18 +909,18 @@ class FailureTests(PoolCase):
                 self.world.advance(2)
         self.assertEqual(1, self.api.count("create"))
 
-    def test_an_image_that_cannot_be_pulled_yet_is_tried_again_until_it_can(self) -> None:
-        # As right after a push, for some 15 s.
+    def test_image_that_is_not_available_yet_is_retried(self) -> None:
+        # This happens for some 15 s after a push.
         self.api.always["create"] = Refuse(RejectedError("400 MANIFEST_UNKNOWN: manifest unknown"))
-        place = self.pool.allocate("c")
+        entry = self.pool.allocate("c")
         self.world.advance(15)
-        self.assertNoResult(place)
+        self.assertNoResult(entry)
         del self.api.always["create"]
         self.world.advance(15)
 
-        self.successResultOf(place)
+        self.successResultOf(entry)
 
-    def test_a_machine_is_not_used_again_until_its_stop_is_known(self) -> None:
+    def test_machine_is_not_reused_before_its_stop_is_confirmed(self) -> None:
         for fault in (Refuse(UnavailableError("500")), LoseResponse(), Hang()):
             first = self.allocated(within=40)
             self.api.next("stop", fault)
@@ -932,7 +932,7 @@ class FailureTests(PoolCase):
             second.release()
             self.world.advance(2)
 
-    def test_a_machine_that_is_not_destroyed_at_first_is_tried_again(self) -> None:
+    def test_failing_destruction_is_retried(self) -> None:
         first = self.allocated()
         self.api.next("stop", Refuse(WaitTimeoutError("stuck")))
         self.api.next("destroy", *[Refuse(UnavailableError("500"))] * 4)
@@ -942,7 +942,7 @@ class FailureTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assertEqual(5, self.api.count("destroy"))
 
-    def test_a_machine_that_vanishes_is_replaced(self) -> None:
+    def test_vanished_machine_is_replaced(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(2)
@@ -950,13 +950,13 @@ class FailureTests(PoolCase):
 
         self.assertNotEqual(first.machine.id, self.allocated().machine.id)
 
-    def test_a_machine_that_somebody_destroyed_is_replaced_at_once(self) -> None:
+    def test_destroyed_machine_is_replaced_at_once(self) -> None:
         for refusal in (NotFoundError("gone"), NotReadyError("unable to start machine: 'destroyed'")):
             first = self.allocated()
             first.release()
             self.world.advance(2)
-            lease = self.successResultOf(self.begin(self.world.machines.get_lease(first.machine.id)))
-            self.successResultOf(self.begin(self.world.machines.destroy(first.machine.id, lease.nonce)))
+            lease = self.successResultOf(self.start(self.world.machines.get_lease(first.machine.id)))
+            self.successResultOf(self.start(self.world.machines.destroy(first.machine.id, lease.nonce)))
             self.api.next("refresh_lease", Refuse(UnavailableError("500")))
             self.api.next("start", Refuse(refusal))
 
@@ -966,7 +966,7 @@ class FailureTests(PoolCase):
             second.release()
             self.world.advance(2)
 
-    def test_every_call_may_hang_and_the_pool_recovers(self) -> None:
+    def test_pool_recovers_from_hanging_calls(self) -> None:
         for method in ("create", "refresh_lease", "start", "wait", "stop", "destroy"):
             self.api.next(method, Hang())
             for _ in range(2):
@@ -976,12 +976,12 @@ class FailureTests(PoolCase):
         self.assertEqual(2, len([self.allocated(), self.allocated()]))
 
 
-class EndTests(PoolCase):
-    def test_close_leaves_every_machine_stopped_and_nothing_pending(self) -> None:
+class ShutdownTests(PoolCase):
+    def test_close_stops_all_machines_and_leaves_no_timers(self) -> None:
         busy, idle = self.allocated(), self.allocated()
         idle.release()
         self.world.advance(3)
-        closing = self.begin(self.pool.close())
+        closing = self.start(self.pool.close())
         self.world.advance(5)
         self.assertNoResult(closing)
         busy.release()
@@ -995,28 +995,28 @@ class EndTests(PoolCase):
         for moment in range(40):
             world = self.world = World()
             pool, _ = world.pool()
-            places = [pool.allocate("c") for _ in range(3)]
+            entries = [pool.allocate("c") for _ in range(3)]
             world.advance(moment * 0.05)
-            closing = self.begin(pool.close())
-            for place in places:
-                if isinstance(place.result, Allocation):
-                    place.result.release()
+            closing = self.start(pool.close())
+            for entry in entries:
+                if isinstance(entry.result, Allocation):
+                    entry.result.release()
                 else:
-                    self.failureResultOf(place, PoolClosedError)
+                    self.failureResultOf(entry, PoolClosedError)
             world.advance(10)
 
             self.successResultOf(closing)
             self.assertEqual({State.STOPPED}, set(self.states()) or {State.STOPPED})
             self.assert_nothing_pending()
 
-    def test_close_does_not_wait_for_a_machine_that_nobody_is_to_use(self) -> None:
+    def test_close_does_not_wait_for_readiness(self) -> None:
         for method in ("wait", "probe"):
             self.setUp()
             if method == "wait":
                 self.api.always["wait"] = Hang()
-            place = self.pool.allocate("c")
-            place.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
-            self.world.nobody_ready = method == "probe"
+            entry = self.pool.allocate("c")
+            entry.addErrback(lambda failure: failure.trap(PoolClosedError) and None)
+            self.world.none_ready = method == "probe"
             self.world.advance(3)
             self.api.always.clear()
             self.close(within=3)
@@ -1024,26 +1024,26 @@ class EndTests(PoolCase):
             self.assertEqual([State.STOPPED], self.states())
             self.assert_nothing_pending()
 
-    def test_destroy_leaves_no_machine_and_nothing_pending(self) -> None:
+    def test_destroy_leaves_no_machines_and_no_timers(self) -> None:
         first, second = self.allocated(), self.allocated()
         second.release()
         first.release()
         self.api.next("destroy", Refuse(UnavailableError("500")))
-        destroying = self.begin(self.pool.destroy())
+        destroying = self.start(self.pool.destroy())
         self.world.advance(10)
 
         self.successResultOf(destroying)
         self.assertEqual([], self.machines())
         self.assert_nothing_pending()
 
-    def test_destroy_stops_no_machine_first(self) -> None:
+    def test_destroy_does_not_stop_machines_first(self) -> None:
         allocation = self.allocated()
         self.allocated().release()
         self.world.advance(2)
-        destroying = self.begin(self.pool.destroy())
+        destroying = self.start(self.pool.destroy())
         self.world.advance(1)
         stops = self.api.count("stop")
-        self.assertEqual([State.STARTED], self.states())  # the run goes on
+        self.assertEqual([State.STARTED], self.states())  # the run continues
         self.assertNoResult(destroying)
 
         allocation.release()
@@ -1052,8 +1052,8 @@ class EndTests(PoolCase):
         self.successResultOf(destroying)
         self.assertEqual(([], 1, stops), (self.machines(), stops, self.api.count("stop")))
 
-    def test_destroy_ends_in_time_whatever_hangs(self) -> None:
-        # A machine in each phase that takes calls, and one call or all of them without an answer.
+    def test_destroy_ends_in_time_when_calls_hang(self) -> None:
+        # There is a machine in each phase that makes calls, and one call or all of them hang.
         for method in ("*", "create", "start", "wait", "stop", "suspend", "destroy", "list", "get_lease"):
             for waits in (0.5, 3.0):
                 world = self.world = World()
@@ -1066,7 +1066,7 @@ class EndTests(PoolCase):
                 api.always[method] = Hang()
                 pool.allocate("c").addErrback(lambda failure: failure.trap(PoolClosedError) and None)
                 world.advance(waits)
-                destroying = self.begin(pool.destroy())
+                destroying = self.start(pool.destroy())
                 world.advance(MAX_REQ_TIME)
                 allocation.release()
                 world.advance(StepTimeouts().exit + 0.1)
@@ -1078,21 +1078,21 @@ class EndTests(PoolCase):
                 world.advance(100)
                 self.flushLoggedErrors()
 
-    def test_destroy_goes_on_after_a_machine_that_makes_trouble(self) -> None:
+    def test_destroy_continues_after_a_failed_call(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
             allocation.release()
         self.world.advance(3)
         self.close()
         again, api = self.world.pool(start=False)
         api.next("destroy", Refuse(NotReadyError("412")))
-        destroying = self.begin(again.destroy())
+        destroying = self.start(again.destroy())
         self.world.advance(30)
 
         self.successResultOf(destroying)
         self.assertEqual([], self.machines())
         self.assertEqual(3, api.count("destroy"))
 
-    def test_the_end_comes_in_the_middle_of_a_sweep(self) -> None:
+    def test_destroy_during_a_sweep(self) -> None:
         for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
             world = self.world = World()
             before, _ = world.pool()
@@ -1102,19 +1102,19 @@ class EndTests(PoolCase):
             pool, api = world.pool(start=False)
             api.next(method, Hang())
             pool.start()
-            ending = self.begin(pool.destroy())
+            ending = self.start(pool.destroy())
             world.advance(120)
 
             self.successResultOf(ending)
             self.assertEqual([], self.machines(), method)
             self.assert_nothing_pending()
 
-    def test_a_closed_pool_gives_out_nothing(self) -> None:
+    def test_closed_pool_allocates_nothing(self) -> None:
         self.close()
 
         self.failureResultOf(self.pool.allocate("c"), PoolClosedError)
 
-    def test_the_end_comes_though_every_call_fails_or_hangs(self) -> None:
+    def test_destroy_ends_when_every_call_fails_or_hangs(self) -> None:
         for fault in (Refuse(UnavailableError("500")), Hang()):
             world = self.world = World()
             pool, api = world.pool()
@@ -1122,7 +1122,7 @@ class EndTests(PoolCase):
             pool.allocate("c").addErrback(lambda failure: failure.trap(PoolClosedError) and None)
             api.always["*"] = fault
             allocation.release()
-            ending = self.begin(pool.destroy())
+            ending = self.start(pool.destroy())
             world.advance(300)
 
             self.successResultOf(ending)
@@ -1130,8 +1130,8 @@ class EndTests(PoolCase):
             self.flushLoggedErrors()
 
 
-class CleaningTests(PoolCase):
-    def test_the_next_instance_reclaims_what_the_last_one_left(self) -> None:
+class ReconciliationTests(PoolCase):
+    def test_next_instance_adopts_stopped_machines(self) -> None:
         self.allocated().release()
         self.world.advance(3)
         self.close()
@@ -1144,7 +1144,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(left.id, allocation.machine.id)
         self.assertEqual(0, api.count("create"))
 
-    def test_what_a_crash_left_running_is_wiped_before_it_is_used(self) -> None:
+    def test_machine_left_running_by_a_crash_is_stopped_before_use(self) -> None:
         crashed = self.allocated()
         crash(self.api)
         again, api = self.world.pool()
@@ -1155,7 +1155,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(1, api.count("stop"))
         self.assertEqual(0, api.count("create"))
 
-    def test_a_name_with_dashes_is_reclaimed_and_not_mistaken(self) -> None:
+    def test_pool_name_with_dashes_is_not_confused_with_its_prefix(self) -> None:
         one, _ = self.world.pool("a-b")
         self.allocated(one).release()
         self.world.advance(3)
@@ -1168,7 +1168,7 @@ class CleaningTests(PoolCase):
 
         self.assertEqual(1, again.count(Phase.STOPPED))
 
-    def test_live_machines_of_others_are_left_and_expired_ones_destroyed(self) -> None:
+    def test_machines_of_other_pools_are_destroyed_when_their_leases_expire(self) -> None:
         self.allocated()
         crash(self.api)
         other, api = self.world.pool("q")
@@ -1180,7 +1180,7 @@ class CleaningTests(PoolCase):
         self.assertEqual([], self.machines())
         self.close(other)
 
-    def test_three_machines_of_a_live_pool_speak_for_all_and_one_of_a_dead_pool_is_enough(self) -> None:
+    def test_sample_of_three_machines_decides_about_a_pool(self) -> None:
         crowd, theirs = self.world.pool("r", size=12)
         for _ in range(12):
             self.allocated(crowd)
@@ -1195,10 +1195,10 @@ class CleaningTests(PoolCase):
         self.assertEqual(0, self.api.count("destroy"))
         self.close(other)
 
-    def test_what_many_dead_pools_left_is_gone_within_a_period_however_slow_the_api(self) -> None:
+    def test_machines_of_many_dead_pools_are_destroyed_in_one_interval(self) -> None:
         for number in range(600):
             name = f"worker-dead{number % 30}-{number:016x}"
-            self.begin(self.world.machines.create(name, "r", MachineConfig("i"), 1))
+            self.start(self.world.machines.create(name, "r", MachineConfig("i"), 1))
         self.world.advance(3)
         other, api = self.world.pool("q", start=False)
         for method in ("get", "get_lease", "destroy"):
@@ -1210,7 +1210,7 @@ class CleaningTests(PoolCase):
         self.assertIsNone(other.not_ready_reason)
         self.close(other)
 
-    def test_many_machines_of_an_earlier_instance_are_looked_at_together(self) -> None:
+    def test_own_machines_are_inspected_concurrently(self) -> None:
         before, _ = self.world.pool("many", size=40)
         for allocation in [self.allocated(before) for _ in range(40)]:
             allocation.release()
@@ -1223,7 +1223,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(40, api.count("get"))
         self.close(again)
 
-    def test_one_that_cannot_be_looked_at_is_replaced_and_keeps_nobody_from_being_served(self) -> None:
+    def test_machine_that_cannot_be_inspected_is_replaced(self) -> None:
         first, second = self.allocated(), self.allocated()
         first.release()
         second.release()
@@ -1237,7 +1237,7 @@ class CleaningTests(PoolCase):
         self.assertEqual([served.machine.id], [machine.id for machine in self.machines()])
         self.assertNotIn(served.machine.id, {first.machine.id, second.machine.id})
 
-    def test_one_that_is_known_is_not_judged_by_a_failure_of_the_api(self) -> None:
+    def test_known_machine_is_kept_when_its_inspection_fails(self) -> None:
         pool, api = self.world.pool("s", standby=1)
         self.world.advance(5)
         [machine] = self.machines()
@@ -1248,7 +1248,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(1, pool.count(Phase.READY))
         self.close(pool)
 
-    def test_changed_metadata_means_destroy_and_nobody_adopts(self) -> None:
+    def test_machine_with_changed_metadata_is_destroyed_by_its_pool_only(self) -> None:
         for value in (None, "q//i", "p//j"):
             world = self.world = World()
             pool, _ = world.pool()
@@ -1263,19 +1263,19 @@ class CleaningTests(PoolCase):
             self.close(pool)
             self.close(other)
 
-    def test_a_machine_that_is_found_out_while_it_starts_serves_nobody(self) -> None:
+    def test_machine_found_unusable_during_its_start_does_not_serve(self) -> None:
         first = self.allocated()
         first.release()
         self.world.advance(238)
         self.world.machines.set_metadata(first.machine.id, "pool_id", None)
-        place = self.pool.allocate("c")
-        for member in self.pool._slots:
-            member.unusable = True  # as a sweep that comes in just now would have it
+        entry = self.pool.allocate("c")
+        for slot in self.pool._slots:
+            slot.unusable = True  # as a sweep at this moment would set it
         self.world.advance(10)
 
-        self.assertNotEqual(first.machine.id, self.successResultOf(place).machine.id)
+        self.assertNotEqual(first.machine.id, self.successResultOf(entry).machine.id)
 
-    def test_another_image_or_environment_means_another_machine(self) -> None:
+    def test_machine_of_another_template_is_replaced(self) -> None:
         for other in ({"image": "new"}, {"PUBLIC": "another key"}):
             world = self.world = World()
             before, _ = world.pool()
@@ -1291,7 +1291,7 @@ class CleaningTests(PoolCase):
             self.assertNotEqual(old.id, allocation.machine.id)
             self.assertEqual([allocation.machine.id], [machine.id for machine in self.machines()])
 
-    def test_a_smaller_pool_gives_up_what_is_too_much(self) -> None:
+    def test_smaller_pool_destroys_surplus_machines(self) -> None:
         for allocation in [self.allocated(), self.allocated()]:
             allocation.release()
         self.world.advance(3)
@@ -1302,7 +1302,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(1, len(self.machines()))
         self.assertEqual(1, again.count(Phase.STOPPED))
 
-    def test_one_machine_that_makes_trouble_does_not_stop_a_sweep(self) -> None:
+    def test_failed_call_does_not_stop_a_sweep(self) -> None:
         crash(self.api)
         for name in ("a", "b"):
             pool, crashing = self.world.pool(name)
@@ -1319,13 +1319,11 @@ class CleaningTests(PoolCase):
         self.assertEqual([], self.machines())
         self.close(other)
 
-    def test_the_list_may_be_stale(self) -> None:
+    def test_machine_leased_again_is_left(self) -> None:
         stale = self.allocated().machine
         crash(self.api)
         self.world.advance(301)
-        fresh = self.successResultOf(
-            self.begin(self.world.machines.acquire_lease(stale.id, 1000, "somebody is back"))
-        )
+        fresh = self.successResultOf(self.start(self.world.machines.acquire_lease(stale.id, 1000, "adopted")))
         other, _ = self.world.pool("q")
         self.world.advance(3)
 
@@ -1333,7 +1331,7 @@ class CleaningTests(PoolCase):
         self.assertEqual(12, len(fresh.nonce))
         self.close(other)
 
-    def test_a_machine_whose_lease_changes_hands_is_left(self) -> None:
+    def test_machine_being_adopted_is_left(self) -> None:
         first = self.allocated()
         crash(self.api)
         again, api = self.world.pool(start=False)
@@ -1350,23 +1348,23 @@ class CleaningTests(PoolCase):
         self.close(again)
         self.close(other)
 
-    def test_machines_that_are_no_pools_are_left_alone(self) -> None:
-        self.successResultOf(self.begin(self.world.machines.create("postgres-1", "r", MachineConfig("i"), 0)))
+    def test_machines_of_no_pool_are_left(self) -> None:
+        self.successResultOf(self.start(self.world.machines.create("postgres-1", "r", MachineConfig("i"), 0)))
         self.world.advance(700)
 
         self.assertEqual(1, len(self.machines()))
 
-    def test_nothing_is_created_before_it_is_known_what_there_is(self) -> None:
+    def test_nothing_is_created_before_the_machines_are_listed(self) -> None:
         self.allocated().release()
         self.world.advance(3)
         self.close()
         again, api = self.world.pool(size=1, start=False)
         api.next("list", Hang(), Refuse(UnavailableError("500")))
         again.start()
-        place = again.allocate("c")
+        entry = again.allocate("c")
         self.world.advance(15)
-        self.assertNoResult(place)
+        self.assertNoResult(entry)
         self.world.advance(15)
 
-        self.successResultOf(place)
+        self.successResultOf(entry)
         self.assertEqual(0, api.count("create"))
