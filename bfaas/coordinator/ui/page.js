@@ -1,13 +1,14 @@
-// What the page's controls do.
+// The page: its controls, and the state of the current run.
 
-import {PoolView, duration, pair} from "./pool.js";
-import {RunError, run} from "./run.js";
+import {byId, descriptionItem} from "./dom.js";
+import {PoolView, duration, limitText} from "./pool.js";
+import {RunError, runScript} from "./run.js";
 import {Terminal} from "./terminal.js";
 
 const EXAMPLES = {
   "Hello": `echo "Hello from $(hostname)"
 echo "This goes to standard error." >&2`,
-  "Output as it comes": `for i in 1 2 3 4 5; do
+  "Streaming output": `for i in 1 2 3 4 5; do
   echo "step $i of 5"
   sleep 0.5
 done`,
@@ -19,145 +20,149 @@ echo
 for c in $(seq 31 36); do printf '\\e[%sm colour %s \\e[1m bold \\e[0m\\n' "$c" "$c"; done
 for c in $(seq 16 6 231); do printf '\\e[48;5;%sm  ' "$c"; done; printf '\\e[0m\\n'
 for c in $(seq 0 6 215); do printf '\\e[48;2;%s;90;%sm  ' "$c" $((215 - c)); done; printf '\\e[0m\\n'`,
-  "A failure": `set -e
+  "Failure": `set -e
 echo "before"
-ls /nowhere
-echo "never printed"`,
-  "Over its time": `echo "This takes longer than a run may."
+ls /nonexistent
+echo "not reached"`,
+  "Time limit exceeded": `echo "This runs until the time limit."
 sleep 3600`,
-  "Where am I?": `id
+  "About the machine": `id
 uname -srm
 nproc
 df -h / | tail -1`,
 };
-const OUR_ENDINGS = {
-  timeout: "its time was over",
-  "worker-lost": "its machine went away",
-  "output-limit": "it wrote more than it may",
-  "not-started": "bash could not be started",
+const REASONS = {
+  "worker-lost": "The machine was lost",
+  "output-limit": "Output limit exceeded",
+  "not-started": "Bash could not be started",
 };
 
-const at = (id) => document.getElementById(id);
-const script = at("script");
+const script = byId("script");
 const pool = new PoolView();
-const terminal = new Terminal(at("output"), showDropped);
-let current = null; // the run that is under way
+const terminal = new Terminal(byId("output"), showDropped);
+let current = null; // the active run
 
 // Running
 
 async function start() {
   if (current !== null) return;
-  const mine = (current = {abort: new AbortController(), sent: performance.now(), begun: null, facts: []});
+  const run = (current = {abort: new AbortController(), sentAt: performance.now(), startedAt: null, details: []});
   switchButtons(true);
   terminal.clear();
-  for (const id of ["facts", "problem"]) at(id).hidden = true;
-  say("Waiting for a machine.");
-  mine.ticking = setInterval(() => tick(mine), 100);
-  tick(mine);
+  for (const id of ["details", "problem"]) byId(id).hidden = true;
+  announce("Waiting for a machine.");
+  run.ticker = setInterval(() => showProgress(run), 100);
+  showProgress(run);
   pool.busy = true;
-  pool.look();
+  pool.refresh();
   try {
-    const exit = await run(script.value, mine.abort.signal, {
-      begun: (headers) => begin(mine, headers),
+    const exit = await runScript(script.value, run.abort.signal, {
+      started: (headers) => started(run, headers),
       output: (stream, text) => terminal.write(stream, text),
     });
-    finish(mine, exit);
+    finished(run, exit);
   } catch (error) {
-    if (error.name === "AbortError") stopped(mine);
-    else fail(mine, error);
+    if (error.name === "AbortError") cancelled(run);
+    else failed(run, error);
   } finally {
-    clearInterval(mine.ticking);
+    clearInterval(run.ticker);
     current = null;
     switchButtons(false);
     pool.busy = false;
-    pool.look();
+    pool.refresh();
   }
 }
 
-function begin(mine, headers) {
-  mine.begun = performance.now();
-  mine.facts.push(["Waited", duration(mine.begun - mine.sent)]);
-  mine.origin = [["Machine", headers.get("Worker")], ["Run", headers.get("Run-Id")]].filter(([, value]) => value);
-  say("Running.");
-  tick(mine);
+function started(run, headers) {
+  run.startedAt = performance.now();
+  run.details.push(["Waited", duration(run.startedAt - run.sentAt)]);
+  run.ids = [["Machine", headers.get("Worker")], ["Run ID", headers.get("Run-Id")]];
+  announce("Running.");
+  showProgress(run);
 }
 
-function tick(mine) {
-  const passed = performance.now() - (mine.begun ?? mine.sent);
-  const time = `${(passed / 1000).toFixed(1)} s`;
+function showProgress(run) {
+  const elapsed = performance.now() - (run.startedAt ?? run.sentAt);
+  const time = `${(elapsed / 1000).toFixed(1)} s`;
   const waiting = pool.latest?.queue.waiting;
-  const line = waiting ? ` · ${waiting} waiting in line` : "";
-  if (mine.begun === null) state("waiting", `Waiting for a machine… ${time}${line}`);
-  else state("running", `Running… ${time}`);
+  const queue = waiting ? ` · ${waiting} in the queue` : "";
+  if (run.startedAt === null) showState("waiting", `Waiting for a machine… ${time}${queue}`);
+  else showState("running", `Running… ${time}`);
 }
 
-function finish(mine, exit) {
+function finished(run, exit) {
   const good = exit.code === 0 && !exit.reason;
-  const ended = exit.reason ? `Ended: ${OUR_ENDINGS[exit.reason] ?? exit.reason}` : exit.signal ? "Killed" : good ? "Done" : "Failed";
+  const ran = exit.wall_ms ?? performance.now() - run.startedAt;
+  const result = resultText(exit, good, ran);
   const signal = exit.signal ? ` (${exit.signal})` : "";
-  state(good ? "good" : "bad", `${ended} · exit code ${exit.code}${signal}`);
-  mine.facts.unshift(["Exit code", String(exit.code)]);
-  const more = [
+  showState(good ? "good" : "bad", `${result} · exit code ${exit.code}${signal}`);
+  run.details.unshift(["Exit code", String(exit.code)]);
+  showDetails(run, [
     ["Signal", exit.signal],
     ["Reason", exit.reason],
-    ["Ran", exit.wall_ms === undefined ? duration(performance.now() - mine.begun) : duration(exit.wall_ms)],
-    ["Processor time", exit.cpu_ms === undefined ? null : duration(exit.cpu_ms)],
+    ["Ran", duration(ran)],
+    ["CPU time", exit.cpu_ms === undefined ? null : duration(exit.cpu_ms)],
     ["Memory", exit.max_rss_kb === undefined ? null : size(1024 * exit.max_rss_kb)],
-    ["Truncated", exit.truncated ? `yes, ${size(exit.dropped_bytes ?? 0)} were dropped by the limit on output` : null],
-  ];
-  showFacts(mine, more);
+    ["Truncated", exit.truncated ? `yes, the output limit dropped ${size(exit.dropped_bytes ?? 0)}` : null],
+  ]);
   const {stdout, stderr} = terminal.lines;
-  say(`${ended}. Exit code ${exit.code}${signal}. ${stdout + stderr} lines of output, ${stderr} of them from standard error.`);
+  announce(`${result}. Exit code ${exit.code}${signal}. ${stdout + stderr} lines of output, ${stderr} on standard error.`);
 }
 
-function stopped(mine) {
-  const after = duration(performance.now() - mine.sent);
-  state("ended", `Cancelled after ${after}`);
-  if (mine.begun !== null) showFacts(mine, []);
-  say("Cancelled. The script was ended.");
+function resultText(exit, good, ran) {
+  if (exit.reason === "timeout") return `Timed out after ${limitText(pool.latest?.max_req_time_ms ?? ran)}`;
+  if (exit.reason) return REASONS[exit.reason] ?? exit.reason;
+  if (exit.signal) return "Killed";
+  return good ? "Done" : "Failed";
 }
 
-function fail(mine, error) {
+function cancelled(run) {
+  showState("cancelled", `Cancelled after ${duration(performance.now() - run.sentAt)}`);
+  if (run.startedAt !== null) showDetails(run, []);
+  announce("Cancelled. The script was stopped.");
+}
+
+function failed(run, error) {
   if (!(error instanceof RunError)) console.error(error);
-  state("bad", mine.begun === null ? "Not run" : "Broken off");
-  const again = error.retryAfter === undefined || error.retryAfter === null ? "" : ` Try again in ${error.retryAfter} s.`;
-  at("problem").textContent = sentence(error.message) + again;
-  at("problem").hidden = false;
-  if (mine.begun !== null) showFacts(mine, []);
-  say(at("problem").textContent);
+  showState("bad", run.startedAt === null ? "Not run" : "Interrupted");
+  const retry = error.retryAfter === undefined || error.retryAfter === null ? "" : ` Try again in ${error.retryAfter} s.`;
+  byId("problem").textContent = sentence(error.message) + retry;
+  byId("problem").hidden = false;
+  if (run.startedAt !== null) showDetails(run, []);
+  announce(byId("problem").textContent);
 }
 
-// What is shown
+// Display
 
-function state(name, text) {
-  at("state").dataset.state = name;
-  at("state").textContent = text;
+function showState(name, text) {
+  byId("state").dataset.state = name;
+  byId("state").textContent = text;
 }
 
-function showFacts(mine, more) {
-  const facts = [...mine.facts, ...more, ...(mine.origin ?? [])].filter(([, value]) => value);
-  at("facts").replaceChildren(...facts.map(([name, value]) => pair(name, value)));
-  at("facts").hidden = false;
+function showDetails(run, more) {
+  const details = [...run.details, ...more, ...run.ids].filter(([, value]) => value);
+  byId("details").replaceChildren(...details.map(([term, value]) => descriptionItem(term, value)));
+  byId("details").hidden = false;
 }
 
 function showDropped({droppedRows, droppedCharacters}) {
-  at("dropped").hidden = droppedRows === 0;
-  at("dropped").textContent =
-    `Only the latest output is shown: ${droppedRows.toLocaleString("en")} earlier lines ` +
-    `(${size(droppedCharacters)}) came and were let go.`;
+  byId("dropped").hidden = droppedRows === 0;
+  byId("dropped").textContent =
+    `Only the latest output is shown; ${droppedRows.toLocaleString("en")} earlier lines ` +
+    `(${size(droppedCharacters)}) are not.`;
 }
 
-/** Tells those who listen; said anew even if it is the same again. */
-function say(text) {
-  at("said").textContent = "";
-  setTimeout(() => (at("said").textContent = text), 50);
+/** Announces text to screen readers, even if it is the same as before. */
+function announce(text) {
+  byId("announcement").textContent = "";
+  setTimeout(() => (byId("announcement").textContent = text), 50);
 }
 
 function switchButtons(running) {
   const focused = document.activeElement;
-  at("run").disabled = running;
-  at("cancel").disabled = !running;
-  if (focused === at(running ? "run" : "cancel")) at(running ? "cancel" : "run").focus();
+  byId("run").disabled = running;
+  byId("cancel").disabled = !running;
+  if (focused === byId(running ? "run" : "cancel")) byId(running ? "cancel" : "run").focus();
 }
 
 function size(bytes) {
@@ -168,7 +173,7 @@ function size(bytes) {
 
 const sentence = (text) => (/[.?!]$/.test(text) ? text : `${text}.`);
 
-// Taking the script elsewhere
+// Links and the curl command
 
 function encode(text) {
   const bytes = new TextEncoder().encode(text);
@@ -185,38 +190,38 @@ function decode(text) {
 
 function readLink() {
   if (!location.hash.startsWith("#script=")) return;
-  const notice = at("from-link");
+  const notice = byId("from-link");
   try {
-    change(decode(location.hash.slice("#script=".length)));
+    setScript(decode(location.hash.slice("#script=".length)));
     notice.textContent = "This script came with the link you opened. Read it before you run it.";
   } catch {
-    notice.textContent = "The link you opened is damaged: its script cannot be read.";
+    notice.textContent = "The link you opened is damaged: its script cannot be decoded.";
   }
   notice.hidden = false;
 }
 
-function change(text) {
+function setScript(text) {
   script.value = text;
   showCommand();
 }
 
-/** In single quotes a shell changes nothing; a quote ends them, stands escaped, and begins them again. */
-function command() {
+/** The curl command for the script, quoted for a shell: each single quote becomes '\''. */
+function curlCommand() {
   const address = new URL("run", location.href);
   return `curl -sN '${address.origin}${address.pathname}' --data-raw '${script.value.replaceAll("'", "'\\''")}'`;
 }
 
 function showCommand() {
-  at("command").textContent = command();
+  byId("command").textContent = curlCommand();
 }
 
 async function copy(button, text) {
   const label = button.dataset.label ?? (button.dataset.label = button.textContent);
   const copied = await toClipboard(text);
   button.textContent = copied ? "Copied" : "Not copied";
-  say(copied ? "Copied." : "The browser did not let this be copied.");
-  clearTimeout(button.restoring);
-  button.restoring = setTimeout(() => (button.textContent = label), 1500);
+  announce(copied ? "Copied." : "The browser did not allow copying.");
+  clearTimeout(button.labelTimer);
+  button.labelTimer = setTimeout(() => (button.textContent = label), 1500);
 }
 
 async function toClipboard(text) {
@@ -224,7 +229,7 @@ async function toClipboard(text) {
     await navigator.clipboard.writeText(text);
     return true;
   } catch {
-    // There is no clipboard for pages that came without TLS from another host; there is the old way.
+    // Pages from other hosts without TLS have no clipboard API; the deprecated command still works.
     const field = document.createElement("textarea");
     const focused = document.activeElement;
     field.value = text;
@@ -237,30 +242,30 @@ async function toClipboard(text) {
   }
 }
 
-// Composition
+// Event handlers
 
-for (const name of Object.keys(EXAMPLES)) at("examples").append(new Option(name, name));
-at("examples").addEventListener("change", ({target}) => {
+for (const name of Object.keys(EXAMPLES)) byId("examples").append(new Option(name, name));
+byId("examples").addEventListener("change", ({target}) => {
   if (!target.value) return;
-  change(EXAMPLES[target.value]);
-  at("from-link").hidden = true;
+  setScript(EXAMPLES[target.value]);
+  byId("from-link").hidden = true;
 });
 script.addEventListener("input", () => {
-  at("examples").value = "";
+  byId("examples").value = "";
   showCommand();
 });
-at("run").addEventListener("click", start);
-at("cancel").addEventListener("click", () => current?.abort.abort());
+byId("run").addEventListener("click", start);
+byId("cancel").addEventListener("click", () => current?.abort.abort());
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
   event.preventDefault();
   start();
 });
-at("link").addEventListener("click", ({currentTarget}) => {
+byId("link").addEventListener("click", ({currentTarget}) => {
   history.replaceState(null, "", `#script=${encode(script.value)}`);
   copy(currentTarget, location.href);
 });
-at("curl").addEventListener("click", ({currentTarget}) => copy(currentTarget, command()));
+byId("curl").addEventListener("click", ({currentTarget}) => copy(currentTarget, curlCommand()));
 window.addEventListener("hashchange", readLink);
 
 if (!script.value) script.value = EXAMPLES.Hello;

@@ -1,6 +1,6 @@
-// One run: the script goes out, events come in. Knows nothing of the page.
+// One run: sends the script, and reads the events. Independent of the page.
 
-/** What went wrong before or after output, in words for a person. `retryAfter` is in seconds, or null. */
+/** A run that failed, before or after output. The message is for users. `retryAfter` is in seconds, or null. */
 export class RunError extends Error {
   constructor(message, retryAfter = null) {
     super(message);
@@ -9,13 +9,13 @@ export class RunError extends Error {
 }
 
 /**
- * Runs a script. Calls `begun(headers)` once, then `output(stream, text)` as text comes; resolves with the
- * exit. Rejects with a RunError, or with an AbortError once `signal` is aborted.
+ * Runs a script. Calls `started(headers)` once, then `output(stream, text)` for each piece of output; resolves
+ * with the exit. Rejects with a RunError, or with an AbortError if `signal` is aborted.
  */
-export async function run(script, signal, {begun, output}) {
-  const response = await reach(script, signal);
-  if (!response.ok) throw await refusal(response);
-  begun(response.headers);
+export async function runScript(script, signal, {started, output}) {
+  const response = await send(script, signal);
+  if (!response.ok) throw await httpError(response);
+  started(response.headers);
   let exit = null;
   try {
     for await (const [name, data] of events(response.body)) {
@@ -24,54 +24,54 @@ export async function run(script, signal, {begun, output}) {
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    // Whatever comes after the exit, the run is whole.
-    if (exit === null) throw new RunError("The connection broke. The script may have been ended; output may be missing.");
+    // Once the exit has arrived, the run is complete.
+    if (exit === null) throw new RunError("The connection was lost. The script may have been stopped; output may be missing.");
   }
-  if (exit === null) throw new RunError("The answer stopped without an exit. Output may be missing.");
+  if (exit === null) throw new RunError("The response ended without an exit status. Output may be missing.");
   return exit;
 }
 
-async function reach(script, signal) {
+async function send(script, signal) {
   try {
     return await fetch("run", {method: "POST", body: script, signal, cache: "no-store"});
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new RunError("The coordinator could not be reached. Is it running, and are you connected?");
+    throw new RunError("The coordinator could not be reached. Is it running, and are you online?");
   }
 }
 
-async function refusal(response) {
-  const line = (await response.text().catch(() => "")).trim().slice(0, 300);
-  const after = Number.parseInt(response.headers.get("Retry-After"), 10);
-  const said = `${response.status}: ${line || response.statusText || "no reason was given"}`;
-  return new RunError(said, Number.isFinite(after) ? after : null);
+async function httpError(response) {
+  const reason = (await response.text().catch(() => "")).trim().slice(0, 300);
+  const retryAfter = Number.parseInt(response.headers.get("Retry-After"), 10);
+  const message = `${response.status}: ${reason || response.statusText || "no reason given"}`;
+  return new RunError(message, Number.isFinite(retryAfter) ? retryAfter : null);
 }
 
-/** Reads server-sent events whose data is JSON: pairs of name and data. Comments are skipped. */
+/** Yields server-sent events whose data is JSON, as pairs of name and data. Comments are skipped. */
 async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
-  let rested = performance.now();
+  let buffer = "";
+  let yieldedAt = performance.now();
   for (;;) {
     const {value, done} = await reader.read();
     if (done) return;
-    held += value;
+    buffer += value;
     let start = 0;
-    for (let end; (end = held.indexOf("\n\n", start)) !== -1; start = end + 2) {
-      const event = parse(held.slice(start, end));
+    for (let end; (end = buffer.indexOf("\n\n", start)) !== -1; start = end + 2) {
+      const event = parseEvent(buffer.slice(start, end));
       if (event) yield event;
     }
-    held = held.slice(start);
-    // Much output must not keep the browser from drawing and from hearing Cancel. Timers are slow, and
-    // there is nothing to draw, while the page is hidden.
-    if (!document.hidden && performance.now() - rested > 12) {
+    buffer = buffer.slice(start);
+    // Give the browser time to draw and to handle Cancel during large output. While the page is hidden there
+    // is nothing to draw, and timers are slow.
+    if (!document.hidden && performance.now() - yieldedAt > 12) {
       await new Promise((resolve) => setTimeout(resolve));
-      rested = performance.now();
+      yieldedAt = performance.now();
     }
   }
 }
 
-function parse(block) {
+function parseEvent(block) {
   let name = "message";
   const data = [];
   for (const line of block.split("\n")) {

@@ -1,22 +1,22 @@
-// Text of two streams, with the escapes that terminals know, shown as rows of text. Nothing becomes markup.
+// Shows the text of two streams as rows, and interprets terminal escapes. Nothing becomes markup.
 
 const MAX_ROWS = 5000;
 const MAX_CHARACTERS = 2_000_000;
-const MAX_ROW = 8192; // characters, then the row is broken
-const MAX_ESCAPE = 4096; // characters that an escape may have; then it was none
+const MAX_ROW = 8192; // characters; a longer row is wrapped
+const MAX_ESCAPE = 4096; // characters; a longer escape is dropped, and the rest is text
 
 const PLAIN = Object.freeze({});
 
-/** Shows the latest rows in an element, and counts what it no longer shows. */
+/** Shows the latest rows in an element, and counts those it no longer shows. */
 export class Terminal {
   #element;
-  #changed;
+  #onDraw;
   #scheduled = false;
 
-  /** `changed(terminal)` is called after each drawing. */
-  constructor(element, changed) {
+  /** `onDraw(terminal)` is called each time the terminal is drawn. */
+  constructor(element, onDraw) {
     this.#element = element;
-    this.#changed = changed;
+    this.#onDraw = onDraw;
     this.clear();
   }
 
@@ -29,37 +29,37 @@ export class Terminal {
     this.streams = {stdout: new Stream(), stderr: new Stream()};
     this.column = 0;
     this.row = null;
-    this.cost = 0;
+    this.drawTime = 0;
     this.#element.replaceChildren();
     this.#draw();
   }
 
   write(name, text) {
-    for (const part of this.streams[name].read(text)) this.#take(name, part);
+    for (const part of this.streams[name].parse(text)) this.#apply(name, part);
     this.#schedule();
   }
 
-  #take(name, {text, control, style}) {
+  #apply(name, {text, control, style}) {
     if (text !== undefined) {
       for (let start = 0; start < text.length; ) {
-        const row = this.#current();
+        const row = this.#currentRow();
         const piece = text.slice(start, start + MAX_ROW - this.column);
         this.characters += row.put(this.column, piece, style, name);
         this.column += piece.length;
         start += piece.length;
-        if (this.column >= MAX_ROW) this.#end();
+        if (this.column >= MAX_ROW) this.#endRow();
       }
     } else if (control === "\n") {
-      this.#current();
+      this.#currentRow();
       this.lines[name] += 1;
-      this.#end();
+      this.#endRow();
     } else if (control === "\r") this.column = 0;
     else if (control === "\b") this.column = Math.max(0, this.column - 1);
-    else if (control === "erase") this.characters += this.#current().erase(this.column);
-    else if (control === "erase all") this.characters += this.#current().erase(0, this.column);
+    else if (control === "erase") this.characters += this.#currentRow().erase(this.column);
+    else if (control === "erase all") this.characters += this.#currentRow().erase(0, this.column);
   }
 
-  #current() {
+  #currentRow() {
     if (this.row === null) {
       this.row = new Row();
       this.rows.push(this.row);
@@ -67,19 +67,19 @@ export class Terminal {
     return this.row;
   }
 
-  #end() {
+  #endRow() {
     this.row = null;
     this.column = 0;
-    // In steps: taking single rows from the front of a long list is slow.
-    if (this.rows.length > 1.2 * MAX_ROWS || this.characters > 1.2 * MAX_CHARACTERS) this.#forget();
+    // In batches: removing single rows from the front of a long list is slow.
+    if (this.rows.length > 1.2 * MAX_ROWS || this.characters > 1.2 * MAX_CHARACTERS) this.#dropRows();
   }
 
-  #forget() {
+  #dropRows() {
     let rows = 0;
     let characters = 0;
-    const enough = () =>
+    const isWithinLimits = () =>
       this.rows.length - rows <= MAX_ROWS && this.characters - characters <= MAX_CHARACTERS;
-    while (!enough()) {
+    while (!isWithinLimits()) {
       characters += this.rows[rows].length;
       this.rows[rows].element?.remove();
       rows += 1;
@@ -93,25 +93,25 @@ export class Terminal {
   #schedule() {
     if (this.#scheduled) return;
     this.#scheduled = true;
-    // Drawing has at most a third of the time.
-    setTimeout(() => requestAnimationFrame(() => this.#draw()), 2 * this.cost);
+    // Drawing takes at most a third of the time.
+    setTimeout(() => requestAnimationFrame(() => this.#draw()), 2 * this.drawTime);
   }
 
   #draw() {
     this.#scheduled = false;
-    const began = performance.now();
+    const startedAt = performance.now();
     const box = this.#element;
     const atEnd = box.scrollHeight - box.scrollTop - box.clientHeight < 24;
-    const fresh = document.createDocumentFragment();
+    const added = document.createDocumentFragment();
     for (const row of this.#undrawn()) {
-      const known = row.element !== null;
+      const isNew = row.element === null;
       row.draw();
-      if (!known) fresh.append(row.element);
+      if (isNew) added.append(row.element);
     }
-    box.append(fresh);
+    box.append(added);
     if (atEnd) box.scrollTop = box.scrollHeight;
-    this.cost = Math.min(300, performance.now() - began);
-    this.#changed(this);
+    this.drawTime = Math.min(300, performance.now() - startedAt);
+    this.#onDraw(this);
   }
 
   #undrawn() {
@@ -121,14 +121,14 @@ export class Terminal {
   }
 }
 
-/** One row: pieces of text, each of a style and a stream. Writing over what is there replaces it. */
+/** One row: pieces of text, each with a style and a stream. Text can be overwritten. */
 class Row {
   element = null;
   dirty = true;
   length = 0;
   #pieces = [];
 
-  /** Writes text at a column; tells by how many characters the row has grown. */
+  /** Writes text at a column. Returns by how many characters the row has grown. */
   put(column, text, style, stream) {
     const piece = {text, style, stream};
     const before = this.length;
@@ -144,25 +144,25 @@ class Row {
     return this.length - before;
   }
 
-  /** Erases from a column to the end, and puts `room` blanks there; tells by how much the row has grown. */
-  erase(column, room = 0) {
+  /** Replaces everything from a column on by blanks. Returns by how many characters the row has grown. */
+  erase(column, blanks = 0) {
     this.#pieces = this.#cut(0, column);
-    if (room) this.#pieces.push({text: " ".repeat(room), style: PLAIN, stream: "stdout"});
+    if (blanks) this.#pieces.push({text: " ".repeat(blanks), style: PLAIN, stream: "stdout"});
     const before = this.length;
-    this.length = column + room;
+    this.length = column + blanks;
     this.dirty = true;
     return this.length - before;
   }
 
   #cut(from, to) {
-    const kept = [];
-    let at = 0;
+    const pieces = [];
+    let start = 0;
     for (const {text, style, stream} of this.#pieces) {
-      const part = text.slice(Math.max(0, from - at), Math.max(0, to - at));
-      if (part) kept.push({text: part, style, stream});
-      at += text.length;
+      const part = text.slice(Math.max(0, from - start), Math.max(0, to - start));
+      if (part) pieces.push({text: part, style, stream});
+      start += text.length;
     }
-    return kept;
+    return pieces;
   }
 
   draw() {
@@ -190,62 +190,62 @@ function span({text, style, stream}) {
   return element;
 }
 
-// Where reading of a stream is.
+// States of the parser.
 const TEXT = 0;
 const ESCAPE = 1; // after ESC
 const SEQUENCE = 2; // after ESC [
-const STRING = 3; // after ESC ] and its like, up to BEL or ESC \
-const CHARSET = 4; // after ESC ( and its like: one more
+const STRING = 3; // after ESC ] and similar, up to BEL or ESC \
+const CHARSET = 4; // after ESC ( and similar: one more character
 
 const SPECIAL = /[\x00-\x08\x0a-\x1f\x7f-\x9f]/g;
 
-/** Reads one stream: text with its style, and the few controls that are kept. An escape may come in pieces. */
+/** Parses one stream into text with a style, and the supported controls. An escape may be split over pieces. */
 class Stream {
-  #where = TEXT;
+  #state = TEXT;
   #escape = "";
   #style = PLAIN;
 
-  *read(text) {
-    let at = 0;
-    while (at < text.length) {
-      if (this.#where === TEXT) {
-        SPECIAL.lastIndex = at;
+  *parse(text) {
+    let index = 0;
+    while (index < text.length) {
+      if (this.#state === TEXT) {
+        SPECIAL.lastIndex = index;
         const end = SPECIAL.exec(text)?.index ?? text.length;
-        if (end > at) yield {text: text.slice(at, end), style: this.#style};
+        if (end > index) yield {text: text.slice(index, end), style: this.#style};
         if (end < text.length) {
           const control = text[end];
-          if (control === "\x1b") this.#where = ESCAPE;
+          if (control === "\x1b") this.#state = ESCAPE;
           else if (control === "\n" || control === "\r" || control === "\b") yield {control};
         }
-        at = end + 1;
+        index = end + 1;
       } else {
-        const erases = this.#step(text[at]);
-        if (erases) yield {control: erases};
-        at += 1;
+        const control = this.#step(text[index]);
+        if (control) yield {control};
+        index += 1;
       }
     }
   }
 
   #step(character) {
-    if (this.#where === ESCAPE) {
+    if (this.#state === ESCAPE) {
       this.#escape = "";
-      if (character === "[") this.#where = SEQUENCE;
-      else if ("]PX^_".includes(character)) this.#where = STRING;
-      else if (character >= " " && character <= "/") this.#where = CHARSET;
-      else if (character !== "\x1b") this.#where = TEXT;
-    } else if (this.#where === CHARSET) {
-      if (character < " " || character > "/") this.#where = TEXT;
-    } else if (character === "\x1b") this.#where = ESCAPE; // of a string, mostly its end
-    else if (this.#where === STRING) {
+      if (character === "[") this.#state = SEQUENCE;
+      else if ("]PX^_".includes(character)) this.#state = STRING;
+      else if (character >= " " && character <= "/") this.#state = CHARSET;
+      else if (character !== "\x1b") this.#state = TEXT;
+    } else if (this.#state === CHARSET) {
+      if (character < " " || character > "/") this.#state = TEXT;
+    } else if (character === "\x1b") this.#state = ESCAPE; // usually the end of a string
+    else if (this.#state === STRING) {
       this.#escape += character;
-      if (character === "\x07" || this.#escape.length > MAX_ESCAPE) this.#where = TEXT;
+      if (character === "\x07" || this.#escape.length > MAX_ESCAPE) this.#state = TEXT;
     } else if (character >= "@" && character <= "~") {
-      this.#where = TEXT;
+      this.#state = TEXT;
       if (character === "m") this.#style = styled(this.#style, this.#escape);
       if (character === "K") return this.#escape === "2" ? "erase all" : this.#escape === "1" ? null : "erase";
     } else {
       this.#escape += character;
-      if (this.#escape.length > MAX_ESCAPE) this.#where = TEXT;
+      if (this.#escape.length > MAX_ESCAPE) this.#state = TEXT;
     }
     return null;
   }
@@ -257,22 +257,22 @@ const SWITCHES = {
   29: {strike: false}, 39: {front: undefined}, 49: {back: undefined},
 };
 
-/** The style that follows on a style by the parameters of an SGR sequence. */
+/** Returns a style changed by the parameters of an SGR sequence. */
 function styled(style, parameters) {
   if (!/^[\d;:]*$/.test(parameters)) return style;
-  // The newer spelling, with colons, may name a colour space, or a kind of underline.
-  const usual = parameters.replace(/([34]8:2):\d*(?=(:\d+){3}(;|$))/g, "$1").replace(/(^|;)4:[1-9]/g, "$14");
-  const codes = usual.split(/[;:]/).map(Number);
+  // The form with colons may contain a colour space, or a kind of underline.
+  const normalized = parameters.replace(/([34]8:2):\d*(?=(:\d+){3}(;|$))/g, "$1").replace(/(^|;)4:[1-9]/g, "$14");
+  const codes = normalized.split(/[;:]/).map(Number);
   let next = {...style};
-  for (let at = 0; at < codes.length; at += 1) {
-    const code = codes[at];
+  for (let index = 0; index < codes.length; index += 1) {
+    const code = codes[index];
     if (code === 0) next = {};
     else if (code === 38 || code === 48 || code === 58) {
-      const wide = codes[at + 1] === 2;
-      const color = wide ? rgb(codes.slice(at + 2, at + 5)) : indexed(codes[at + 2]);
-      at += wide ? 4 : 2;
+      const isRgb = codes[index + 1] === 2;
+      const color = isRgb ? rgb(codes.slice(index + 2, index + 5)) : indexed(codes[index + 2]);
+      index += isRgb ? 4 : 2;
       if (code === 38) next.front = color;
-      if (code === 48) next.back = color; // 58 is an underline's
+      if (code === 48) next.back = color; // 58 is the colour of underlines
     } else if (code >= 30 && code <= 37) next.front = String(code - 30);
     else if (code >= 90 && code <= 97) next.front = String(code - 82);
     else if (code >= 40 && code <= 47) next.back = String(code - 40);
@@ -291,6 +291,6 @@ function indexed(code) {
 }
 
 function rgb(parts) {
-  const sound = parts.length === 3 && parts.every((part) => part >= 0 && part <= 255);
-  return sound ? `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}` : undefined;
+  const isValid = parts.length === 3 && parts.every((part) => part >= 0 && part <= 255);
+  return isValid ? `#${parts.map((part) => part.toString(16).padStart(2, "0")).join("")}` : undefined;
 }
