@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bfaas.machines.api import RefusedError, State, UnavailableError
+from bfaas.machines.api import RejectedError, State, UnavailableError
 from bfaas.pooling.backoff import Backoff
 from bfaas.pooling.scheduler import Inspected, Scheduler, StandbyAction
 from bfaas.pooling.slot import Phase, Slot
@@ -94,7 +94,7 @@ class StandbyTests(PartsCase):
         self.assertTrue(self.pause.active)
 
     def test_failed_suspension_causes_a_pause(self) -> None:
-        self.api.next("suspend", Refuse(RefusedError("too much memory")))
+        self.api.next("suspend", Refuse(RejectedError("too much memory")))
         standby = Standby(self.lifecycle, self.pause, self.scheduler, suspend_standby=True)
 
         self.assertIs(False, self.result_of(standby.wait_for_work(self.standby_slot), within=0))
