@@ -4,7 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: run fly test load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
+SHELL = /bin/bash
+.SHELLFLAGS = -o pipefail -c
+
+.PHONY: run fly test coverage load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -31,9 +34,18 @@ fly: $(VENV)/installed
 	$(BIN)/twistd -n --pidfile= bfaas-coord --listen tcp:8000:interface=127.0.0.1
 
 # Trial runs its own cases, pytest (with pytest-twisted) the end-to-end tests: the two do not share a session.
+# Each prints its ten slowest tests. UNIT_TRIAL runs the unit tests, which `.ci/run` measures the coverage of.
+TRIAL = $(BIN)/trial
+UNIT_TRIAL = $(TRIAL)
 test: $(VENV)/installed-test
-	$(BIN)/trial tests.unit tests.integration tests.project tests.simulation
-	$(BIN)/python -m pytest tests/e2e
+	{ $(UNIT_TRIAL) --reporter=timing tests.unit && \
+	$(TRIAL) --reporter=timing tests.integration tests.project tests.simulation; \
+	} 2>&1 | $(BIN)/python -m tests.support.slowest
+	$(BIN)/python -m pytest --durations=10 tests/e2e
+
+# Statements and branches of bfaas/ that all tests reach, in every process that ends in order: build/coverage/html.
+coverage: $(VENV)/installed-test
+	$(BIN)/python -m tests.project.measure_coverage
 
 # The long form of the end-to-end tests.
 load: $(VENV)/installed-test

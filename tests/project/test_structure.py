@@ -1,8 +1,14 @@
-"""A few things are imported in a few places only. (The layers are in pyproject.toml, for import-linter.)"""
+"""
+Some imports are restricted to a few modules, and each test is collected once.
+
+The layers are contracts of import-linter, in pyproject.toml.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib
+import unittest
 from typing import TYPE_CHECKING, ClassVar
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -29,12 +35,15 @@ REACTOR = {
     "bfaas.cli.main",
 }
 
+TRIAL = ("unit", "integration", "project", "simulation")
+
 
 def module_name(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 def imports(path: Path) -> set[str]:
+    """Return all that a module imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -55,20 +64,78 @@ def imports_at_module_level(path: Path) -> set[str]:
     }
 
 
-class StructureTests(SynchronousTestCase):
+def is_test(name: str) -> bool:
+    return name.startswith("test")
+
+
+class ImportTests(SynchronousTestCase):
     modules: ClassVar = {module_name(path): path for path in (ROOT / "bfaas").rglob("*.py")}
 
-    def test_libraries_stay_where_they_belong(self) -> None:
-        for library, rooms in (("klein", KLEIN), ("treq", TREQ)):
+    def test_libraries_are_imported_by_their_modules_alone(self) -> None:
+        for library, allowed in (("klein", KLEIN), ("treq", TREQ)):
             users = {
                 name
                 for name, path in self.modules.items()
                 if any(used.partition(".")[0] == library for used in imports(path))
             }
-            self.assertEqual(rooms, users, library)
+            self.assertEqual(allowed, users, library)
 
-    def test_only_composition_roots_see_the_reactor_and_none_at_import(self) -> None:
+    def test_only_entry_points_import_the_reactor_and_not_at_module_level(self) -> None:
+        reactor = "twisted.internet.reactor"
         for name, path in self.modules.items():
-            seen = "twisted.internet.reactor"
-            self.assertTrue(seen not in imports(path) or name in REACTOR, name)
-            self.assertNotIn(seen, imports_at_module_level(path), name)
+            self.assertTrue(reactor not in imports(path) or name in REACTOR, name)
+            self.assertNotIn(reactor, imports_at_module_level(path), name)
+
+
+class CollectionTests(SynchronousTestCase):
+    """Trial runs the methods of classes, pytest the functions of tests/e2e (see the Makefile)."""
+
+    def test_all_tests_are_in_packages_that_are_run(self) -> None:
+        for path in (ROOT / "tests").rglob("test_*.py"):
+            package, *inner = path.relative_to(ROOT / "tests").parts[:-1]
+            self.assertIn(package, (*TRIAL, "e2e"), path)
+            for depth in range(len(inner) + 1):
+                directory = ROOT.joinpath("tests", package, *inner[:depth])
+                self.assertTrue((directory / "__init__.py").exists(), directory)
+
+    def test_trial_finds_each_case_once(self) -> None:
+        for package in TRIAL:
+            for path in (ROOT / "tests" / package).rglob("*.py"):
+                tree = ast.parse(path.read_text())
+                functions = [
+                    node.name
+                    for node in tree.body
+                    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and is_test(node.name)
+                ]
+                self.assertEqual([], functions, f"trial does not run functions: {path}")
+                if path.name.startswith("test_"):
+                    module = importlib.import_module(module_name(path))
+                    foreign = [
+                        case.__qualname__
+                        for case in vars(module).values()
+                        if isinstance(case, type)
+                        and issubclass(case, unittest.TestCase)
+                        and case.__module__ != module.__name__
+                        and any(map(is_test, dir(case)))
+                    ]
+                    self.assertEqual([], foreign, f"cases of another module run again: {path}")
+                else:
+                    cases = [
+                        node.name
+                        for node in ast.walk(tree)
+                        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                        and node.name.startswith("test_")
+                    ]
+                    self.assertEqual([], cases, f"trial does not load this module: {path}")
+
+    def test_pytest_finds_no_classes(self) -> None:
+        for path in (ROOT / "tests" / "e2e").glob("*.py"):
+            tree = ast.parse(path.read_text())
+            methods = [
+                node.name
+                for owner in ast.walk(tree)
+                if isinstance(owner, ast.ClassDef)
+                for node in owner.body
+                if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+            ]
+            self.assertEqual([], methods, path)
