@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KLEIN = {
+    "bfaas.coord",
     "bfaas.coordinator.app",
     "bfaas.coordinator.metrics",
     "bfaas.worker.app",
