@@ -52,15 +52,15 @@ _ATTEMPT_DELAY = 0.25
 
 
 class CertificateError(Exception):
-    """The server's certificate is not trusted, or not one for this host."""
+    """The server's certificate is not trusted, or not valid for this host."""
 
 
 class Resolver:
     """
     The system's resolver (getaddrinfo), in threads.
 
-    Concurrent lookups of a name share one thread. It is a daemon, unlike those of the reactor's pool, so a
-    lookup that hangs does not delay an exit.
+    Concurrent lookups of a name share one thread. It is a daemon thread, unlike those of the reactor's pool,
+    so that a lookup that hangs does not delay the exit of the process.
     """
 
     def __init__(self, reactor: Any, getaddrinfo: Callable[..., Sequence[Any]] = socket.getaddrinfo) -> None:
@@ -83,76 +83,76 @@ class Resolver:
         return addresses
 
     def _run(self, host: str) -> None:
-        """In a thread: look the name up. As bytes, which `socket` does not encode with IDNA."""
+        """Look the name up, in a thread. It is passed as bytes, which `socket` does not encode with IDNA."""
         try:
-            found = self._getaddrinfo(host.encode(), None, type=socket.SOCK_STREAM)
-            outcome: Any = list(dict.fromkeys(address[0] for *_, address in found))
+            results = self._getaddrinfo(host.encode(), None, type=socket.SOCK_STREAM)
+            outcome: Any = list(dict.fromkeys(address[0] for *_, address in results))
         except OSError as error:
             outcome = Failure(DNSLookupError(f"{host}: {error.strerror}"))
-        except Exception as error:  # noqa: BLE001 - a name that getaddrinfo does not take
+        except Exception as error:  # noqa: BLE001 - a name that getaddrinfo rejects
             outcome = Failure(DNSLookupError(f"{host}: {error}"))
         self._reactor.callFromThread(self._finish, host, outcome)
 
     def _finish(self, host: str, outcome: Any) -> None:
         waiting = self._waiting.pop(host)
-        while waiting:  # one may cancel another
+        while waiting:  # a callback may cancel another lookup
             waiting.pop(0).callback(outcome)
 
 
 class _Race:
-    """Connects to the first of several endpoints that accepts; later ones start before slow ones end."""
+    """Connects to the first endpoint that accepts, starting the next one if an attempt is slow (RFC 8305)."""
 
     def __init__(
         self, clock: Any, endpoints: Sequence[IStreamClientEndpoint], factory: IProtocolFactory
     ) -> None:
         self._clock = clock
-        self._left = deque(endpoints)
+        self._remaining = deque(endpoints)
         self._factory = factory
-        self._trying: list[Deferred[IProtocol]] = []
-        self._next: IDelayedCall | None = None
-        self._over = False
+        self._attempts: list[Deferred[IProtocol]] = []
+        self._timer: IDelayedCall | None = None
+        self._stopped = False
         self.winner: Deferred[IProtocol] = Deferred(lambda _: self._stop())
         self._try_next()
 
     def _try_next(self) -> None:
         self._cancel_timer()
-        attempt = self._left.popleft().connect(self._factory)
-        self._trying.append(attempt)
-        if self._left:
-            self._next = self._clock.callLater(_ATTEMPT_DELAY, self._try_next)
-        attempt.addCallbacks(self._won, self._lost, callbackArgs=(attempt,), errbackArgs=(attempt,))
+        attempt = self._remaining.popleft().connect(self._factory)
+        self._attempts.append(attempt)
+        if self._remaining:
+            self._timer = self._clock.callLater(_ATTEMPT_DELAY, self._try_next)
+        attempt.addCallbacks(self._succeeded, self._failed, callbackArgs=(attempt,), errbackArgs=(attempt,))
 
-    def _won(self, protocol: IProtocol, attempt: Deferred[IProtocol]) -> None:
-        self._trying.remove(attempt)
+    def _succeeded(self, protocol: IProtocol, attempt: Deferred[IProtocol]) -> None:
+        self._attempts.remove(attempt)
         self._stop()
         self.winner.callback(protocol)
 
-    def _lost(self, failure: Failure, attempt: Deferred[IProtocol]) -> None:
-        self._trying.remove(attempt)
-        if self._over:
+    def _failed(self, failure: Failure, attempt: Deferred[IProtocol]) -> None:
+        self._attempts.remove(attempt)
+        if self._stopped:
             return
-        if self._left:
+        if self._remaining:
             self._try_next()
-        elif not self._trying:
+        elif not self._attempts:
             self.winner.errback(failure)
 
     def _stop(self) -> None:
-        self._over = True
+        self._stopped = True
         self._cancel_timer()
-        for attempt in list(self._trying):
+        for attempt in list(self._attempts):
             attempt.cancel()
 
     def _cancel_timer(self) -> None:
-        if self._next is not None and self._next.active():
-            self._next.cancel()
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
 
 
 @implementer(IStreamClientEndpoint)
 class HostEndpoint:
     """
-    TCP to a host, an address or a name.
+    TCP to a host, given as an address or a name.
 
-    A connection fails with what Twisted's endpoints fail with: `DNSLookupError` or a `ConnectError`.
+    Connecting fails with the errors of Twisted's endpoints: `DNSLookupError` or a `ConnectError`.
     """
 
     def __init__(self, reactor: Any, resolver: Resolver, host: str, port: int) -> None:
@@ -162,19 +162,19 @@ class HostEndpoint:
         self._port = port
 
     def connect(self, protocolFactory: IProtocolFactory) -> Deferred[IProtocol]:
-        """Connect. Cancelling it, at any time, closes what is open."""
+        """Connect. Cancelling closes all open connections."""
         if isIPAddress(self._host) or isIPv6Address(self._host):
-            return self._at(self._host).connect(protocolFactory)
+            return self._endpoint_at(self._host).connect(protocolFactory)
         return Deferred.fromCoroutine(self._connect(protocolFactory))
 
     async def _connect(self, factory: IProtocolFactory) -> IProtocol:
         try:
             addresses = await Deadline(self._reactor, LOOKUP_TIMEOUT).run(self._resolver.lookup(self._host))
         except DeadlineExceededError:
-            raise DNSLookupError(f"{self._host}: no answer within {LOOKUP_TIMEOUT:g} s") from None
-        return await _Race(self._reactor, list(map(self._at, addresses)), factory).winner
+            raise DNSLookupError(f"{self._host}: no response within {LOOKUP_TIMEOUT:g} s") from None
+        return await _Race(self._reactor, list(map(self._endpoint_at, addresses)), factory).winner
 
-    def _at(self, address: str) -> IStreamClientEndpoint:
+    def _endpoint_at(self, address: str) -> IStreamClientEndpoint:
         kind = TCP6ClientEndpoint if isIPv6Address(address) else TCP4ClientEndpoint
         endpoint: IStreamClientEndpoint = kind(self._reactor, address, self._port, timeout=CONNECT_TIMEOUT)
         return endpoint
@@ -182,7 +182,7 @@ class HostEndpoint:
 
 @implementer(IOpenSSLClientConnectionCreator)
 class _VerifiedTLS:
-    """TLS to a host whose certificate has to be trusted by the system, and to name that host."""
+    """TLS to a host, whose certificate must be trusted by the system and match the host."""
 
     def __init__(self, options: CertificateOptions, host: str) -> None:
         self._options = options
@@ -210,7 +210,7 @@ class _VerifiedTLS:
         return connection
 
     def _problem(self, certificate: X509, code: int, depth: int, *, trusted: bool) -> str | None:
-        """Return why a certificate is refused. Exceptions would be lost in OpenSSL, so all are caught."""
+        """Return why a certificate is rejected, or None. OpenSSL would lose exceptions, so all are caught."""
         if not trusted:
             return f"the certificate is not trusted: {_reason(code)}"
         if depth > 0:
@@ -219,7 +219,7 @@ class _VerifiedTLS:
             identity = (IPAddress_ID if self._is_address else DNS_ID)(self._host)
             verify_service_identity(extract_patterns(certificate), [identity], [])
         except (VerificationError, BadIdentityError):
-            return f"the certificate is not one for {self._host}"
+            return f"the certificate is not valid for {self._host}"
         except Exception as error:  # noqa: BLE001
             return f"the certificate cannot be verified: {error!r}"
         return None
@@ -233,7 +233,7 @@ def _reason(code: int) -> str:
 
 @implementer(IStreamClientEndpoint)
 class _QuietEndpoint:
-    """Connects without a line in the log for each connection made and closed."""
+    """Connects without a log line for each connection made and closed."""
 
     def __init__(self, endpoint: IStreamClientEndpoint) -> None:
         self._endpoint = endpoint
@@ -260,26 +260,26 @@ class Endpoints:
         self._tls = tls
 
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
-        """Choose the endpoint."""
+        """Return the endpoint."""
         host = uri.host.decode("ascii")
         endpoint: IStreamClientEndpoint = HostEndpoint(self._reactor, self._resolver, host, uri.port)
         if uri.scheme == b"https":
-            if self._tls is None:  # once: it reads all of the trust store
+            if self._tls is None:  # once, since it reads the whole trust store
                 self._tls = CertificateOptions(trustRoot=platformTrust())
             endpoint = wrapClientTLS(_VerifiedTLS(self._tls, host), endpoint)
         return _QuietEndpoint(endpoint)
 
 
 def root_cause(error: BaseException) -> BaseException:
-    """Return the first error behind one that Twisted's agent, or an exception's `from`, wraps."""
-    reasons = getattr(error, "reasons", None)  # twisted.web.client.ResponseFailed and its like
+    """Return the innermost error of one wrapped by Twisted's agent or by `raise ... from`."""
+    reasons = getattr(error, "reasons", None)  # of twisted.web.client.ResponseFailed and similar errors
     if reasons:
         return root_cause(reasons[0].value)
     return error if error.__cause__ is None else root_cause(error.__cause__)
 
 
 def describe(error: BaseException) -> str:
-    """Return why a request got no answer, as one line."""
+    """Return why a request got no response, as one line."""
     cause = root_cause(error)
     if isinstance(cause, ConnectTimeoutError):
         return f"no connection within {CONNECT_TIMEOUT:g} s"

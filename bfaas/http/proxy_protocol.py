@@ -1,8 +1,8 @@
 """
-The PROXY protocol, versions 1 and 2: a proxy names a connection's client in its first bytes.
+Parser for the PROXY protocol, versions 1 and 2, in which a proxy sends a client's address.
 
-https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt. Twisted's own parser closes connections whose
-header is `PROXY UNKNOWN` or comes in two pieces, and raises out of `dataReceived` where a port is no number.
+https://www.haproxy.org/download/2.8/doc/proxy-protocol.txt. Twisted's parser closes connections whose header
+is `PROXY UNKNOWN` or arrives in two pieces, and `dataReceived` raises an exception for an invalid port.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress
 
 _V1 = b"PROXY "
-_V1_LONGEST = 107
+_V1_MAX_LENGTH = 107
 _V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _V2_FIXED = 16
 _V2_LOCAL, _V2_PROXY = 0x20, 0x21
-_V2_LONGEST = 16 << 10
+_V2_MAX_LENGTH = 16 << 10
 """Far more than a proxy sends: 216 bytes of addresses, and some hundred of other values."""
 
-_WORDS = 6
-_PORTS = 1 << 16
+_V1_FIELDS = 6
+_PORT_COUNT = 1 << 16
 
 
 class Proxied(NamedTuple):
     """
-    What a header tells; `rest` are the bytes after it.
+    The content of a PROXY header; `rest` is the data after it.
 
-    `source` is the client, `destination` the address that it connected to. Both are None where the header
-    names no internet addresses: the proxy speaks for itself (a health check), or came by a UNIX socket.
+    `source` is the client, `destination` the address that it connected to. Both are None if the header has
+    no IP addresses: for the proxy's own connections (health checks) and for UNIX sockets.
     """
 
     source: IAddress | None
@@ -42,13 +42,13 @@ class Proxied(NamedTuple):
 
 
 class HeaderReader:
-    """Reads a header, in however many pieces it comes."""
+    """Parses a header incrementally."""
 
     def __init__(self) -> None:
         self._data = b""
 
     def feed(self, data: bytes) -> Proxied | None:
-        """Return what the header tells, None while it is incomplete. Raise `ValueError` if there is none."""
+        """Return the parsed header, None while incomplete. Raises `ValueError` for an invalid header."""
         self._data += data
         if _V2.startswith(self._data[: len(_V2)]):
             return self._version_2()
@@ -58,20 +58,20 @@ class HeaderReader:
 
     def _version_1(self) -> Proxied | None:
         line, end, rest = self._data.partition(b"\r\n")
-        if not end and len(line) < _V1_LONGEST:
+        if not end and len(line) < _V1_MAX_LENGTH:
             return None
-        if len(line) + len(end) > _V1_LONGEST:
+        if len(line) + len(end) > _V1_MAX_LENGTH:
             raise ValueError("PROXY protocol header too long")
-        words = line.decode("ascii").split(" ")
-        if words[1] == "UNKNOWN":
+        fields = line.decode("ascii").split(" ")
+        if fields[1] == "UNKNOWN":
             return Proxied(None, None, rest)
-        if len(words) != _WORDS or words[1] not in ("TCP4", "TCP6"):
+        if len(fields) != _V1_FIELDS or fields[1] not in ("TCP4", "TCP6"):
             raise ValueError("invalid PROXY protocol header")
-        _, family, source, destination, *ports = words
+        _, family, source, destination, *ports = fields
         source_port, destination_port = map(_port, ports)
         if family == "TCP4":
-            return Proxied(_four(source, source_port), _four(destination, destination_port), rest)
-        return Proxied(_six(source, source_port), _six(destination, destination_port), rest)
+            return Proxied(_ipv4(source, source_port), _ipv4(destination, destination_port), rest)
+        return Proxied(_ipv6(source, source_port), _ipv6(destination, destination_port), rest)
 
     def _version_2(self) -> Proxied | None:
         data = self._data
@@ -79,7 +79,7 @@ class HeaderReader:
             return None
         version_and_command, family_and_transport = data[12], data[13]
         end = _V2_FIXED + int.from_bytes(data[14:16], "big")
-        if version_and_command not in (_V2_LOCAL, _V2_PROXY) or end > _V2_LONGEST:
+        if version_and_command not in (_V2_LOCAL, _V2_PROXY) or end > _V2_MAX_LENGTH:
             raise ValueError("invalid PROXY protocol header")
         if len(data) < end:
             return None
@@ -95,19 +95,19 @@ class HeaderReader:
         source, destination = addresses[:width], addresses[width : 2 * width]
         ports = addresses[2 * width : 2 * width + 4]
         source_port, destination_port = int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big")
-        make = _four if family == 1 else _six
-        return Proxied(make(source, source_port), make(destination, destination_port), rest)
+        address = _ipv4 if family == 1 else _ipv6
+        return Proxied(address(source, source_port), address(destination, destination_port), rest)
 
 
-def _four(address: str | bytes, port: int) -> IPv4Address:
+def _ipv4(address: str | bytes, port: int) -> IPv4Address:
     return IPv4Address("TCP", str(IPv4(address)), port)
 
 
-def _six(address: str | bytes, port: int) -> IPv6Address:
+def _ipv6(address: str | bytes, port: int) -> IPv6Address:
     return IPv6Address("TCP", str(IPv6(address)), port)
 
 
 def _port(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < _PORTS):  # noqa: PLR2004
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) < _PORT_COUNT):  # noqa: PLR2004
         raise ValueError("invalid port in a PROXY protocol header")
     return int(text)

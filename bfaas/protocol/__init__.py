@@ -1,1 +1,1 @@
-"""A run on the wire: requests, responses and their formats, as both ends see them."""
+"""The run protocol: requests, responses and their formats, for both ends."""

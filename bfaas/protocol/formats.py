@@ -1,13 +1,14 @@
 r"""
-What coordinator and worker agree on: paths, headers, and how a run is written.
+The protocol between client, coordinator and worker: paths, headers and response formats.
 
-The formats are those of the Go original (superfly/bfaas), so that its clients and its workers fit.
+The formats are those of the Go original (superfly/bfaas), and compatible with its clients and workers:
 
-A run in events (the default) is a stream of server-sent events
-(https://html.spec.whatwg.org/multipage/server-sent-events.html): `stdout` and `stderr`, whose data is a
-JSON string, then one `exit`, whose data is a JSON object. A raw run is the bytes as they come, then
-`\nexit: CODE\n` or `\nexit: CODE REASON\n`. A run in lines, which no coordinator asks of a worker, is one
-JSON object a line: `{"event": "stdout", "data": "..."}`, and last `{"event": "exit", "code": N, ...}`.
+* Events (the default): a stream of server-sent events
+  (https://html.spec.whatwg.org/multipage/server-sent-events.html). The data of `stdout` and `stderr` events
+  is a JSON string. The last event is `exit`, whose data is a JSON object.
+* Raw: the output bytes unchanged, then `\nexit: CODE\n` or `\nexit: CODE REASON\n`.
+* NDJSON: one JSON object per line, `{"event": "stdout", "data": "..."}`, the last one
+  `{"event": "exit", "code": N, ...}`. Coordinators do not request it from workers.
 """
 
 from __future__ import annotations
@@ -32,31 +33,30 @@ COORD = "Coord"
 RUN_ID = "Run-Id"
 FORCE_INSTANCE = "fly-force-instance-id"
 
-KEEPALIVE = 15.0
-"""Seconds of silence after which a stream carries a heartbeat, for intermediaries that cut idle ones."""
-
+HEARTBEAT_INTERVAL = 15.0
+"""Seconds without output after which a heartbeat is sent: intermediaries close idle connections."""
 
 SSE_HEARTBEAT = b": \n\n"
 
 MAX_DATA = 16 * 1024
 """
-Bytes of an output event's data, as JSON. Common readers take lines of up to 64 KiB: Go's `bufio.Scanner`,
-asyncio's `StreamReader`.
+Bytes of an output event's data, as JSON. Common readers have a limit of 64 KiB per line: Go's
+`bufio.Scanner`, asyncio's `StreamReader`.
 """
 
 MAX_EXIT = 4096
-"""Bytes of an exit event's data that a reader takes."""
+"""Bytes of an exit event's data that a reader accepts."""
 
 
 class Stream(enum.StrEnum):
-    """Which of a script's two outputs."""
+    """An output stream of a script."""
 
     STDOUT = "stdout"
     STDERR = "stderr"
 
 
 class Reason(enum.StrEnum):
-    """Why we ended a run that did not end by itself."""
+    """Why the coordinator or the worker ended a run."""
 
     TIMEOUT = "timeout"
     WORKER_LOST = "worker-lost"
@@ -65,12 +65,12 @@ class Reason(enum.StrEnum):
 
     @property
     def code(self) -> int:
-        """The exit code that stands for it: 124 as `timeout(1)` has it, 125 for what is not the script's."""
+        """The exit code: 124 for a timeout, as of `timeout(1)`; 125 for failures outside the script."""
         return 124 if self is Reason.TIMEOUT else 125
 
 
 class Format(enum.Enum):
-    """How a run is written; the value is its `Content-Type`."""
+    """A response format; the value is its `Content-Type`."""
 
     EVENTS = "text/event-stream; charset=utf-8"
     RAW = "application/octet-stream"
@@ -82,30 +82,30 @@ class Format(enum.Enum):
         return self.value.partition(";")[0]
 
 
-# What is written in silence, and means nothing. An empty line would be a fault to many who read JSON.
+# Sent after `HEARTBEAT_INTERVAL` without output. (Many JSON readers reject empty lines.)
 HEARTBEATS = {Format.EVENTS: SSE_HEARTBEAT, Format.NDJSON: b'{"event": "heartbeat"}\n'}
 
 
 def requested_format(arguments: Mapping[bytes, Sequence[bytes]], accept: str = "") -> Format:
     """
-    Tell the format that a request asks for: by its query, or else by its `Accept`.
+    Return the format that a request selects by its query, or else by its `Accept` header.
 
-    `raw` in the query, with any value but an empty one, means raw. Lines are for those who name their type.
+    A non-empty `raw` in the query selects raw; `Accept` selects NDJSON only if it names that type.
     """
     if any(arguments.get(b"raw", ())):
         return Format.RAW
-    for kind in accept.lower().split(","):
-        name, *parameters = (part.replace(" ", "") for part in kind.split(";"))
+    for media_range in accept.lower().split(","):
+        name, *parameters = (part.replace(" ", "") for part in media_range.split(";"))
         if name == Format.NDJSON.media_type:
-            return Format.EVENTS if any(map(_REFUSED.fullmatch, parameters)) else Format.NDJSON
+            return Format.EVENTS if any(map(_ZERO_QUALITY.fullmatch, parameters)) else Format.NDJSON
     return Format.EVENTS
 
 
-_REFUSED = re.compile(r"q=0(\.0*)?")
+_ZERO_QUALITY = re.compile(r"q=0(\.0*)?")
 
 
 class WireError(Exception):
-    """A run that was read does not follow the format."""
+    """A received run does not conform to its format."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ class Exit:
     """
     How a run ended.
 
-    `code` is 0 to 255, 128+n for a script killed by signal n. Times are milliseconds, `cpu_ms` over all
-    processes of the run; `max_rss_kb` is the largest resident set of one of them, in KiB.
+    `code` is 0 to 255; 128+n for a script killed by signal n. Times are in milliseconds; `cpu_ms` is the sum
+    over all processes of the run, `max_rss_kb` the largest resident set of one of them, in KiB.
     """
 
     code: int
@@ -131,44 +131,49 @@ class Exit:
 
     @classmethod
     def forced(cls, reason: Reason, wall_ms: int | None = None) -> Exit:
-        """Tell an end that we brought about."""
+        """Return the exit of a run that the coordinator or the worker ended."""
         return cls(reason.code, reason=reason, wall_ms=wall_ms)
 
     def to_json(self) -> bytes:
-        """Write the `exit` event's data; what does not apply is left out."""
-        told = {
+        """Encode the `exit` event's data; fields with default values are omitted."""
+        payload = {
             item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default
         }
-        return json.dumps(told).encode()
+        return json.dumps(payload).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Exit:
-        """Read the `exit` event's data; unknown fields are ignored. Raises `WireError`."""
-        told = read_json(data) if len(data) <= MAX_EXIT else None
-        if not isinstance(told, dict) or not is_code(told.get("code")):
-            raise WireError("an exit event without a code")
-        counts = {key: told[key] for key in ("wall_ms", "cpu_ms", "max_rss_kb") if _is_count(told.get(key))}
-        dropped = told.get("dropped_bytes")
+        """
+        Decode the `exit` event's data. Unknown fields and invalid optional fields are ignored.
+
+        Raises `WireError` for data that is too long, not a JSON object or without a valid code.
+        """
+        payload = decode_json(data) if len(data) <= MAX_EXIT else None
+        if not isinstance(payload, dict) or not is_exit_code(payload.get("code")):
+            raise WireError("exit event without a valid code")
+        keys = ("wall_ms", "cpu_ms", "max_rss_kb")
+        counts = {key: payload[key] for key in keys if _is_count(payload.get(key))}
+        dropped = payload.get("dropped_bytes")
         return cls(
-            code=told["code"] & 0xFF,
-            signal=_safe_token(told.get("signal")),
-            reason=_safe_token(told.get("reason")),
-            truncated=told.get("truncated") is True,
+            code=payload["code"] & 0xFF,
+            signal=_safe_token(payload.get("signal")),
+            reason=_safe_token(payload.get("reason")),
+            truncated=payload.get("truncated") is True,
             dropped_bytes=dropped if isinstance(dropped, int) and _is_count(dropped) else 0,
             **counts,
         )
 
 
-def read_json(data: bytes) -> Any:
-    """Read JSON. In bytes, `json` would take other encodings than UTF-8 for it, and lone surrogates."""
+def decode_json(data: bytes) -> Any:
+    """Decode JSON in UTF-8; from bytes, `json.loads` would accept other encodings and lone surrogates."""
     try:
         return json.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise WireError("data that is not JSON") from error
+        raise WireError("invalid JSON") from error
 
 
-def is_code(value: object) -> bool:
-    """Tell an exit code, 0 to 255; or -1, which is how the original tells a death by a signal."""
+def is_exit_code(value: object) -> bool:
+    """Return whether a value is 0 to 255, or -1, which the Go original sends for death by a signal."""
     return isinstance(value, int) and not isinstance(value, bool) and -1 <= value <= 255  # noqa: PLR2004
 
 
@@ -177,43 +182,43 @@ def _is_count(value: object) -> bool:
 
 
 def _safe_token(value: object) -> str | None:
-    """Take a short plain word as it is, and nothing else: it goes on to someone's terminal."""
+    """Return a short plain word, None for anything else: the value may be printed on a terminal."""
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9+-]{1,32}", value) else None
 
 
 class RunWriter(Protocol):
-    """Writes one run in one format: bytes of output in, bytes of the answer out."""
+    """Encodes one run in one format: from output bytes to response bytes."""
 
     def output(self, stream: Stream, data: bytes) -> bytes:
-        """Write a piece of output."""
+        """Encode a piece of output."""
         ...
 
     def end(self, exit_: Exit) -> bytes:
-        """Write what was held back, then the exit."""
+        """Encode the output that was held back, then the exit."""
         ...
 
 
 def write_event(format_: Format, stream: str, data: bytes) -> bytes:
-    """Write an event of output, whose data is a JSON string without line ends: these end the event."""
+    """Encode an output event. The data is a JSON string without line breaks, which would end the event."""
     if format_ is Format.NDJSON:
         return b'{"event": "%b", "data": %b}\n' % (stream.encode(), data)
     return b"event: %b\ndata: %b\n\n" % (stream.encode(), data)
 
 
 def write_output(format_: Format, stream: str, text: str) -> bytes:
-    """Write output as events, each with at most `MAX_DATA` bytes of data."""
+    """Encode output as events with at most `MAX_DATA` bytes of data each."""
     return b"".join([write_event(format_, stream, data) for data in _json_strings(text)])
 
 
-# JSON allows these characters in a string, and some readers split lines at them: U+0085, U+2028, U+2029. The
-# other C1 controls are escaped too, since terminals obey them.
+# JSON allows U+0085, U+2028 and U+2029 in strings, but some readers split lines at them. The other C1
+# controls are escaped too, since terminals interpret them.
 _C1_CONTROL = re.compile(rb"\xc2[\x80-\x9f]")
 _SEPARATOR = re.compile(rb"\xe2\x80[\xa8\xa9]")
 
 
 def has_raw_controls(data: bytes) -> bool:
     """Return whether UTF-8 has C1 controls, U+2028 or U+2029."""
-    # To look for a single byte first costs next to nothing, and most output has neither of them.
+    # Searching for a single byte first costs almost nothing, and most output has neither.
     if b"\xc2" in data and _C1_CONTROL.search(data):
         return True
     return b"\xe2" in data and _SEPARATOR.search(data) is not None
@@ -224,7 +229,7 @@ def _escaped(match: re.Match[bytes]) -> bytes:
 
 
 def _json_strings(text: str) -> list[bytes]:
-    """Encode text as JSON strings of at most `MAX_DATA` bytes, without line ends of any kind."""
+    """Encode text as JSON strings of at most `MAX_DATA` bytes, without line breaks of any kind."""
     encoded = encode_basestring(text).encode()
     if has_raw_controls(encoded):
         encoded = _SEPARATOR.sub(_escaped, _C1_CONTROL.sub(_escaped, encoded))
@@ -241,13 +246,13 @@ def _json_strings(text: str) -> list[bytes]:
 
 
 def _boundary(encoded: bytes, start: int, stop: int) -> int:
-    """Return the last position up to `stop` that is not within a character or an escape sequence."""
-    while encoded[stop] & 0xC0 == 0x80:  # noqa: PLR2004 - the mark of a continuation byte in UTF-8
+    """Return the last position up to `stop` that is not inside a character or an escape sequence."""
+    while encoded[stop] & 0xC0 == 0x80:  # noqa: PLR2004 - a UTF-8 continuation byte
         stop -= 1
     backslash = encoded.rfind(b"\\", stop - 5, stop)
     if backslash >= 0:
         before = encoded[start : backslash + 1]
-        # An even number of backslashes is that many escaped ones.
+        # An even number of backslashes is a sequence of escaped backslashes.
         starts_escape = (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
         length = 6 if encoded[backslash + 1] == ord("u") else 2
         if starts_escape and backslash + length > stop:
@@ -256,14 +261,14 @@ def _boundary(encoded: bytes, start: int, stop: int) -> int:
 
 
 def write_exit(format_: Format, exit_: Exit) -> bytes:
-    """Write the exit's event."""
+    """Encode the exit event."""
     if format_ is Format.NDJSON:
         return b'{"event": "exit", ' + exit_.to_json()[1:] + b"\n"
     return b"event: exit\ndata: " + exit_.to_json() + b"\n\n"
 
 
 class EventWriter:
-    """Writes events, or lines. A character split over two pieces is held back until it is whole."""
+    """Encodes events or NDJSON. A character split across pieces is held back until it is complete."""
 
     def __init__(self, format_: Format = Format.EVENTS) -> None:
         self._format = format_
@@ -271,11 +276,11 @@ class EventWriter:
         self._decoders = {stream: decoder("replace") for stream in Stream}
 
     def output(self, stream: Stream, data: bytes) -> bytes:
-        """Write a piece of output as events, or nothing while it is not one whole character."""
+        """Encode a piece of output as events; nothing while no character is complete."""
         return self._event(stream, self._decoders[stream].decode(data))
 
     def end(self, exit_: Exit) -> bytes:
-        """Write what was held back, then the `exit` event."""
+        """Encode what was held back, then the `exit` event."""
         rest = [
             self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
         ]
@@ -286,18 +291,18 @@ class EventWriter:
 
 
 class RawWriter:
-    """Writes bytes as they are."""
+    """Passes output bytes unchanged."""
 
     def output(self, stream: Stream, data: bytes) -> bytes:  # noqa: ARG002 - the protocol's signature
-        """Write a piece of output."""
+        """Return the output unchanged."""
         return data
 
     def end(self, exit_: Exit) -> bytes:
-        """Write the exit line."""
+        """Encode the exit line."""
         reason = f" {exit_.reason}" if exit_.reason else ""
         return f"\nexit: {exit_.code}{reason}\n".encode()
 
 
 def run_writer(format_: Format) -> RunWriter:
-    """Make the writer of a format."""
+    """Return a writer for a format."""
     return RawWriter() if format_ is Format.RAW else EventWriter(format_)

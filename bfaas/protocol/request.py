@@ -1,9 +1,9 @@
 """
-What a request asks for: a script, and where its body is JSON also standard input, variables and a timeout.
+Request bodies of `POST /run`: a script, or JSON with a script, standard input, variables and a timeout.
 
-A plain body is the script (`curl -d` calls it a form; see `bfaas.http.media_type`). A JSON body is an object:
-`{"script": "...", "stdin": "...", "env": {"NAME": "..."}, "timeout": "2.5s"}`, of which only `script` must be
-there. What is not exactly so is refused, rather than run as something that was not meant.
+A plain body is the script (`curl -d` labels it a form; see `bfaas.http.media_type`). A JSON body is an
+object: `{"script": "...", "stdin": "...", "env": {"NAME": "..."}, "timeout": "2.5s"}`, of which only `script`
+is required. Any other body is rejected, so that nothing unintended runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_ENV = 128 * 1024 - 1
-"""Bytes that variables may have together, as Linux counts them: so each fits into one argument too."""
+"""Bytes of all variables together, as Linux counts them. So each fits into one argument, too."""
 
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -29,16 +29,16 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,254}")
 
 
 class InvalidRequestError(ValueError):
-    """A body that cannot be run as it is. The message is one line of ASCII for the client."""
+    """A request body is invalid. The message is one line of ASCII for the client."""
 
 
 @dataclass(frozen=True)
 class RunRequest:
     """
-    One run to be made; `timeout` is in seconds, None where none was asked for.
+    A requested run; `timeout` is in seconds, or None.
 
-    `body` says all of it to a worker, and `content_type` how; None for a script alone, which any worker
-    takes, the Go original's too. `size` is that of the body that the client sent, in bytes.
+    `body` and `content_type` are what the worker gets. `content_type` is None for a script alone, which
+    workers of the Go original accept, too. `size` is that of the client's body, in bytes.
     """
 
     script: bytes
@@ -51,44 +51,44 @@ class RunRequest:
 
     @classmethod
     def plain(cls, script: bytes) -> RunRequest:
-        """Ask for a script and nothing else. Raises `InvalidRequestError`."""
+        """Return the request for a script alone. Raises `InvalidRequestError`."""
         if b"\0" in script:
             raise InvalidRequestError("a script cannot contain a NUL byte")
-        # Bash would take it for a part of the first command, and go on with the next line.
+        # Bash would treat it as part of the first command, and continue with the next line.
         if script.startswith(_BYTE_ORDER_MARKS):
             raise InvalidRequestError("the script starts with a byte order mark: send UTF-8 without one")
         return cls(script, script, len(script))
 
     @classmethod
     def from_json(cls, data: bytes) -> RunRequest:
-        """Read a JSON body. Raises `InvalidRequestError`."""
+        """Decode a JSON body. Raises `InvalidRequestError`."""
         if data.startswith(_BYTE_ORDER_MARKS):
             raise InvalidRequestError("the body starts with a byte order mark: send UTF-8 without one")
-        told = _object(data)
-        for name in told:
+        fields = _object(data)
+        for name in fields:
             if name not in ("script", "stdin", "env", "timeout"):
                 raise InvalidRequestError(
-                    f"unknown key {_quoted(name)}: there are script, stdin, env and timeout"
+                    f"unknown key {_quoted(name)}: the keys are script, stdin, env and timeout"
                 )
-        if "script" not in told:
+        if "script" not in fields:
             raise InvalidRequestError("script is missing")
-        script = cls.plain(_text("script", told["script"])).script
-        if told.keys() == {"script"}:
+        script = cls.plain(_text("script", fields["script"])).script
+        if fields.keys() == {"script"}:
             return cls(script, script, len(data))
-        stdin, env = _text("stdin", told.get("stdin", "")), _env(told.get("env", {}))
-        timeout = _timeout(told["timeout"]) if "timeout" in told else None
-        # The shortest form there is, so that it is within any limit that the client's was within.
-        body = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+        stdin, env = _text("stdin", fields.get("stdin", "")), _env(fields.get("env", {}))
+        timeout = _timeout(fields["timeout"]) if "timeout" in fields else None
+        # The shortest encoding, so that a body within the coordinator's limit is within the worker's.
+        body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         return cls(script, body, len(data), JSON, stdin, env, timeout)
 
     def effective_timeout(self, maximum: float) -> float:
-        """Tell how long the run may take, in seconds, where `maximum` is the maximum that any may."""
+        """Return the run's time limit in seconds: its own timeout, but at most `maximum`."""
         return maximum if self.timeout is None else min(maximum, self.timeout)
 
 
 def _object(data: bytes) -> dict[str, Any]:
     try:
-        told = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
+        payload = json.loads(data.decode(), object_pairs_hook=_without_duplicates)
     except InvalidRequestError:
         raise
     except UnicodeDecodeError as error:
@@ -99,20 +99,20 @@ def _object(data: bytes) -> dict[str, Any]:
         raise InvalidRequestError(
             f"the body is not JSON, at line {error.lineno}, column {error.colno}"
         ) from None
-    except ValueError:  # a number with more digits than Python reads
-        raise InvalidRequestError("the body has a number that is too long") from None
-    if not isinstance(told, dict):
+    except ValueError:  # a number with more digits than int() accepts
+        raise InvalidRequestError("the body contains a number that is too long") from None
+    if not isinstance(payload, dict):
         raise InvalidRequestError("the body is not a JSON object")
-    return told
+    return payload
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    told = {}
+    fields = {}
     for name, value in pairs:
-        if name in told:
-            raise InvalidRequestError(f"{_quoted(name)} is given twice")
-        told[name] = value
-    return told
+        if name in fields:
+            raise InvalidRequestError(f"duplicate key {_quoted(name)}")
+        fields[name] = value
+    return fields
 
 
 def _text(what: str, value: object) -> bytes:
@@ -121,7 +121,7 @@ def _text(what: str, value: object) -> bytes:
     try:
         return value.encode()
     except UnicodeEncodeError:
-        raise InvalidRequestError(f"{what} has half a character (a lone surrogate)") from None
+        raise InvalidRequestError(f"{what} contains a lone surrogate") from None
 
 
 def _env(value: object) -> dict[str, str]:
@@ -131,11 +131,11 @@ def _env(value: object) -> dict[str, str]:
     for name, content in value.items():
         if not _NAME.fullmatch(name):
             raise InvalidRequestError(
-                f"env: {_quoted(name)} is no name: letters, digits, underscores; no digit first"
+                f"env: {_quoted(name)} is not a name: letters, digits, underscores; no digit first"
             )
         encoded = _text(f"env: {_quoted(name)}", content)
         if b"\0" in encoded:
-            raise InvalidRequestError(f"env: {_quoted(name)} has a NUL")
+            raise InvalidRequestError(f"env: {_quoted(name)} contains a NUL byte")
         size += len(name) + len(encoded) + 2
     if size > MAX_ENV:
         raise InvalidRequestError(f"env is larger than {MAX_ENV} bytes")
@@ -155,5 +155,5 @@ def _timeout(value: object) -> float:
 
 
 def _quoted(text: str) -> str:
-    """Quote what a client sent in one short line of ASCII."""
-    return json.dumps(text if len(text) <= 40 else f"{text[:40]}...")  # noqa: PLR2004 - enough to find it by
+    """Quote client data as one short line of ASCII."""
+    return json.dumps(text if len(text) <= 40 else f"{text[:40]}...")  # noqa: PLR2004 - enough to identify it

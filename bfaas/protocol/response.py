@@ -1,7 +1,7 @@
 """
-One run, written to one client: a head, output as it comes, then exactly one exit.
+The streamed response to `POST /run`: a head, output as it arrives, then exactly one exit.
 
-What a worker writes to the coordinator and what the coordinator writes to its client are the same thing.
+The worker's response to the coordinator and the coordinator's response to its client have the same form.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 class RunResponse:
     """
-    The answer to one `POST /run`.
+    The response to one `POST /run`.
 
     After `close` (or `end`, which closes) nothing more is written, no timer runs and no producer is
-    registered; both are right at any time and more than once. A client that has gone away closes it too.
+    registered; both may be called at any time and repeatedly. The response also closes when the client
+    disconnects.
     """
 
     def __init__(self, request: Request, format_: formats.Format, clock: IReactorTime) -> None:
@@ -40,11 +41,11 @@ class RunResponse:
 
     @property
     def started(self) -> bool:
-        """Whether its head is sent: from then on an error can only be an exit."""
+        """Whether the head is sent: from then on an error can only be reported as an exit."""
         return self.started_at is not None
 
     def start(self, producer: IPushProducer, headers: dict[str, str]) -> None:
-        """Send the head at once; from here on the client's pace is the producer's."""
+        """Send the head; from now on, the producer is paused while the client reads slowly."""
         if self.closed:
             producer.stopProducing()
             return
@@ -61,38 +62,38 @@ class RunResponse:
         request.registerProducer(producer, True)
         if self._format in formats.HEARTBEATS:
             self._last_write = self._clock.seconds()
-            self._heartbeat_timer = self._clock.callLater(formats.KEEPALIVE, self._keep_alive)
+            self._heartbeat_timer = self._clock.callLater(formats.HEARTBEAT_INTERVAL, self._heartbeat)
 
     def output(self, stream: formats.Stream, data: bytes) -> None:
-        """Write a piece of a script's output."""
+        """Write a piece of the script's output."""
         self.write(self._writer.output(stream, data))
 
     def write(self, data: bytes) -> None:
-        """Write a piece that is in the answer's format already."""
+        """Write data that is already in the response's format."""
         if data and not self.closed:
             if self.first_byte_at is None:
                 self.first_byte_at = self._clock.seconds()
             self._write(data)
 
     def end(self, exit_: formats.Exit) -> None:
-        """Write the exit, and finish."""
+        """Write the exit and finish the response."""
         self.write(self._writer.end(exit_))
         self.finish()
 
     def finish(self) -> None:
-        """Finish an answer whose exit is written."""
+        """Finish a response whose exit is written."""
         if not self.closed:
             self.close()
             self._request.finish()
 
     def close(self) -> None:
-        """Let go of the request, without a word to the client."""
+        """Stop writing, without an exit."""
         self.closed = True
         if self._heartbeat_timer is not None and self._heartbeat_timer.active():
             self._heartbeat_timer.cancel()
         if self._producing:
             self._producing = False
-            # A lost request has no channel to unregister from.
+            # After a disconnect, the request has no channel to unregister from.
             if self._request.channel is not None:
                 self._request.unregisterProducer()
 
@@ -104,9 +105,10 @@ class RunResponse:
     def _on_disconnect(self, _: Failure) -> None:
         self.close()
 
-    def _keep_alive(self) -> None:
-        silent = self._clock.seconds() - self._last_write
-        if silent >= formats.KEEPALIVE:
+    def _heartbeat(self) -> None:
+        """Write a heartbeat after an interval without output; schedule the next check."""
+        idle = self._clock.seconds() - self._last_write
+        if idle >= formats.HEARTBEAT_INTERVAL:
             self._write(formats.HEARTBEATS[self._format])
-            silent = 0.0
-        self._heartbeat_timer = self._clock.callLater(formats.KEEPALIVE - silent, self._keep_alive)
+            idle = 0.0
+        self._heartbeat_timer = self._clock.callLater(formats.HEARTBEAT_INTERVAL - idle, self._heartbeat)

@@ -389,8 +389,8 @@ def test_https_is_verified_against_the_system_s_trust_store(network: Network) ->
         done = machines(url)
         assert (done.code, len(done.said.splitlines())) == (0, 1), done.said
     for url, why in (
-        ("https://wrong.machines.test", "the certificate is not one for wrong.machines.test"),
-        (f"https://[{WEB}]", f"the certificate is not one for {WEB}"),
+        ("https://wrong.machines.test", "the certificate is not valid for wrong.machines.test"),
+        (f"https://[{WEB}]", f"the certificate is not valid for {WEB}"),
         ("https://api.machines.test:8443", "the certificate is not trusted: "),
     ):
         done = machines(url)

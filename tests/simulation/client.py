@@ -240,7 +240,7 @@ class Client:
             return None, ""
         name, data = events.pop()
         exit_ = formats.Exit.from_json(data.encode()) if name == "exit" else None
-        return exit_, "".join(formats.read_json(data.encode()) for _, data in events)
+        return exit_, "".join(formats.decode_json(data.encode()) for _, data in events)
 
     def _is_own_output(self, lines: list[str]) -> bool:
         boots = set()

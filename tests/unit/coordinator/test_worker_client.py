@@ -13,7 +13,7 @@ from bfaas.coordinator.worker_client import WorkerClient, WorkerError
 from bfaas.http.client import single_use_agent
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import Machine, State
-from bfaas.protocol.formats import KEEPALIVE, SSE_HEARTBEAT, Exit, Format, Reason, write_output
+from bfaas.protocol.formats import HEARTBEAT_INTERVAL, SSE_HEARTBEAT, Exit, Format, Reason, write_output
 from bfaas.protocol.request import RunRequest
 from bfaas.protocol.response import RunResponse
 from tests.support.hostile_worker import LAST_CHUNK, End, Liar, LoopbackTestCase, Peer, chunk, post, reactor
@@ -133,20 +133,20 @@ class RelayTests(ProxyTestCase):
     async def test_the_head_goes_out_before_any_output_and_silence_is_broken(self) -> None:
         client, liar = await self.start(Format.EVENTS, began(Format.EVENTS))
         await client.hear(b"\r\n\r\n")
-        self.clock.advance(KEEPALIVE - 1)
+        self.clock.advance(HEARTBEAT_INTERVAL - 1)
         await liar.peers[0].say(chunk(STDOUT))
         await client.hear(STDOUT)
-        self.clock.advance(KEEPALIVE - 1)
+        self.clock.advance(HEARTBEAT_INTERVAL - 1)
         await liar.peers[0].say(chunk(STDERR))
         await client.hear(STDERR)
         self.assertNotIn(SSE_HEARTBEAT, client.heard)
-        self.clock.advance(KEEPALIVE)
+        self.clock.advance(HEARTBEAT_INTERVAL)
         await client.hear(SSE_HEARTBEAT)
 
     async def test_silence_between_lines_is_broken_by_a_line(self) -> None:
         client, _ = await self.start(Format.NDJSON, began(Format.NDJSON))
         await client.hear(b"\r\n\r\n")
-        self.clock.advance(KEEPALIVE)
+        self.clock.advance(HEARTBEAT_INTERVAL)
         await client.hear(b'{"event": "heartbeat"}\n')
 
     async def test_of_the_workers_head_nothing_reaches_the_client(self) -> None:

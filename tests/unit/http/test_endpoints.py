@@ -203,7 +203,7 @@ class TimeTests(SynchronousTestCase):
     def test_a_lookup_has_a_limit(self) -> None:
         self.reactor.advance(LOOKUP_TIMEOUT)
         failure = self.failureResultOf(self.connecting, DNSLookupError)
-        self.assertIn("name: no answer within 10 s", str(failure.value))
+        self.assertIn("name: no response within 10 s", str(failure.value))
         self.assertEqual([], self.reactor.getDelayedCalls())
 
     def test_a_silent_address_holds_the_next_up_for_a_moment_only(self) -> None:
@@ -320,15 +320,15 @@ class TLSTests(EndpointTestCase):
     async def test_any_other_certificate_is_refused(self) -> None:
         self.know("right", "127.0.0.1")
         for name, by, days, why in (
-            ("wrong", self.authority, 30, "the certificate is not one for right"),
-            ("*", self.authority, 30, "the certificate is not one for right"),
-            ("127.0.0.1", self.authority, 30, "the certificate is not one for right"),
+            ("wrong", self.authority, 30, "the certificate is not valid for right"),
+            ("*", self.authority, 30, "the certificate is not valid for right"),
+            ("127.0.0.1", self.authority, 30, "the certificate is not valid for right"),
             ("right", Authority(), 30, "the certificate is not trusted: "),
             ("right", self.authority, -1, "the certificate is not trusted: cert has expired"),
         ):
             self.assertIn(why, await self.refused("right", self.serve_tls(name, by=by, days=days)))
         port = self.serve_tls("localhost", by=self.authority)
-        self.assertEqual("the certificate is not one for 127.0.0.1", await self.refused("127.0.0.1", port))
+        self.assertEqual("the certificate is not valid for 127.0.0.1", await self.refused("127.0.0.1", port))
 
     async def test_a_server_that_speaks_no_tls_is_told_apart(self) -> None:
         with self.assertRaises(Exception) as caught:

@@ -104,7 +104,7 @@ class EventReaderTests(SynchronousTestCase):
         passed_on, _, error = read(SSE_HEARTBEAT * comments + x, [1000])
         self.assertEqual((x, None), (passed_on, error))
         passed_on, _, error = read(x + SSE_HEARTBEAT * comments + x + SSE_HEARTBEAT + x, [1000])
-        self.assertEqual((x + x, "comments without end"), (passed_on, error))
+        self.assertEqual((x + x, "too many comments"), (passed_on, error))
 
     def test_the_space_after_a_colon_may_be_left_out(self) -> None:
         events = b'event:stderr\ndata:"x"\n\nevent:exit\ndata:{"code":1}\n\n'
@@ -118,7 +118,7 @@ class EventReaderTests(SynchronousTestCase):
         for size in (len(longest), len(longest) - 1, 65536, 1000):
             self.assertEqual((whole, None, None), read(longest, [size]))
             passed_on, _, error = read(longest + b'event: stdout\ndata: "x' + longest, [size])
-            self.assertEqual((whole, "an event that does not end"), (passed_on, error))
+            self.assertEqual((whole, "event too large"), (passed_on, error))
         reader = EventReader(MAX_OUTPUT)
         for _ in range(100):
             reader.feed(start + b"x" * 65536)
@@ -170,7 +170,7 @@ class EventReaderTests(SynchronousTestCase):
         for limit, within, beyond in cases:
             for size in (1, 1000):
                 self.assertEqual((within, None, None), read(within, [size], limit))
-                refused = (within, None, "more output than the limit")
+                refused = (within, None, "output limit exceeded")
                 self.assertEqual(refused, read(within + beyond + within, [size], limit))
         reader = EventReader(0)
         reader.feed(event("stdout", '"x"'))

@@ -14,7 +14,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Site
 from zope.interface import implementer
 
-from bfaas.protocol.formats import KEEPALIVE, Exit, Format, Stream
+from bfaas.protocol.formats import HEARTBEAT_INTERVAL, Exit, Format, Stream
 from bfaas.protocol.response import RunResponse
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class AnswerTests(SynchronousTestCase):
 
     def test_a_heartbeat_is_nobodys_first_byte(self) -> None:
         self.answer.start(self.script, {})
-        self.clock.advance(KEEPALIVE)
+        self.clock.advance(HEARTBEAT_INTERVAL)
         self.assertEqual(b": \n\n", self.body())
         self.assertIsNone(self.answer.first_byte_at)
         self.answer.close()
@@ -88,10 +88,10 @@ class AnswerTests(SynchronousTestCase):
         self.answer.output(Stream.STDOUT, b"late")
         self.answer.end(Exit(4))
         self.answer.finish()
-        self.clock.advance(3 * KEEPALIVE)
+        self.clock.advance(3 * HEARTBEAT_INTERVAL)
 
         self.assertEqual(before, self.transport.value())
-        self.assertEqual([], [call for call in self.clock.getDelayedCalls() if "keep_alive" in repr(call)])
+        self.assertEqual([], [call for call in self.clock.getDelayedCalls() if "_heartbeat" in repr(call)])
 
     def test_a_client_that_has_gone_ends_it(self) -> None:
         self.answer.start(self.script, {})
