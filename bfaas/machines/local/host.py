@@ -44,8 +44,8 @@ _WORKER_MODULES = ("bfaas.basher", "twisted", "klein", "cryptography")
 
 _FALLBACK_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - homes are in a directory of ours there
 
-_CHECK_TIMEOUT = 10.0
-_NOT_EXECUTABLE = 99
+_CHECK_TIMEOUT = 10.0  # seconds
+_NOT_EXECUTABLE = 99  # exit status of the check script
 _CHECK_SCRIPT = (
     f"cd && echo '#!/bin/sh' >check && chmod 700 check && {{ ./check || exit {_NOT_EXECUTABLE}; }}"
 )

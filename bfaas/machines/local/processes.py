@@ -113,7 +113,7 @@ class LocalProcesses(MachineBackend):
 
     def allocate_url(self) -> str:
         """Return the URL of a free port."""
-        return f"http://127.0.0.1:{free_port()}"
+        return f"http://127.0.0.1:{_free_port()}"
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         """Start a worker. It may not listen yet when this returns. Raises `OSError`."""
@@ -328,7 +328,7 @@ def _runs_prefix(pid: int | None) -> bool:
         return False
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """Return a port of 127.0.0.1 that is not in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
