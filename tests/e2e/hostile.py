@@ -25,7 +25,7 @@ from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines
 from bfaas.tokens import genkey
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
-from tests.support.hostile_worker import LAST_CHUNK, End, Liar, Peer, chunk
+from tests.support.hostile_worker import LAST_CHUNK, End, Peer, ScriptedServer, chunk
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class _Endless:
         """The connection is gone."""
 
 
-class Worker(Liar):
+class Worker(ScriptedServer):
     """
     The worker of every machine: it is ready, and answers to a script what `says` has for it.
 
@@ -82,7 +82,7 @@ class Worker(Liar):
         self.endless: set[bytes] = set()
         self.runs: list[tuple[list[str], bytes]] = []
 
-    async def _lie(self, peer: Peer, script: Script) -> None:
+    async def _play(self, peer: Peer, script: Script) -> None:
         await wait_until(lambda: peer.request() or peer.end)
         lines, body = peer.request() or ([""], b"")
         if lines[0].startswith("POST"):
@@ -93,7 +93,7 @@ class Worker(Liar):
             script = self.says[body]() if body in self.says else HONEST
         else:
             script = self._READY
-        await super()._lie(peer, takewhile(lambda _: peer.end is None, script))
+        await super()._play(peer, takewhile(lambda _: peer.end is None, script))
 
 
 class Spent:
@@ -137,14 +137,14 @@ class Stage:
         endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.coordinator.port)
         peer: Peer = await connectProtocol(endpoint, Peer())
         self._callers.append(peer)
-        await peer.say(said)
+        await peer.send(said)
         return peer
 
     async def ask(self, said: bytes) -> tuple[bytes, float]:
         """Say something; hear all that comes until the coordinator ends it, and after how many seconds."""
         began = time.monotonic()
         peer = await self.call(said)
-        heard = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.hear_out()))
+        heard = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.receive_all()))
         return heard, time.monotonic() - began
 
     async def hang_up(self) -> None:
@@ -152,7 +152,7 @@ class Stage:
         for peer in [*self._callers, *self.worker.peers]:
             if peer.end is None:
                 peer.transport.abortConnection()
-            await peer.hear_out()
+            await peer.receive_all()
 
 
 @asynccontextmanager

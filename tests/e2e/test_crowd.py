@@ -57,9 +57,9 @@ async def begin_to_read(there: Stage, number: int) -> Peer:
     """Ask for output without end, and stop reading it as soon as it comes."""
     asked = post("/run", b"endless", f"Fly-Client-IP: 10.1.{number // 250}.{number % 250}")
     peer = await there.call(asked)
-    await wait_until(lambda: b"event: stdout" in peer.heard or peer.end)
+    await wait_until(lambda: b"event: stdout" in peer.received or peer.end)
     peer.transport.pauseProducing()
-    assert peer.end is None, bytes(peer.heard)
+    assert peer.end is None, bytes(peer.received)
     return peer
 
 

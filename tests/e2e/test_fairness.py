@@ -129,7 +129,7 @@ async def hold(there: Stage, over: Deferred[None], *headers: str) -> Peer:
     held: Script = (HEAD + chunk(output), over, chunk(EXIT) + LAST_CHUNK, End.CLOSE)
     there.worker.says[b"hold"] = lambda: held
     holding = await there.call(post("/run", b"hold", *headers))
-    await holding.hear(b"held")
+    await holding.receive_until(b"held")
     return holding
 
 
@@ -152,7 +152,7 @@ async def test_on_fly_clients_are_told_apart_by_what_the_proxy_says() -> None:
         assert told[0] == no_worker
         assert sorted(told[1:]) == [no_more, no_worker]  # both count as the proxy's
         over.callback(None)
-        assert b"exit" in await holding.hear_out()
+        assert b"exit" in await holding.receive_all()
 
 
 @with_twisted
@@ -161,8 +161,8 @@ async def test_elsewhere_the_header_is_nobodys_word() -> None:
     holding = await coordinator.begin("echo begun; sleep 600")
     endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", coordinator.port)
     peer: Peer = await connectProtocol(endpoint, Peer())
-    await peer.say(post("/run", b"true", "Fly-Client-IP: 203.0.113.7"))
-    spoofed, _ = parse_response(await peer.hear_out())
+    await peer.send(post("/run", b"true", "Fly-Client-IP: 203.0.113.7"))
+    spoofed, _ = parse_response(await peer.receive_all())
 
     assert spoofed.status == 429
     assert_refused_for_its_share(await coordinator.run("true"))

@@ -265,7 +265,7 @@ async def attack(there: Stage, case: Case) -> tuple[str, float]:
     peer = await there.call(b"")
     for step in takewhile(lambda _: peer.end is None, case.says()):
         if isinstance(step, bytes):
-            await peer.say(step)
+            await peer.send(step)
         elif step is Act.PAUSE:
             peer.transport.pauseProducing()
         elif step is Act.RESUME:
@@ -278,7 +278,7 @@ async def attack(there: Stage, case: Case) -> tuple[str, float]:
             peer.transport.abortConnection()
         elif not isinstance(step, Act | End):
             await step
-    heard = await Deadline(reactor, PATIENCE).run(peer.hear_out())
+    heard = await Deadline(reactor, PATIENCE).run(peer.receive_all())
     seconds = time.monotonic() - began
     return CUT if case.ending == CUT else read(heard, "HEAD" if case.name == "HEAD" else "POST"), seconds
 

@@ -99,7 +99,7 @@ class WorkerTests(LoopbackTestCase):
             except ConnectError:
                 await deferLater(reactor, 0.02)
                 continue
-            return await peer.hear_out()
+            return await peer.receive_all()
 
     async def test_worker_serves_again_after_each_stop(self) -> None:
         await self._run_lifecycle(sandboxed=False)

@@ -1,4 +1,4 @@
-"""Certificates for TLS servers of tests, from an authority of the tests' own."""
+"""A certificate authority for the TLS servers of tests."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """A certificate authority; its own certificate, in PEM, is `certificate`."""
+    """A certificate authority; `certificate` is its own certificate in PEM."""
 
     def __init__(self) -> None:
         self._key = ec.generate_private_key(ec.SECP256R1())
-        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "an authority of tests")])
+        self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test authority")])
         authority = x509.BasicConstraints(ca=True, path_length=None)
         own = self._builder(self._name, self._key.public_key(), 30).add_extension(authority, critical=True)
         self.certificate = own.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM)
 
     def issue(self, host: str, days: float = 30) -> tuple[bytes, bytes]:
-        """Return a key and its certificate for a name or an address, in PEM; negative `days` is expired."""
+        """Return a key and certificate for a name or address, in PEM; expired if `days` is negative."""
         key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "a server of tests")])
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test server")])
         try:
             name: x509.GeneralName = x509.IPAddress(ip_address(host))
         except ValueError:

@@ -1,4 +1,4 @@
-"""Both ends of a connection on loopback, in a test's hands: they say what they like, and end as they like."""
+"""Clients and servers on loopback that send arbitrary bytes and close connections in any way."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST_CHUNK = b"0\r\n\r\n"
 
 
 class End(enum.Enum):
-    """How a connection is ended."""
+    """How a connection ends."""
 
     CLOSE = enum.auto()
     RESET = enum.auto()
@@ -37,7 +37,7 @@ def chunk(data: bytes) -> bytes:
 
 
 def post(path: str, body: bytes, *headers: str) -> bytes:
-    """A whole request, the last on its connection."""
+    """Return a complete request with `Connection: close`."""
     lines = [
         f"POST {path} HTTP/1.1",
         "Host: localhost",
@@ -54,49 +54,50 @@ class Peer(Protocol):
     transport: Any
 
     def __init__(self) -> None:
-        self.heard = bytearray()
+        self.received = bytearray()
         self.end: Failure | None = None
 
     def dataReceived(self, data: bytes) -> None:
-        self.heard += data
+        self.received += data
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         self.end = reason
 
-    async def say(self, data: bytes) -> None:
-        """Write, and wait until the kernel has it."""
+    async def send(self, data: bytes) -> None:
+        """Write data, and wait until the kernel has all of it."""
         transport = self.transport
         transport.write(data)
         await wait_until(lambda: self.end or not (transport.dataBuffer or transport._tempDataBuffer))
 
     @property
-    def ended_in_order(self) -> bool:
+    def closed_cleanly(self) -> bool:
         return self.end is not None and self.end.check(ConnectionDone) is not None
 
-    async def hear(self, mark: bytes) -> bytes:
-        """Wait for what the other end says, up to some words."""
-        await wait_until(lambda: mark in self.heard or self.end)
-        assert mark in self.heard, f"it ended after {bytes(self.heard)!r}"
-        return bytes(self.heard)
+    async def receive_until(self, mark: bytes) -> bytes:
+        """Wait until the received data contains `mark`, and return it all."""
+        await wait_until(lambda: mark in self.received or self.end)
+        assert mark in self.received, f"the connection ended after {bytes(self.received)!r}"
+        return bytes(self.received)
 
-    async def hear_out(self) -> bytes:
-        """Wait for the other end's end."""
+    async def receive_all(self) -> bytes:
+        """Wait for the end of the connection, and return the received data."""
         await wait_until(lambda: self.end)
-        return bytes(self.heard)
+        return bytes(self.received)
 
     def request(self) -> tuple[list[str], bytes] | None:
-        """The lines of the request's head, and its body, once they have come."""
-        head, blank, body = bytes(self.heard).partition(b"\r\n\r\n")
+        """Return the lines of the request's head, and its body; None while incomplete."""
+        head, blank, body = bytes(self.received).partition(b"\r\n\r\n")
         lines = head.decode().split("\r\n")
         length = next((line.split(":")[1] for line in lines if line.startswith("Content-Length:")), "0")
         return (lines, body) if blank and len(body) == int(length) else None
 
 
-class Liar(ServerFactory):
+class ScriptedServer(ServerFactory):
     """
-    Takes a worker's place: answers each request with the next of its scripts, the last for ever.
+    A server that responds to each request with the next of its scripts; the last script is repeated.
 
-    A script is bytes to say, Deferreds to wait for, and perhaps an end; without one the connection stays.
+    A script consists of bytes to send, Deferreds to wait for, and optionally an `End`; without one, the
+    connection stays open. `requested` yields each peer once its request is complete.
     """
 
     noisy = False
@@ -104,21 +105,21 @@ class Liar(ServerFactory):
     def __init__(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> None:
         self._scripts = list(scripts)
         self.peers: list[Peer] = []
-        self.asked: DeferredQueue[Peer] = DeferredQueue()
+        self.requested: DeferredQueue[Peer] = DeferredQueue()
 
     def buildProtocol(self, _: object) -> Peer:
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         peer = Peer()
         self.peers.append(peer)
-        Deferred.fromCoroutine(self._lie(peer, script))
+        Deferred.fromCoroutine(self._play(peer, script))
         return peer
 
-    async def _lie(self, peer: Peer, script: Iterable[bytes | Deferred[None] | End]) -> None:
+    async def _play(self, peer: Peer, script: Iterable[bytes | Deferred[None] | End]) -> None:
         await wait_until(lambda: peer.request() or peer.end)
-        self.asked.put(peer)
+        self.requested.put(peer)
         for step in script:
             if isinstance(step, bytes):
-                await peer.say(step)
+                await peer.send(step)
             elif step is End.CLOSE:
                 peer.transport.loseConnection()
             elif step is End.RESET:
@@ -128,7 +129,7 @@ class Liar(ServerFactory):
 
 
 class LoopbackTestCase(TestCase):
-    """Leaves no connection and no port behind."""
+    """Closes all connections and ports at the end of a test."""
 
     timeout = 30
 
@@ -138,22 +139,22 @@ class LoopbackTestCase(TestCase):
         number: int = port.getHost().port
         return number
 
-    def lie(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> tuple[Liar, str]:
-        """Start a liar, and tell its URL."""
-        liar = Liar(*scripts)
-        port = self.listen(liar)
-        self.addCleanup(lambda: Deferred.fromCoroutine(self._hang_up(liar.peers)))
-        return liar, f"http://127.0.0.1:{port}"
+    def serve_script(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> tuple[ScriptedServer, str]:
+        """Start a scripted server; return it and its URL."""
+        server = ScriptedServer(*scripts)
+        port = self.listen(server)
+        self.addCleanup(lambda: Deferred.fromCoroutine(self._close(server.peers)))
+        return server, f"http://127.0.0.1:{port}"
 
-    async def call(self, port: int, said: bytes = b"") -> Peer:
-        """Connect, and say something."""
+    async def call(self, port: int, data: bytes = b"") -> Peer:
+        """Connect and send data."""
         peer: Peer = await connectProtocol(TCP4ClientEndpoint(reactor, "127.0.0.1", port), Peer())
-        self.addCleanup(lambda: Deferred.fromCoroutine(self._hang_up([peer])))
-        await peer.say(said)
+        self.addCleanup(lambda: Deferred.fromCoroutine(self._close([peer])))
+        await peer.send(data)
         return peer
 
-    async def _hang_up(self, peers: list[Peer]) -> None:
+    async def _close(self, peers: list[Peer]) -> None:
         for peer in peers:
             if peer.end is None:
                 peer.transport.abortConnection()
-            await peer.hear_out()
+            await peer.receive_all()

@@ -1,4 +1,4 @@
-"""A server's end of a connection in memory, which closes as TCP does."""
+"""The server side of an in-memory connection."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from twisted.internet.testing import StringTransport
 
 
 class ServerTransport(StringTransport):
-    """Keeps what is written; `ended` once the server's side has."""
+    """Stores the written data; `ended` is true once the server has closed its side."""
 
     ended = False
 

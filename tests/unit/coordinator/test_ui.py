@@ -22,7 +22,7 @@ class CacheTests(LoopbackTestCase):
         lines = [f"{method} / HTTP/1.1", "Host: there", "Connection: close"]
         lines += [f"If-None-Match: {value}" for value in known.split("\n") if value]
         peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode())
-        heard = await peer.hear_out()
+        heard = await peer.receive_all()
         answer, _ = parse_response(heard, method)
         return answer.status, dict(answer.getheaders()), heard.partition(b"\r\n\r\n")[2]
 

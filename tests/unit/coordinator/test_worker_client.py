@@ -16,7 +16,16 @@ from bfaas.machines.api import Machine, State
 from bfaas.protocol.formats import HEARTBEAT_INTERVAL, SSE_HEARTBEAT, Exit, Format, Reason, write_output
 from bfaas.protocol.request import RunRequest
 from bfaas.protocol.response import RunResponse
-from tests.support.hostile_worker import LAST_CHUNK, End, Liar, LoopbackTestCase, Peer, chunk, post, reactor
+from tests.support.hostile_worker import (
+    LAST_CHUNK,
+    End,
+    LoopbackTestCase,
+    Peer,
+    ScriptedServer,
+    chunk,
+    post,
+    reactor,
+)
 from tests.support.responses import parse_response
 from tests.support.waiting import wait_until
 
@@ -87,19 +96,21 @@ class ProxyTestCase(LoopbackTestCase):
         await wait_until(lambda: not self.site.protocols)
         self.front.relay.addErrback(lambda failure: failure.trap(CancelledError))
 
-    async def start(self, format_: Format, *script: bytes | Deferred[None] | End) -> tuple[Peer, Liar]:
-        """Begin a run that a liar answers: the client, and the liar."""
-        liar, self.front.url = self.lie(script)
+    async def start(
+        self, format_: Format, *script: bytes | Deferred[None] | End
+    ) -> tuple[Peer, ScriptedServer]:
+        """Begin a run that a scripted server answers: the client and the server."""
+        server, self.front.url = self.serve_script(script)
         self.front.format = format_
-        return await self.call(self.port, post("/run", b"script")), liar
+        return await self.call(self.port, post("/run", b"script")), server
 
     async def run_it(self, format_: Format, *script: bytes | Deferred[None] | End) -> tuple[bytes, Exit]:
         """Run to the end: what reached the client, and how the run is said to have ended."""
-        client, liar = await self.start(format_, *script)
-        answer, body = parse_response(await client.hear_out())
+        client, server = await self.start(format_, *script)
+        answer, body = parse_response(await client.receive_all())
         self.assertEqual((200, format_.value), (answer.status, answer.getheader("Content-Type")))
-        for peer in liar.peers:
-            await peer.hear_out()
+        for peer in server.peers:
+            await peer.receive_all()
         return body, self.successResultOf(self.front.relay)
 
     async def until_clean(self) -> None:
@@ -125,29 +136,29 @@ class RelayTests(ProxyTestCase):
         for format_, said in BOTH:
             more: Deferred[None] = Deferred()
             client, _ = await self.start(format_, began(format_), chunk(said), more, End.CLOSE)
-            await client.hear(said)
+            await client.receive_until(said)
             self.assertNoResult(self.front.relay)
             more.callback(None)
-            await client.hear_out()
+            await client.receive_all()
 
     async def test_the_head_goes_out_before_any_output_and_silence_is_broken(self) -> None:
-        client, liar = await self.start(Format.EVENTS, began(Format.EVENTS))
-        await client.hear(b"\r\n\r\n")
+        client, server = await self.start(Format.EVENTS, began(Format.EVENTS))
+        await client.receive_until(b"\r\n\r\n")
         self.clock.advance(HEARTBEAT_INTERVAL - 1)
-        await liar.peers[0].say(chunk(STDOUT))
-        await client.hear(STDOUT)
+        await server.peers[0].send(chunk(STDOUT))
+        await client.receive_until(STDOUT)
         self.clock.advance(HEARTBEAT_INTERVAL - 1)
-        await liar.peers[0].say(chunk(STDERR))
-        await client.hear(STDERR)
-        self.assertNotIn(SSE_HEARTBEAT, client.heard)
+        await server.peers[0].send(chunk(STDERR))
+        await client.receive_until(STDERR)
+        self.assertNotIn(SSE_HEARTBEAT, client.received)
         self.clock.advance(HEARTBEAT_INTERVAL)
-        await client.hear(SSE_HEARTBEAT)
+        await client.receive_until(SSE_HEARTBEAT)
 
     async def test_silence_between_lines_is_broken_by_a_line(self) -> None:
         client, _ = await self.start(Format.NDJSON, began(Format.NDJSON))
-        await client.hear(b"\r\n\r\n")
+        await client.receive_until(b"\r\n\r\n")
         self.clock.advance(HEARTBEAT_INTERVAL)
-        await client.hear(b'{"event": "heartbeat"}\n')
+        await client.receive_until(b'{"event": "heartbeat"}\n')
 
     async def test_of_the_workers_head_nothing_reaches_the_client(self) -> None:
         client, _ = await self.start(
@@ -155,7 +166,7 @@ class RelayTests(ProxyTestCase):
             began(Format.EVENTS, "Set-Cookie: a=b", "Coord: forged", "Access-Control-Allow-Origin: *"),
             chunk(EXIT) + LAST_CHUNK,
         )
-        answer, _ = parse_response(await client.hear_out())
+        answer, _ = parse_response(await client.receive_all())
         expected = {
             "Connection": "close",
             "Server": answer.getheader("Server"),
@@ -172,11 +183,11 @@ class RelayTests(ProxyTestCase):
 
     async def test_the_worker_sees_one_plain_request_and_no_cookie_of_another(self) -> None:
         for format_, path in ((Format.EVENTS, "/run"), (Format.RAW, "/run?raw=1")):
-            client, liar = await self.start(
+            client, server = await self.start(
                 format_, began(format_, "Set-Cookie: a=b; Path=/"), LAST_CHUNK, End.CLOSE
             )
-            await client.hear_out()
-            (peer,) = liar.peers
+            await client.receive_all()
+            (peer,) = server.peers
             head, body = peer.request() or ([], b"")
             expected = [
                 f"POST {path} HTTP/1.1",
@@ -191,10 +202,10 @@ class RelayTests(ProxyTestCase):
             self.assertEqual((expected, b"script"), ([head[0], *sorted(head[1:])], body))
 
     async def test_a_machine_without_an_address_is_reached_through_its_app(self) -> None:
-        liar, url = self.lie([b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
+        server, url = self.serve_script([b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"])
         proxy = WorkerClient(self.clock, url, 0, single_use_agent(reactor))
         await proxy.wait_until_ready(machine(None))
-        head, _ = liar.peers[0].request() or ([], b"")
+        head, _ = server.peers[0].request() or ([], b"")
         self.assertEqual("GET /healthz HTTP/1.1", head[0])
         self.assertIn("Fly-Force-Instance-Id: m1", head)
 
@@ -205,9 +216,9 @@ class LostTests(ProxyTestCase):
             for end in ([End.CLOSE], [End.RESET], [b"nonsense\r\n"], [LAST_CHUNK]):
                 said_so: Deferred[None] = Deferred()
                 client, _ = await self.start(format_, began(format_), chunk(said), said_so, *end)
-                await client.hear(said)
+                await client.receive_until(said)
                 said_so.callback(None)
-                _, body = parse_response(await client.hear_out())
+                _, body = parse_response(await client.receive_all())
                 self.assertEqual(said + LOST[format_], body, end)
                 self.assertEqual(Exit(125, reason="worker-lost"), self.successResultOf(self.front.relay), end)
         await self.until_clean()
@@ -232,12 +243,12 @@ class LostTests(ProxyTestCase):
 
     async def test_one_that_does_not_speak_in_events_is_cut_off_and_lost(self) -> None:
         for nonsense in (b"hello\n\n", b'event: stdout\ndata: {"a": 1}\n\n', EXIT + STDOUT):
-            client, liar = await self.start(Format.EVENTS, began(Format.EVENTS), chunk(STDOUT))
-            await client.hear(STDOUT)
-            await liar.peers[0].say(chunk(nonsense))
-            _, body = parse_response(await client.hear_out())
+            client, server = await self.start(Format.EVENTS, began(Format.EVENTS), chunk(STDOUT))
+            await client.receive_until(STDOUT)
+            await server.peers[0].send(chunk(nonsense))
+            _, body = parse_response(await client.receive_all())
             self.assertEqual(STDOUT + LOST[Format.EVENTS], body)
-            await liar.peers[0].hear_out()
+            await server.peers[0].receive_all()
 
     async def test_one_that_says_more_than_it_may_is_cut_off(self) -> None:
         event = b'event: stdout\ndata: "%b"\n\n' % PIECE
@@ -272,7 +283,7 @@ class LostTests(ProxyTestCase):
 class WorkerErrorTests(ProxyTestCase):
     async def test_what_is_no_workers_answer_is_an_error_and_nothing_is_sent(self) -> None:
         head = began(Format.EVENTS)
-        other, url = self.lie([])
+        other, url = self.serve_script([])
         elsewhere = f"Location: {url}/run"
         cases = [
             ("status 302", began(Format.EVENTS, elsewhere).replace(b"200 OK", b"302 Found")),
@@ -294,31 +305,31 @@ class WorkerErrorTests(ProxyTestCase):
             ("no response", head.replace(b"HTTP/1.1", b"SSH-2.0")),
         ]
         for why, said in cases:
-            client, liar = await self.start(Format.EVENTS, said + chunk(EXIT))
-            peer = await liar.asked.get()
-            await peer.hear_out()
+            client, server = await self.start(Format.EVENTS, said + chunk(EXIT))
+            peer = await server.requested.get()
+            await peer.receive_all()
             await wait_until(lambda: self.front.relay.called)
             error = self.failureResultOf(self.front.relay, WorkerError).value
             self.assertIn(why, str(error), said)
-            self.assertEqual(b"", bytes(client.heard))
-            self.assertEqual(1, len(liar.peers))
+            self.assertEqual(b"", bytes(client.received))
+            self.assertEqual(1, len(server.peers))
         self.assertEqual([], other.peers)
         await self.until_clean()
 
     async def test_a_worker_that_ends_before_it_answers_is_an_error(self) -> None:
         for script in ([End.CLOSE], [End.RESET], [b"HTTP/1.1 200 OK\r\nContent-", End.CLOSE]):
-            client, liar = await self.start(Format.EVENTS, *script)
+            client, server = await self.start(Format.EVENTS, *script)
             await wait_until(lambda: self.front.relay.called)
             self.failureResultOf(self.front.relay, WorkerError)
-            self.assertEqual(b"", bytes(client.heard))
-            self.assertEqual(1, len(liar.peers))
+            self.assertEqual(b"", bytes(client.received))
+            self.assertEqual(1, len(server.peers))
 
     async def test_a_worker_that_is_not_there_is_an_error(self) -> None:
         for self.front.url in ("http://127.0.0.1:1", None):
             client = await self.call(self.port, post("/run", b"script"))
             await wait_until(lambda: self.front.relay.called)
             self.failureResultOf(self.front.relay, WorkerError)
-            self.assertEqual(b"", bytes(client.heard))
+            self.assertEqual(b"", bytes(client.received))
 
     async def test_a_kind_with_a_charset_and_no_worker_named_will_do(self) -> None:
         head = began(Format.EVENTS).replace(b"Worker: m1\r\n", b"")
@@ -336,12 +347,12 @@ class CancelTests(ProxyTestCase):
             (began(Format.RAW), b"\r\n\r\n"),
             (began(Format.RAW) + chunk(b"some"), b"some"),
         ):
-            client, liar = await self.start(Format.RAW, said)
-            peer = await liar.asked.get()
-            await client.hear(heard)
+            client, server = await self.start(Format.RAW, said)
+            peer = await server.requested.get()
+            await client.receive_until(heard)
             self.front.relay.cancel()
             self.failureResultOf(self.front.relay, CancelledError)
-            await peer.hear_out()
+            await peer.receive_all()
             self.assertIsNone(client.end)
 
     async def test_a_client_that_goes_away_ends_it_at_once(self) -> None:
@@ -349,10 +360,10 @@ class CancelTests(ProxyTestCase):
             await self.gone(format_)
 
     async def gone(self, format_: Format) -> None:
-        client, liar = await self.start(format_, began(format_))
-        await client.hear(b"\r\n\r\n")
+        client, server = await self.start(format_, began(format_))
+        await client.receive_until(b"\r\n\r\n")
         client.transport.abortConnection()
-        await liar.peers[0].hear_out()
+        await server.peers[0].receive_all()
         self.failureResultOf(self.front.relay, CancelledError)
         await self.until_clean()
 
@@ -376,7 +387,7 @@ class ReadyTests(ProxyTestCase):
     async def test_it_tries_again_until_an_answer_below_500(self) -> None:
         ok = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         for last in (b"HTTP/1.1 404 Not Found\r\n\r\n", b"HTTP/1.1 302 Found\r\nLocation: /\r\n\r\n", ok):
-            liar, url = self.lie(
+            server, url = self.serve_script(
                 [b"HTTP/1.1 500 Internal Server Error\r\n\r\n"],
                 [b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"],
                 [End.CLOSE],
@@ -387,14 +398,14 @@ class ReadyTests(ProxyTestCase):
                 [last],
             )
             await self.until_ready(self.wait(url))
-            self.assertEqual(8, len(liar.peers))
-            for peer in liar.peers:
-                await peer.hear_out()
+            self.assertEqual(8, len(server.peers))
+            for peer in server.peers:
+                await peer.receive_all()
         await self.until_clean()
 
     async def test_a_worker_that_does_not_listen_yet_is_tried_again(self) -> None:
-        liar = Liar([b"HTTP/1.1 200 OK\r\n\r\n"])
-        port = reactor.listenTCP(0, liar, interface="127.0.0.1")
+        server = ScriptedServer([b"HTTP/1.1 200 OK\r\n\r\n"])
+        port = reactor.listenTCP(0, server, interface="127.0.0.1")
         number = port.getHost().port
         await port.stopListening()
         waiting = self.wait(f"http://127.0.0.1:{number}")
@@ -402,41 +413,41 @@ class ReadyTests(ProxyTestCase):
             await wait_until(lambda: len(self.clock.getDelayedCalls()) == 2)
             self.clock.advance(0.25)
         self.assertNoResult(waiting)
-        port = reactor.listenTCP(number, liar, interface="127.0.0.1")
+        port = reactor.listenTCP(number, server, interface="127.0.0.1")
         self.addCleanup(port.stopListening)
         await self.until_ready(waiting)
-        await liar.peers[-1].hear_out()
+        await server.peers[-1].receive_all()
 
     async def test_whoever_has_a_local_machines_port_is_not_its_worker(self) -> None:
         unknown = [b"HTTP/1.1 200 OK\r\n\r\n"], [b"HTTP/1.1 200 OK\r\nWorker: m2\r\n\r\n"]
-        liar, url = self.lie(*unknown, [b"HTTP/1.1 200 OK\r\nWorker: m1\r\n\r\n"])
+        server, url = self.serve_script(*unknown, [b"HTTP/1.1 200 OK\r\nWorker: m1\r\n\r\n"])
         await self.until_ready(Deferred.fromCoroutine(self.proxy.wait_until_ready(machine(url))))
-        self.assertEqual(3, len(liar.peers))
+        self.assertEqual(3, len(server.peers))
         await self.until_clean()
 
     async def test_a_silent_worker_is_given_two_seconds(self) -> None:
-        liar, url = self.lie([], [b"HTTP/1.1 200 OK\r\n\r\n"])
+        server, url = self.serve_script([], [b"HTTP/1.1 200 OK\r\n\r\n"])
         waiting = self.wait(url)
-        peer = await liar.asked.get()
+        peer = await server.requested.get()
         self.clock.advance(1.9)
         self.assertNoResult(waiting)
         self.assertIsNone(peer.end)
         self.clock.advance(0.1)
-        await peer.hear_out()
+        await peer.receive_all()
         await self.until_ready(waiting)
 
     async def test_cancelling_ends_it_wherever_it_is(self) -> None:
-        liar, url = self.lie([])
+        server, url = self.serve_script([])
         for there in (url, url.replace("127.0.0.1", "[::1]")):
             connecting = self.wait(there)
             connecting.cancel()
             self.failureResultOf(connecting, CancelledError)
         silent = self.wait(url)
-        peer = await liar.asked.get()
+        peer = await server.requested.get()
         silent.cancel()
         self.failureResultOf(silent, CancelledError)
-        await peer.hear_out()
-        _, url = self.lie([b"HTTP/1.1 500 No\r\n\r\n"])
+        await peer.receive_all()
+        _, url = self.serve_script([b"HTTP/1.1 500 No\r\n\r\n"])
         pausing = self.wait(url)
         await wait_until(lambda: [call for call in self.clock.getDelayedCalls() if call.getTime() < 1])
         pausing.cancel()
@@ -481,7 +492,7 @@ class PaceTests(ProxyTestCase):
     async def test_a_client_that_does_not_read_stops_the_worker_and_loses_nothing(self) -> None:
         client, _ = await self.stall()
         client.transport.resumeProducing()
-        _, body = parse_response(await client.hear_out())
+        _, body = parse_response(await client.receive_all())
         self.assertEqual(self.TOTAL + len(b"\nexit: 0\n"), len(body))
         self.assertEqual(Exit(0), self.successResultOf(self.front.relay))
 
@@ -492,16 +503,16 @@ class PaceTests(ProxyTestCase):
         self.front.answer.end(Exit.forced(Reason.TIMEOUT))
         await wait_until(lambda: torrent.stopped)
         client.transport.resumeProducing()
-        _, body = parse_response(await client.hear_out())
+        _, body = parse_response(await client.receive_all())
         self.assertEqual(self.front.answer.bytes_written, len(body))
         self.assertTrue(body.endswith(b"x\nexit: 124 timeout\n"))
 
     async def stall(self) -> tuple[Peer, Torrent]:
         """Begin a run whose worker says much and whose client, in the end, does not read."""
-        client, liar = await self.start(Format.RAW, began(Format.RAW))
-        await client.hear(b"\r\n\r\n")
+        client, server = await self.start(Format.RAW, began(Format.RAW))
+        await client.receive_until(b"\r\n\r\n")
         client.transport.pauseProducing()
-        torrent = Torrent(liar.peers[0], self.TOTAL)
+        torrent = Torrent(server.peers[0], self.TOTAL)
         torrent.resumeProducing()
         self.assertLess(await self.settled(torrent), self.TOTAL // 2)
         self.assertNoResult(self.front.relay)

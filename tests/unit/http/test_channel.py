@@ -40,12 +40,12 @@ class Recorder(Resource):
 
     def __init__(self, *, wait: bool = False) -> None:
         super().__init__()
-        self.heard: list[tuple[bytes, bytes]] = []
+        self.received: list[tuple[bytes, bytes]] = []
         self._wait = wait
         self.answer: Deferred[None] = Deferred()
 
     def render(self, request: Request) -> object:
-        self.heard.append((request.path, read_body(request)))
+        self.received.append((request.path, read_body(request)))
         if self._wait:
             self.answer.addCallback(lambda _: request.finish())
             return NOT_DONE_YET
@@ -114,8 +114,8 @@ class FuzzTests(SynchronousTestCase):
         refused = sum(said.count(b"HTTP/1.1 %d " % code) for code in (400, 413))
         self.assertLessEqual(refused, 1)
         self.assertLessEqual(finals, data.count(b"\r\n\r\n") + 1)
-        self.assertLessEqual(len(root.heard), data.count(b"HTTP/1."))
-        for _, content in root.heard:
+        self.assertLessEqual(len(root.received), data.count(b"HTTP/1."))
+        for _, content in root.received:
             self.assertLessEqual(len(content), MAX_BODY)
             if content:
                 self.assertIn(content[:5], data)
@@ -137,7 +137,7 @@ class FuzzTests(SynchronousTestCase):
                 root = Recorder()
                 said = hear(split(data, cuts), root).value()
                 complete = len(data) >= len(whole) and len(script) <= MAX_BODY
-                self.assertEqual([(b"/run", script)] if complete else [], root.heard[:1], way)
+                self.assertEqual([(b"/run", script)] if complete else [], root.received[:1], way)
                 if len(script) > MAX_BODY and len(data) >= len(whole):
                     self.assertTrue(said.startswith(b"HTTP/1.1 413 "), said)
                     self.assertEqual(1, said.count(b"HTTP/1."))
@@ -218,7 +218,7 @@ class SmugglingTests(SynchronousTestCase):
                 root = Recorder()
                 data = said + OTHER
                 transport = hear([data[at : at + step] for at in range(0, len(data), step)], root)
-                self.assertEqual([], root.heard, name)
+                self.assertEqual([], root.received, name)
                 self.assertTrue(transport.value().startswith(b"HTTP/1.1 400 Bad Request\r\n"), name)
                 self.assertEqual(1, transport.value().count(b"HTTP/1."), name)
                 self.assertTrue(transport.ended, name)

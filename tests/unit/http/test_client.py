@@ -31,33 +31,33 @@ class ExchangeTestCase(LoopbackTestCase):
 
 class CancelTests(ExchangeTestCase):
     async def test_while_connecting_no_connection_is_made(self) -> None:
-        liar, url = self.lie([])
+        server, url = self.serve_script([])
         # An address goes straight to TCP; what may be a name goes another way.
         for there in (url, url.replace("127.0.0.1", "[::1]")):
             asked = self.get(there)
             asked.cancel()
             self.failureResultOf(asked, CancelledError)
-        self.assertEqual([], liar.peers)
+        self.assertEqual([], server.peers)
 
     async def test_before_the_head_the_connection_is_closed(self) -> None:
-        liar, url = self.lie([], [b"HTTP/1.1 200 OK\r\nContent-"])
+        server, url = self.serve_script([], [b"HTTP/1.1 200 OK\r\nContent-"])
         for _ in range(2):
             asked = self.get(url)
-            peer = await liar.asked.get()
+            peer = await server.requested.get()
             self.assertNoResult(asked)
             asked.cancel()
             self.failureResultOf(asked, CancelledError)
-            await peer.hear_out()
+            await peer.receive_all()
 
     async def test_in_the_body_the_connection_is_closed(self) -> None:
-        liar, url = self.lie([CHUNKED + chunk(b"some")])
+        server, url = self.serve_script([CHUNKED + chunk(b"some")])
         reading = self.read(await self.get(url))
-        peer = await liar.asked.get()
-        await peer.say(chunk(b"more"))
+        peer = await server.requested.get()
+        await peer.send(chunk(b"more"))
         self.assertNoResult(reading)
         reading.cancel()
         self.failureResultOf(reading, CancelledError)
-        await peer.hear_out()
+        await peer.receive_all()
 
 
 class BodyTests(ExchangeTestCase):
@@ -67,7 +67,7 @@ class BodyTests(ExchangeTestCase):
             with_length(10) + b"0123456789",
             b"HTTP/1.1 100 Continue\r\n\r\n" + with_length(10) + b"0123456789 and more than was announced",
         ]
-        _, url = self.lie(*[[answer] for answer in answers])
+        _, url = self.serve_script(*[[answer] for answer in answers])
         for answer in answers:
             self.assertEqual(b"0123456789", await self.read(await self.get(url)), answer)
 
@@ -81,38 +81,38 @@ class BodyTests(ExchangeTestCase):
             (b"HTTP/1.1 200 OK\r\n\r\nsome", IncompleteResponseError),
         ]
         for end in End:
-            _, url = self.lie(*[(answer, end) for answer, _ in answers])
+            _, url = self.serve_script(*[(answer, end) for answer, _ in answers])
             for answer, error in answers:
                 response = await self.get(url)
                 with self.assertRaises(error, msg=answer):
                     await self.read(response)
 
     async def test_one_that_is_too_large_fails_and_closes_the_connection(self) -> None:
-        liar, url = self.lie([CHUNKED + chunk(b"0123456789")])
+        server, url = self.serve_script([CHUNKED + chunk(b"0123456789")])
         reading = self.read(await self.get(url))
-        peer = await liar.asked.get()
+        peer = await server.requested.get()
         self.assertNoResult(reading)
-        await peer.say(chunk(b"a"))
+        await peer.send(chunk(b"a"))
         with self.assertRaises(BodyTooLargeError):
             await reading
-        await peer.hear_out()
+        await peer.receive_all()
 
     async def test_an_encoded_answer_is_refused_and_its_connection_closed(self) -> None:
-        liar, url = self.lie([CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")])
+        server, url = self.serve_script([CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")])
         with self.assertRaises(MalformedResponseError):
             await self.get(url)
-        peer = await liar.asked.get()
-        await peer.hear_out()
+        peer = await server.requested.get()
+        await peer.receive_all()
 
     async def test_discarding_an_answer_closes_its_connection(self) -> None:
-        liar, url = self.lie([CHUNKED], [CHUNKED + chunk(b"some")])
+        server, url = self.serve_script([CHUNKED], [CHUNKED + chunk(b"some")])
         for _ in range(2):
             abort_body(await self.get(url))
-            peer = await liar.asked.get()
-            await peer.hear_out()
+            peer = await server.requested.get()
+            await peer.receive_all()
 
     async def test_discarding_an_answer_that_has_come_whole_is_right_too(self) -> None:
-        liar, url = self.lie([with_length(4) + b"some"], [with_length(0)])
+        server, url = self.serve_script([with_length(4) + b"some"], [with_length(0)])
         for _ in range(2):
             abort_body(await self.get(url))
-        await wait_until(lambda: all(peer.end for peer in liar.peers))
+        await wait_until(lambda: all(peer.end for peer in server.peers))

@@ -314,7 +314,7 @@ class TLSTests(EndpointTestCase):
             await self.ask(host, port)
         self.assertIsInstance(root_cause(caught.exception), CertificateError)
         await wait_until(lambda: all(server.end for server in self.servers))
-        self.assertEqual([], [server for server in self.servers if server.heard])
+        self.assertEqual([], [server for server in self.servers if server.received])
         return describe(caught.exception)
 
     async def test_any_other_certificate_is_refused(self) -> None:

@@ -122,14 +122,14 @@ class ProxiedSiteTests(SiteTestCase):
     async def test_the_count_goes_back_to_where_it_was_taken_from(self) -> None:
         for number in range(3 * 8):
             peer = await self.call(self.port, version_1(f"198.51.100.{number % 3}") + post("/run", b""))
-            self.assertIn(b"ran", await peer.hear_out())
+            self.assertIn(b"ran", await peer.receive_all())
             await wait_until(lambda: not self.site.protocols)
         self.assertEqual({}, dict(self.site._connections_from))
 
     async def test_connections_of_one_client_have_a_limit_and_their_proxy_has_none(self) -> None:
         first = [await self.proxied("198.51.100.7") for _ in range(2)]
         third = await self.proxied("198.51.100.7")
-        await third.hear_out()
+        await third.receive_all()
         others = [await self.proxied(f"198.51.100.{number}") for number in range(8, 12)]
         self.assertEqual([None] * 6, [peer.end for peer in first + others])
         await self.proxied("2001:db8::1", "TCP6")
@@ -137,14 +137,14 @@ class ProxiedSiteTests(SiteTestCase):
         self.assertEqual(8, len(self.site.protocols))
         first[0].transport.abortConnection()
         await wait_until(lambda: len(self.site.protocols) == 7)
-        await (await self.proxied("2001:db8::3", "TCP6")).hear_out()  # of the same /64
+        await (await self.proxied("2001:db8::3", "TCP6")).receive_all()  # of the same /64
         self.assertIsNone((await self.proxied("198.51.100.7")).end)
         self.assertEqual([], self.flushLoggedErrors())
 
     async def test_without_a_header_nothing_is_served_or_counted(self) -> None:
         for data in NO_HEADERS:
             peer = await self.call(self.port, data + post("/run", b""))
-            self.assertEqual(b"", await peer.hear_out())
+            self.assertEqual(b"", await peer.receive_all())
         await wait_until(lambda: not self.site.protocols)
         self.assertEqual([], self.little.bodies)
         self.assertEqual({}, dict(self.site._connections_from))
@@ -155,16 +155,16 @@ class ProxiedSiteTests(SiteTestCase):
         peer = await self.call(self.port, b"PRO")
         await wait_until(lambda: self.site.protocols)
         self.clock.advance(60)
-        self.assertEqual(b"", await peer.hear_out())
+        self.assertEqual(b"", await peer.receive_all())
 
     async def test_connections_of_the_proxy_itself_count_as_its_own(self) -> None:
         for header in (b"PROXY UNKNOWN\r\n", version_2(0x20, 0, b"")):
             peer = await self.call(self.port, header + post("/run", b""))
-            self.assertIn(b"ran", await peer.hear_out())
+            self.assertIn(b"ran", await peer.receive_all())
 
     async def test_with_a_header_alone_it_is_there_for_the_end(self) -> None:
         peer = await self.proxied("198.51.100.7")
         drained: Deferred[None] = self.drain(60)
-        await peer.hear_out()
+        await peer.receive_all()
         await drained
-        self.assertTrue(peer.ended_in_order)
+        self.assertTrue(peer.closed_cleanly)

@@ -83,8 +83,8 @@ class SiteTestCase(LoopbackTestCase):
     async def ask(self, request: bytes) -> tuple[int, str, dict[str, str]]:
         """Make one request; its status, its body, and those of its headers that we set."""
         peer = await self.call(self.port, request)
-        answer, content = parse_response(await peer.hear_out())
-        self.assertTrue(peer.ended_in_order)
+        answer, content = parse_response(await peer.receive_all())
+        self.assertTrue(peer.closed_cleanly)
         dull = ("Server", "Date", "Connection", "Content-Length", "Transfer-Encoding")
         headers = {name: value for name, value in answer.getheaders() if name not in dull}
         return answer.status, content.decode(), headers
@@ -151,8 +151,10 @@ class ErrorTests(SiteTestCase):
         persistent = 0
         for request in requests:
             peer = await self.call(self.port, request)
-            await peer.hear(b"\n\r\n" if b"Transfer-Encoding: chunked" in peer.heard else b"\r\n\r\n")
-            answer, _ = parse_response(bytes(peer.heard) + b"x" * 100)
+            await peer.receive_until(
+                b"\n\r\n" if b"Transfer-Encoding: chunked" in peer.received else b"\r\n\r\n"
+            )
+            answer, _ = parse_response(bytes(peer.received) + b"x" * 100)
             self.assertGreaterEqual(answer.status, 400)
             date = parsedate_to_datetime(answer.headers["Date"])
             self.assertLess(abs(date.timestamp() - time.time()), 60)
@@ -160,11 +162,11 @@ class ErrorTests(SiteTestCase):
             self.assertIn("Content-Length", answer.headers)
             self.assertEqual(answer.status == 503, "Retry-After" in answer.headers)
             if answer.headers["Connection"] == "close":
-                self.assertIn(bytes(peer.heard), await peer.hear_out())
+                self.assertIn(bytes(peer.received), await peer.receive_all())
             else:
-                peer.heard.clear()
-                await peer.say(post("/run", b""))
-                await peer.hear(b"ran")
+                peer.received.clear()
+                await peer.send(post("/run", b""))
+                await peer.receive_until(b"ran")
                 persistent += 1
         self.assertEqual(3, persistent)
 
@@ -173,10 +175,10 @@ class ErrorTests(SiteTestCase):
             lines = "".join(f"Connection: {option}\r\n" for option in options).encode()
             request = post("/run", b"").replace(b"Connection: close\r\n", lines)
             peer = await self.call(self.port, request)
-            answer, content = parse_response(await peer.hear_out())
+            answer, content = parse_response(await peer.receive_all())
             self.assertEqual((b"ran", "close"), (content, answer.getheader("Connection")), options)
         kept = post("/bye", b"").replace(b"Connection: close\r\n", b"")
-        answer, content = parse_response(await (await self.call(self.port, kept)).hear_out())
+        answer, content = parse_response(await (await self.call(self.port, kept)).receive_all())
         self.assertEqual((b"bye", "close"), (content, answer.getheader("Connection")))
 
     async def test_the_answer_to_head_has_no_body_and_the_heads_of_the_other(self) -> None:
@@ -184,7 +186,7 @@ class ErrorTests(SiteTestCase):
             heads = []
             for method in (b"GET", b"HEAD"):
                 request = b"%b %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n" % (method, path)
-                head, _, content = (await (await self.call(self.port, request)).hear_out()).partition(
+                head, _, content = (await (await self.call(self.port, request)).receive_all()).partition(
                     b"\r\n\r\n"
                 )
                 self.assertEqual(method == b"HEAD", content == b"")
@@ -200,7 +202,7 @@ class ErrorTests(SiteTestCase):
             ("", 200),
         ):
             peer = await self.call(self.port, post("/run", b"abc", f"Expect: {value}"))
-            heard = (await peer.hear_out()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
+            heard = (await peer.receive_all()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
             self.assertEqual(status, parse_response(heard)[0].status, value)
         self.assertEqual(2, len(self.little.bodies))
         waiting = post("/run", b"abc", "Expect: a-miracle")[:-3]
@@ -257,13 +259,13 @@ class ErrorTests(SiteTestCase):
     async def test_after_a_malformed_request_nothing_is_heard_any_more(self) -> None:
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
-        await peer.say(b"POST /run HTTP/1.1\r\nnonsense\r\nContent-Length: 0\r\n")
+        await peer.send(b"POST /run HTTP/1.1\r\nnonsense\r\nContent-Length: 0\r\n")
         await wait_until(lambda: any(wrapper.disconnecting for wrapper in self.site.protocols))
         for _ in range(3):
-            await peer.say(b"\r\n")
+            await peer.send(b"\r\n")
         drained = self.drain(60)
         peer.transport.resumeProducing()
-        answer, content = parse_response(await peer.hear_out())
+        answer, content = parse_response(await peer.receive_all())
         self.assertEqual((400, MALFORMED), (answer.status, content.decode()))
         await drained
         self.assertEqual([], self.little.bodies)
@@ -273,7 +275,7 @@ class BodyTests(SiteTestCase):
     async def test_up_to_the_limit_a_body_is_taken(self) -> None:
         self.assertEqual((200, "ran", {}), await self.ask(post("/run", b"0123456789")))
         peer = await self.call(self.port, CHUNKED + chunk(b"01234") + chunk(b"56789") + LAST_CHUNK)
-        await peer.hear(b"ran")
+        await peer.receive_until(b"ran")
         self.assertEqual([b"0123456789", b"0123456789"], self.little.bodies)
 
     async def test_past_the_limit_it_is_refused_and_not_half_used(self) -> None:
@@ -286,8 +288,8 @@ class BodyTests(SiteTestCase):
             for pieces in ([head + b"\r\n\r\n" + content], [head + b"\r\n\r\n", content[:12], content[12:]]):
                 peer = await self.call(self.port)
                 for piece in pieces:
-                    await peer.say(piece)
-                heard = await peer.hear(b"the body is larger than 10 bytes\n")
+                    await peer.send(piece)
+                heard = await peer.receive_until(b"the body is larger than 10 bytes\n")
                 self.assertEqual(b"HTTP/1.1 413 Request Entity Too Large", heard.splitlines()[0], way)
         self.assertEqual([], self.little.bodies)
 
@@ -295,18 +297,18 @@ class BodyTests(SiteTestCase):
         peer = await self.call(
             self.port, CHUNKED + chunk(b"0123456789a") + LAST_CHUNK + post("/run", b"next")
         )
-        answer, _ = parse_response(await peer.hear_out())
+        answer, _ = parse_response(await peer.receive_all())
         self.assertEqual((413, "close"), (answer.status, answer.getheader("connection")))
         self.assertEqual([], self.little.bodies)
 
     async def test_a_body_that_is_announced_too_large_is_not_asked_for(self) -> None:
         head = b"POST /run HTTP/1.1\r\nHost: there\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         peer = await self.call(self.port, head % 11)
-        self.assertEqual(413, parse_response(await peer.hear_out())[0].status)
+        self.assertEqual(413, parse_response(await peer.receive_all())[0].status)
         peer = await self.call(self.port, head % 10)
-        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.hear(b"\r\n\r\n"))
-        await peer.say(b"0123456789")
-        await peer.hear(b"ran")
+        self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.receive_until(b"\r\n\r\n"))
+        await peer.send(b"0123456789")
+        await peer.receive_until(b"ran")
         self.assertEqual([b"0123456789"], self.little.bodies)
 
     async def test_an_upload_without_end_is_cut_off(self) -> None:
@@ -314,12 +316,12 @@ class BodyTests(SiteTestCase):
             peer = await self.call(self.port)
             peer.readConnectionLost = lambda: None  # type: ignore[attr-defined]  # it stays
             directlyProvides(peer, IHalfCloseableProtocol)
-            await peer.say(head)
+            await peer.send(head)
             sent = 0
             while peer.end is None:
                 sent += 1 << 20
-                await peer.say(chunk(b"x" * (1 << 20)))
-            self.assertIn(b"413", peer.heard)
+                await peer.send(chunk(b"x" * (1 << 20)))
+            self.assertIn(b"413", peer.received)
             self.assertLess(sent, 64 << 20)
         self.assertEqual([], self.little.bodies)
 
@@ -347,11 +349,11 @@ class TimeTests(SiteTestCase):
             peer = await self.call(self.port, slow[:start])
             await wait_until(lambda: self.channel()._in_request)
             self.clock.advance(14)
-            await peer.say(slow[start : start + 1])
+            await peer.send(slow[start : start + 1])
             self.clock.advance(0.9)
             self.assertEqual(1, len(self.site.protocols), way)
             self.clock.advance(0.2)
-            answer, content = parse_response(await peer.hear_out())
+            answer, content = parse_response(await peer.receive_all())
             self.assertEqual((408, "the request was not complete within 15 s\n"),
                              (answer.status, content.decode()), way)  # fmt: skip
             await wait_until(lambda: not self.site.protocols)
@@ -364,18 +366,18 @@ class TimeTests(SiteTestCase):
         self.clock.advance(59)
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(1)
-        self.assertEqual(b"", await idle.hear_out())
-        self.assertTrue(idle.ended_in_order)
+        self.assertEqual(b"", await idle.receive_all())
+        self.assertTrue(idle.closed_cleanly)
 
         peer = await self.call(self.port)
         for _ in range(3):
-            await peer.say(post("/run", b"").replace(b"Connection: close\r\n", b""))
-            await peer.hear(b"ran")
-            peer.heard.clear()
+            await peer.send(post("/run", b"").replace(b"Connection: close\r\n", b""))
+            await peer.receive_until(b"ran")
+            peer.received.clear()
             self.clock.advance(59)
         self.assertEqual(1, len(self.site.protocols))
         self.clock.advance(1)
-        self.assertEqual(b"", await peer.hear_out())
+        self.assertEqual(b"", await peer.receive_all())
         await wait_until(lambda: not self.site.protocols)
         self.assert_no_timer()
 
@@ -400,19 +402,19 @@ class PipelineTests(SiteTestCase):
         bodiless = persistent.replace(b"1: 1\r\n\r\n1", b"0\r\n\r\n")
         for first in (persistent, bodiless):
             peer = await self.call(self.port, first + post("/run", b"2"))
-            self.assertEqual(1, (await peer.hear_out()).count(b"HTTP/1.1 200"))
-            self.assertTrue(peer.ended_in_order)
+            self.assertEqual(1, (await peer.receive_all()).count(b"HTTP/1.1 200"))
+            self.assertTrue(peer.closed_cleanly)
         self.assertNotIn(b"2", self.little.bodies)
 
     async def test_what_comes_during_an_answer_is_thrown_away_and_ends_it_where_it_is_much(self) -> None:
         peer = await self.call(self.port, post("/wait", b"1"))
         await wait_until(lambda: self.little.bodies)
         for _ in range(64):
-            await peer.say(b"x" * 1024)
+            await peer.send(b"x" * 1024)
         self.assertEqual(0, self.little.cancelled)
-        await peer.say(b"x")
+        await peer.send(b"x")
         await wait_until(lambda: self.little.cancelled)
-        await peer.hear_out()
+        await peer.receive_all()
 
 
 class CrowdTests(SiteTestCase):
@@ -422,22 +424,22 @@ class CrowdTests(SiteTestCase):
         async def call(address: str) -> Peer:
             endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.port, bindAddress=(address, 0))
             peer: Peer = await connectProtocol(endpoint, Peer())
-            self.addCleanup(lambda: Deferred.fromCoroutine(self._hang_up([peer])))
+            self.addCleanup(lambda: Deferred.fromCoroutine(self._close([peer])))
             return peer
 
         crowd = [await call("127.0.0.2") for _ in range(2)]
         await wait_until(lambda: len(self.site.protocols) == 2)
-        await (await call("127.0.0.2")).hear_out()
+        await (await call("127.0.0.2")).receive_all()
         crowd.append(await call("127.0.0.3"))
         await wait_until(lambda: len(self.site.protocols) == 3)
-        await (await call("127.0.0.4")).hear_out()
+        await (await call("127.0.0.4")).receive_all()
         self.assertEqual([None] * 3, [peer.end for peer in crowd])
 
         crowd[0].transport.loseConnection()
         await wait_until(lambda: len(self.site.protocols) == 2)
         again = await call("127.0.0.2")
-        await again.say(post("/run", b"again"))
-        await again.hear(b"ran")
+        await again.send(post("/run", b"again"))
+        await again.receive_until(b"ran")
 
 
 class GoneTests(SiteTestCase):
@@ -448,48 +450,48 @@ class GoneTests(SiteTestCase):
         closed.transport.loseConnection()
         half_closed.transport.loseWriteConnection()
         await wait_until(lambda: self.little.cancelled == 2)
-        await half_closed.hear_out()
-        self.assertEqual(b"", bytes(half_closed.heard))
+        await half_closed.receive_all()
+        self.assertEqual(b"", bytes(half_closed.received))
 
     async def test_a_client_that_goes_away_during_its_body_is_not_served(self) -> None:
         peer = await self.call(self.port, post("/run", b"0123")[:-1])
         await wait_until(lambda: self.site.protocols)
         peer.transport.loseWriteConnection()
-        await peer.hear_out()
+        await peer.receive_all()
         self.assertEqual([], self.little.bodies)
 
 
 class EndTests(SiteTestCase):
     async def test_what_was_written_is_delivered_before_a_connection_ends(self) -> None:
         peer = await self.call(self.port, post("/much", b""))
-        await peer.hear(b"x")
+        await peer.receive_until(b"x")
         peer.transport.pauseProducing()
         drained = self.drain(60)
         self.clock.advance(59)
         self.assertNoResult(drained)
         peer.transport.resumeProducing()
-        self.assertEqual(MUCH, len(parse_response(await peer.hear_out())[1]))
-        self.assertTrue(peer.ended_in_order)
+        self.assertEqual(MUCH, len(parse_response(await peer.receive_all())[1]))
+        self.assertTrue(peer.closed_cleanly)
         await drained
         self.assert_no_timer()
 
     async def test_a_client_that_keeps_what_it_has_not_read_is_cut_off_at_the_limit(self) -> None:
         peer = await self.call(self.port, post("/much", b""))
-        await peer.hear(b"x")
+        await peer.receive_until(b"x")
         peer.transport.pauseProducing()
         drained = self.drain(60)
         self.clock.advance(60)
         await drained
         self.assertEqual({}, self.site.protocols)
         peer.transport.resumeProducing()
-        await peer.hear_out()
-        self.assertFalse(peer.ended_in_order)
-        self.assertLess(len(peer.heard), MUCH)
+        await peer.receive_all()
+        self.assertFalse(peer.closed_cleanly)
+        self.assertLess(len(peer.received), MUCH)
 
     async def test_a_client_that_does_not_close_after_the_end_is_cut_off(self) -> None:
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
-        await peer.say(post("/run", b""))
+        await peer.send(post("/run", b""))
         await wait_until(lambda: [wrapper for wrapper in self.site.protocols if wrapper._lingering])
         self.clock.advance(59.9)
         self.assertEqual(1, len(self.site.protocols))
@@ -499,11 +501,11 @@ class EndTests(SiteTestCase):
 
     async def test_an_idle_connection_is_closed_and_its_next_request_not_heard(self) -> None:
         peer = await self.call(self.port, post("/run", b"").replace(b"Connection: close\r\n", b""))
-        await peer.hear(b"ran")
+        await peer.receive_until(b"ran")
         drained = self.drain(60)
-        await peer.say(post("/run", b"late"))
+        await peer.send(post("/run", b"late"))
         await drained
-        await peer.hear_out()
+        await peer.receive_all()
         self.assertEqual([b""], self.little.bodies)
 
     async def test_with_no_connection_there_is_nothing_to_wait_for(self) -> None:

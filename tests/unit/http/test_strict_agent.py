@@ -47,7 +47,7 @@ class AgentTests(LoopbackTestCase):
         return answer, peer
 
     async def test_a_request_is_written_from_scratch(self) -> None:
-        liar, url = self.lie([OK + b"Content-Length: 0\r\n\r\n"])
+        server, url = self.serve_script([OK + b"Content-Length: 0\r\n\r\n"])
         headers = Headers(
             {
                 "Host": ["elsewhere"],
@@ -60,7 +60,7 @@ class AgentTests(LoopbackTestCase):
         )
         before = list(headers.getAllRawHeaders())
         await self.agent.request(b"POST", f"{url}/a?b=c".encode(), headers, BytesProducer(b"body"))
-        lines, body = liar.peers[0].request() or ([], b"")
+        lines, body = server.peers[0].request() or ([], b"")
         expected = [
             "POST /a?b=c HTTP/1.1",
             "Accept-Encoding: identity",
@@ -73,7 +73,7 @@ class AgentTests(LoopbackTestCase):
         self.assertEqual(before, list(headers.getAllRawHeaders()))
 
     def test_what_cannot_be_written_is_not_sent(self) -> None:
-        liar, url = self.lie([])
+        server, url = self.serve_script([])
         endless: Any = BytesProducer(b"")
         endless.length = UNKNOWN_LENGTH
         for method, path, body in (
@@ -87,10 +87,10 @@ class AgentTests(LoopbackTestCase):
         ):
             with self.assertRaises(ValueError):
                 self.agent.request(method, url.encode() + path, None, body)
-        self.assertEqual([], liar.peers)
+        self.assertEqual([], server.peers)
 
     async def test_a_head_is_all_that_comes_where_only_that_is_asked_for(self) -> None:
-        _, url = self.lie([OK + b"Content-Length: 1000\r\n\r\n"])
+        _, url = self.serve_script([OK + b"Content-Length: 1000\r\n\r\n"])
         response = await self.agent.request(b"HEAD", url.encode())
         self.assertEqual((1000, b""), (response.length, await read_body(response, 0)))
 
@@ -104,7 +104,7 @@ class AgentTests(LoopbackTestCase):
                 yield chunk(PIECE)
             yield LAST_CHUNK
 
-        _, url = self.lie(script())
+        _, url = self.serve_script(script())
         response = await self.agent.request(b"GET", url.encode())
         before = -1
         while before < said:
@@ -145,5 +145,5 @@ class AgentTests(LoopbackTestCase):
 
     async def assert_cut_off(self, peer: Deaf) -> None:
         peer.transport.resumeProducing()
-        await peer.hear_out()
-        self.assertLess(len(peer.heard), len(LARGE))
+        await peer.receive_all()
+        self.assertLess(len(peer.received), len(LARGE))

@@ -107,12 +107,12 @@ class ScriptedServerTestCase(LoopbackTestCase):
         self.clock = SkippingClock()
 
     def client(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> FlyMachines:
-        self.liar, url = self.lie(*scripts)
+        self.server, url = self.serve_script(*scripts)
         return FlyMachines(self.clock, single_use_agent(reactor), Random(1), url, "workers", "t")
 
     def request_lines(self) -> list[str]:
         """Return the method and target of each request."""
-        requests = [peer.request() for peer in self.liar.peers]
+        requests = [peer.request() for peer in self.server.peers]
         return [request[0][0].removesuffix(" HTTP/1.1") for request in requests if request]
 
     async def error(
@@ -140,7 +140,7 @@ class RetryTests(ScriptedServerTestCase):
 
         await client.stop(M.id, "abcdefabcdef")
 
-        requests = [peer.request() for peer in self.liar.peers]
+        requests = [peer.request() for peer in self.server.peers]
         self.assertEqual(7, len(requests))
         for request in requests:
             assert request is not None
@@ -192,7 +192,7 @@ class RetryTests(ScriptedServerTestCase):
 
         for number, (_, _, error) in enumerate(cases, 1):
             await self.error(error, client.start(M.id, None))
-            self.assertEqual(number, len(self.liar.peers))
+            self.assertEqual(number, len(self.server.peers))
         self.assertEqual([], self.clock.delays)
 
     async def test_error_has_the_call_and_an_excerpt_of_the_response(self) -> None:
@@ -212,7 +212,7 @@ class RetryTests(ScriptedServerTestCase):
             self.assertIn(part, str(raised))
 
     async def test_redirect_is_not_followed(self) -> None:
-        elsewhere, url = self.lie(response(200, MACHINE))
+        elsewhere, url = self.serve_script(response(200, MACHINE))
 
         await self.error(UnavailableError, self.client(response(307, b"", f"Location: {url}")).get(M.id))
 
@@ -227,7 +227,7 @@ class TimeoutTests(ScriptedServerTestCase):
                 client = self.client([sent])
                 call = Deferred.fromCoroutine(make_call(client))
                 call.addErrback(lambda failure: failure.value)
-                peer = await self.liar.asked.get()
+                peer = await self.server.requested.get()
                 self.clock.advance(timeout - 0.1)
                 self.assertFalse(call.called)
 
@@ -237,7 +237,7 @@ class TimeoutTests(ScriptedServerTestCase):
                 self.assertIs(UnavailableError, type(error))
                 self.assertTrue(error.call.path.startswith("/v1/apps/workers/machines"), error.call)
                 self.assertIs(None, error.call.status)
-                await peer.hear_out()
+                await peer.receive_all()
 
     def create(self, client: FlyMachines) -> Coroutine[Deferred[Any], Any, Any]:
         return client.create("m", "ams", CONFIG, 60)
@@ -245,11 +245,11 @@ class TimeoutTests(ScriptedServerTestCase):
     async def test_cancelling_a_call_closes_its_connection(self) -> None:
         for sent in (b"", b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n{"):
             call = Deferred.fromCoroutine(self.client([sent]).get(M.id))
-            peer = await self.liar.asked.get()
+            peer = await self.server.requested.get()
             call.cancel()
 
             await self.assertFailure(call, CancelledError)
-            await peer.hear_out()
+            await peer.receive_all()
             self.assertEqual([], self.clock.getDelayedCalls())
 
 
@@ -350,16 +350,16 @@ class WaitTests(ScriptedServerTestCase):
     async def test_long_wait_is_split_into_calls_that_the_api_accepts(self) -> None:
         client = self.client([])
         waiting = Deferred.fromCoroutine(self.error(WaitTimeoutError, client.wait(M, State.STOPPED, 90.5)))
-        peer = await self.liar.asked.get()
+        peer = await self.server.requested.get()
         self.clock.advance(60)
         peer.transport.write(response(408, {"error": "deadline_exceeded"})[0])
-        peer = await self.liar.asked.get()
+        peer = await self.server.requested.get()
         peer.transport.write(response(200, MACHINE)[0])
-        peer = await self.liar.asked.get()
+        peer = await self.server.requested.get()
         self.clock.advance(31)
 
         await waiting
-        await peer.hear_out()
+        await peer.receive_all()
         waits = [line for line in self.request_lines() if "timeout=" in line]
         seconds = [int(line.partition("timeout=")[2].partition("&")[0]) for line in waits]
         self.assertEqual(60, seconds[0])
@@ -371,7 +371,7 @@ class WaitTests(ScriptedServerTestCase):
 
         await self.error(WaitTimeoutError, client.wait(M, State.STOPPED, 20))
 
-        self.assertGreaterEqual(2 * len(self.clock.delays) + 2, len(self.liar.peers))
+        self.assertGreaterEqual(2 * len(self.clock.delays) + 2, len(self.server.peers))
         self.assertTrue(all(0.05 <= delay <= 2.5 for delay in self.clock.delays), self.clock.delays)
 
     async def test_wait_fails_if_the_machine_has_stopped_or_failed(self) -> None:
@@ -386,7 +386,7 @@ class WaitTests(ScriptedServerTestCase):
             for status in (408, 412):
                 client = self.client(response(status, document), response(200, {**MACHINE, "state": state}))
                 await self.error(EndedError, client.wait(M, wanted, 20))
-                self.assertEqual(2, len(self.liar.peers))
+                self.assertEqual(2, len(self.server.peers))
         self.assertLess(self.clock.seconds(), 1)
 
     async def test_wait_for_another_state_fails_if_the_machine_is_destroyed(self) -> None:
@@ -427,7 +427,7 @@ class WaitTests(ScriptedServerTestCase):
 
         await client.wait(M, State.STARTED, 20)
 
-        self.assertEqual(5, len(self.liar.peers))
+        self.assertEqual(5, len(self.server.peers))
 
     async def test_start_returns_whether_the_known_machine_is_stale(self) -> None:
         for fields, stale in {

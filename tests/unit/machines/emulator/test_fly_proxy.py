@@ -19,8 +19,8 @@ from bfaas.machines.emulator.state import EmulatedMachines
 from tests.support.hostile_worker import (
     LAST_CHUNK,
     End,
-    Liar,
     LoopbackTestCase,
+    ScriptedServer,
     chunk,
     post,
     reactor,
@@ -52,16 +52,16 @@ class FlyProxyTestCase(LoopbackTestCase):
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not site.protocols)))
         return self.listen(site)
 
-    async def machine(self, *script: bytes | Deferred[None] | End) -> tuple[str, Liar]:
+    async def machine(self, *script: bytes | Deferred[None] | End) -> tuple[str, ScriptedServer]:
         """Create a machine whose worker responds as scripted."""
-        liar, url = self.lie(script)
+        server, url = self.serve_script(script)
         self.backend.url = url
         machine, _ = await self.machines.create(url, "ams", MachineConfig("i"), 0)
-        return machine.id, liar
+        return machine.id, server
 
     async def request(self, *headers: str) -> tuple[int, str]:
         peer = await self.call(self.port, post("/run?a=b", b"true", *headers))
-        response, content = parse_response(await peer.hear_out())
+        response, content = parse_response(await peer.receive_all())
         return response.status, content.decode()
 
 
@@ -82,7 +82,7 @@ class AddressTests(FlyProxyTestCase):
         self.assertEqual([], other.peers)
 
     async def test_request_for_a_machine_that_is_not_started_gets_503(self) -> None:
-        stopped, liar = await self.machine(*OK)
+        stopped, server = await self.machine(*OK)
         await self.machines.stop(stopped, None)
         suspended, _ = await self.machine(*OK)
         await self.machines.suspend(suspended, None)
@@ -91,7 +91,7 @@ class AddressTests(FlyProxyTestCase):
 
         for headers in ([], *([to(each)] for each in (stopped, suspended, unreachable.id, "unknown"))):
             self.assertEqual((503, "no such machine is started\n"), await self.request(*headers))
-        self.assertEqual([], liar.peers)
+        self.assertEqual([], server.peers)
 
     async def test_machine_that_does_not_respond_gets_502(self) -> None:
         dead, _ = await self.machine(End.RESET)
@@ -99,15 +99,15 @@ class AddressTests(FlyProxyTestCase):
         self.assertEqual((502, "the machine does not respond\n"), await self.request(to(dead)))
 
     async def test_target_that_is_not_a_path_is_rejected(self) -> None:
-        elsewhere, url = self.lie(OK)
-        machine_id, liar = await self.machine(*OK)
+        elsewhere, url = self.serve_script(OK)
+        machine_id, server = await self.machine(*OK)
         authority = url.removeprefix("http://")
 
         peer = await self.call(self.port, post(f"@{authority}/run", b"", to(machine_id)))
-        response, _ = parse_response(await peer.hear_out())
+        response, _ = parse_response(await peer.receive_all())
 
         self.assertEqual(400, response.status)
-        self.assertEqual(([], []), (elsewhere.peers, liar.peers))
+        self.assertEqual(([], []), (elsewhere.peers, server.peers))
 
 
 class HeaderTests(FlyProxyTestCase):
@@ -116,7 +116,7 @@ class HeaderTests(FlyProxyTestCase):
             b"HTTP/1.1 201 Created\r\nX-Run: 1\r\nX-Run: 2\r\nKeep-Alive: timeout=5\r\n"
             b"Trailer: X-Sum\r\nUpgrade: h2c\r\nTransfer-Encoding: chunked\r\n\r\n"
         )
-        machine_id, liar = await self.machine(sent + chunk(b"created") + LAST_CHUNK, End.CLOSE)
+        machine_id, server = await self.machine(sent + chunk(b"created") + LAST_CHUNK, End.CLOSE)
         request = post(
             "/run",
             b"true",
@@ -131,9 +131,9 @@ class HeaderTests(FlyProxyTestCase):
         ).replace(b"Connection: close", b"Connection: x-dropped, close", 1)
 
         peer = await self.call(self.port, request)
-        response, content = parse_response(await peer.hear_out())
+        response, content = parse_response(await peer.receive_all())
 
-        forwarded = liar.peers[0].request()
+        forwarded = server.peers[0].request()
         assert forwarded is not None
         headers = sorted(line.title() for line in forwarded[0][1:] if not line.startswith("Host:"))
         self.assertEqual(
@@ -162,32 +162,32 @@ class StreamTests(FlyProxyTestCase):
         )
         peer = await self.call(self.port, post("/run", b"", to(machine_id)))
 
-        self.assertNotIn(b"two", await peer.hear(b"one"))
+        self.assertNotIn(b"two", await peer.receive_until(b"one"))
         second_half.callback(None)
 
-        _, content = parse_response(await peer.hear_out())
+        _, content = parse_response(await peer.receive_all())
         self.assertEqual(b"onetwo", content)
 
     async def test_incomplete_response_stays_incomplete(self) -> None:
         for end in End:
             machine_id, _ = await self.machine(HEAD + chunk(b"one"), end)
             peer = await self.call(self.port, post("/run", b"", to(machine_id)))
-            received = await peer.hear_out()
+            received = await peer.receive_all()
 
-            self.assertFalse(peer.ended_in_order)
+            self.assertFalse(peer.closed_cleanly)
             self.assertNotIn(LAST_CHUNK, received)
 
     async def test_disconnect_of_the_client_ends_the_request_to_the_machine(self) -> None:
         for response in (b"", HEAD + chunk(b"one")):
-            machine_id, liar = await self.machine(response)
+            machine_id, server = await self.machine(response)
             peer = await self.call(self.port, post("/run", b"", to(machine_id)))
-            upstream = await liar.asked.get()
+            upstream = await server.requested.get()
             if response:
-                await peer.hear(b"one")
+                await peer.receive_until(b"one")
 
             peer.transport.abortConnection()
 
-            await upstream.hear_out()
+            await upstream.receive_all()
 
     async def test_slow_client_pauses_the_machine(self) -> None:
         machine_id, _ = await self.machine(*OK)

@@ -64,7 +64,7 @@ class RoutesTestCase(LoopbackTestCase):
         lines += [f"Authorization: {token}"] if token else []
         lines += [f"fly-machine-lease-nonce: {nonce}"] if nonce else []
         peer = await self.call(self.port, "\r\n".join([*lines, "", ""]).encode() + content)
-        response, text = parse_response(await peer.hear_out())
+        response, text = parse_response(await peer.receive_all())
         return Reply(response.status, response.getheader("Content-Type") or "", text.decode())
 
     async def create(self, name: str, *, ttl: int = 0, **more: Any) -> str:
