@@ -396,11 +396,11 @@ class Pool(Scheduler):
 
 
 def _state(slot: Slot) -> SlotState:
-    creating = slot.phase is Phase.CREATING and slot.known_machine is None
+    # Arguments by position: this is called for every slot several times per request.
     return SlotState(
         slot.name,
         slot.phase,
         slot.lease_end,
-        parked=slot.wakeup is not None,
-        create_pending=creating and slot.create_unknown_since is None,
+        slot.wakeup is not None,
+        slot.known_machine is None and slot.create_unknown_since is None,
     )

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from bfaas.pooling.config import PoolConfig
 
-_NOT_AVAILABLE = frozenset({Phase.STOPPED, Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING})
+_NOT_AVAILABLE = (Phase.STOPPED, Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
 """Phases of slots that are neither ready nor about to become ready."""
 
 
@@ -23,8 +23,8 @@ class SlotState(NamedTuple):
     """
     What a plan depends on of a slot.
 
-    `parked` is False while a `SUSPENDED` slot is still being suspended. `create_pending` means that the first
-    attempt to create the machine has not returned.
+    `parked` is False while a `SUSPENDED` slot is still being suspended. `create_pending` matters while a slot
+    is `CREATING`: the first attempt to create its machine has not returned.
     """
 
     name: str
@@ -107,7 +107,8 @@ def _max_creations(slots: Sequence[SlotState], config: PoolConfig, constraints: 
         return 0
     free = max(0, config.size - len(slots))
     if constraints.rate_limited:
-        return min(free, 0 if any(slot.create_pending for slot in slots) else 1)
+        pending = any(slot.create_pending for slot in _in_phase(slots, Phase.CREATING))
+        return 0 if pending else min(free, 1)
     return free
 
 
