@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
-BUILD = ROOT / "build" / "bench"
+OUTPUT = Path(os.environ.get("BENCH_OUTPUT", ROOT / "build" / "bench"))
 
 _COLUMNS = {"median": 50, "25 %": 25, "75 %": 75, "99 %": 99, "min": 0, "max": 100}
 """Columns of a table: the percentiles that they show."""
@@ -119,14 +119,14 @@ class Report:
         return plot(self.name, subtitle, bars)
 
     def write(self) -> None:
-        """Print the table; write JSON and plot to `build/bench`."""
+        """Print the table; write JSON and plot to `build/bench`, or to BENCH_OUTPUT."""
         environment = describe_environment(self.load_before)
         lines = [self.table(), *self.notes, ", ".join(f"{k} {v}" for k, v in environment.items())]
         sys.stdout.write("\n".join(lines) + "\n\n")
         sys.stdout.flush()
-        BUILD.mkdir(parents=True, exist_ok=True)
-        (BUILD / f"{self.name}.json").write_text(self.to_json() + "\n")
-        (BUILD / f"{self.name}.svg").write_text(self.to_svg())
+        OUTPUT.mkdir(parents=True, exist_ok=True)
+        (OUTPUT / f"{self.name}.json").write_text(self.to_json() + "\n")
+        (OUTPUT / f"{self.name}.svg").write_text(self.to_svg())
 
 
 def describe_environment(load_before: float) -> dict[str, str]:

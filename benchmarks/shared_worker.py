@@ -44,6 +44,7 @@ class Worker(Resource):
 class Options(RoleOptions):
     """The endpoints."""
 
+    role = "shared_worker"
     optParameters: ClassVar = [
         ["listen", "l", None, "Endpoint of the Machines API."],
         ["workers", "w", None, "Endpoint of the worker."],

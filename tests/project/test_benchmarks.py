@@ -1,13 +1,17 @@
-"""The reports of benchmarks."""
+"""The benchmarks: their reports, and that those which no other test runs still run."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from benchmarks.report import Report, percentile
+from benchmarks.report import ROOT, Report, percentile
 
 
 class ReportTests(SynchronousTestCase):
@@ -46,3 +50,29 @@ class ReportTests(SynchronousTestCase):
 
     def test_row_without_samples_is_an_error(self) -> None:
         self.assertRaises(RuntimeError, self.report.add, "none", "ms", [])
+
+
+class ProgramTests(SynchronousTestCase):
+    def run_benchmark(self, name: str, **settings: str) -> set[str]:
+        """Run a benchmark; return the names of its rows."""
+        output = Path(self.mktemp()).resolve()
+        completed = subprocess.run(
+            [sys.executable, "-m", f"benchmarks.{name}"],
+            cwd=ROOT,
+            env={**os.environ, **settings, "BENCH_OUTPUT": str(output)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        self.assertEqual(0, completed.returncode, completed.stdout + completed.stderr)
+        document = json.loads((output / f"{name}.json").read_text())
+        return {row["name"] for row in document["rows"]}
+
+    def test_streams_runs(self) -> None:
+        self.assertEqual({"plain", "coordinator"}, self.run_benchmark("streams", STREAMS="10"))
+
+    def test_fleet_runs_without_errors(self) -> None:
+        rows = self.run_benchmark("fleet", COORDINATORS="2", MACHINES="5", SECONDS="60")
+
+        self.assertLess({"start: create", "steady: all", "hottest: start", "orphans: gone after"}, rows)
