@@ -438,9 +438,9 @@ MUTANTS = [
         "for name, values in worker_response.headers.getAllRawHeaders()}})",
         "a worker's headers are forwarded",
     ),
-    Mutation("protocol.parser:RawReader.feed", "data[: self._room]", "data", "raw output has no limit"),
+    Mutation("protocol.parser:RawReader.feed", "data[: self._left]", "data", "raw output has no limit"),
     Mutation(
-        "protocol.parser:EventReader._read", "raise OutputLimitError(_1)", "pass", "output has no limit"
+        "protocol.parser:EventReader._parse", "raise OutputLimitError(_1)", "pass", "output has no limit"
     ),
     Mutation(
         "protocol.parser:RawReader.feed",
