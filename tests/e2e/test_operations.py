@@ -1,4 +1,4 @@
-"""What those who run a coordinator see of it: whether it is well, what it does, what became of a run."""
+"""Tests of what operators see: readiness, status, the log and the metrics."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ with_twisted = pytest_twisted.ensureDeferred
 
 
 async def status(coordinator: Running) -> Any:
-    answer = await coordinator.get("/status")
-    assert answer.status == 200
-    assert answer.headers["content-type"] == "application/json"
-    return json.loads(answer.body)
+    response = await coordinator.get("/status")
+    assert response.status == 200
+    assert response.headers["content-type"] == "application/json"
+    return json.loads(response.body)
 
 
 async def readiness(coordinator: Running, code: int) -> Response:
-    """Ask whether it is ready until it says so, or that it is not."""
+    """Request /readyz until its status is `code`; return the response."""
 
-    async def ask() -> Response | None:
-        answer = await coordinator.get("/readyz")
-        return answer if answer.status == code else None
+    async def request() -> Response | None:
+        response = await coordinator.get("/readyz")
+        return response if response.status == code else None
 
-    seen = await wait_until(ask)
-    assert seen is not None
-    return seen
+    response = await wait_until(request)
+    assert response is not None
+    return response
 
 
 @with_twisted
-async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> None:
+async def test_status_has_the_pool_the_queue_and_the_latest_runs() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXREQTIME="20s", MAXQUEUE="7")
     await readiness(coordinator, 200)
-    told = await status(coordinator)
-    assert told["pool"] == {"name": "mock", "size": 1, "standby": 0, "machines": {}}
-    assert (told["queue"]["waiting"], told["queue"]["limit"]) == (0, 7)
-    assert (told["max_req_time_ms"], told["draining"]) == (20_000, False)
-    assert told["runs"] == {"running": 0, "recent": []}
+    payload = await status(coordinator)
+    assert payload["pool"] == {"name": "mock", "size": 1, "standby": 0, "machines": {}}
+    assert (payload["queue"]["waiting"], payload["queue"]["limit"]) == (0, 7)
+    assert (payload["max_req_time_ms"], payload["draining"]) == (20_000, False)
+    assert payload["runs"] == {"running": 0, "recent": []}
 
     busy = await coordinator.begin("echo begun; sleep 1000")
     waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
     await deferLater(reactor, 0.3)
-    told = await status(coordinator)
-    assert told["pool"]["machines"] == {"running": 1}
-    assert (told["queue"]["waiting"], told["runs"]["running"]) == (1, 1)
+    payload = await status(coordinator)
+    assert payload["pool"]["machines"] == {"running": 1}
+    assert (payload["queue"]["waiting"], payload["runs"]["running"]) == (1, 1)
     busy.leave()
     await waiting
 
@@ -70,57 +70,57 @@ async def test_the_status_tells_of_the_pool_the_line_and_the_latest_runs() -> No
 
 
 @with_twisted
-async def test_each_answer_names_its_run_and_the_log_has_a_line_for_it() -> None:
+async def test_each_response_has_a_run_id_and_each_run_a_log_line() -> None:
     coordinator = await start_coordinator(MAXREQTIME="2s")
-    answers = {
+    responses = {
         "exit 7": await coordinator.run("exit 7"),
         "timeout": await coordinator.run("echo SECRET; sleep 1000"),
         None: await coordinator.run(b"echo \0"),
     }
     assert await stop(coordinator) == 0
-    said = coordinator.program.said.decode()
-    ids = {answer.headers["run-id"] for answer in answers.values()}
-    assert len(ids) == len(answers)
-    for ending, answer in answers.items():
-        run_id = answer.headers["run-id"]
+    log = coordinator.program.said.decode()
+    ids = {response.headers["run-id"] for response in responses.values()}
+    assert len(ids) == len(responses)
+    for outcome, response in responses.items():
+        run_id = response.headers["run-id"]
         assert re.fullmatch("[0-9a-f]{16}", run_id)
-        lines = [line for line in said.splitlines() if f"run {run_id} of 127.0.0.1 on " in line]
-        assert [f": {ending}, " in line for line in lines] == ([True] if ending else [])
-    assert "SECRET" not in said
+        lines = [line for line in log.splitlines() if f"run {run_id} of 127.0.0.1 on " in line]
+        assert [f": {outcome}, " in line for line in lines] == ([True] if outcome else [])
+    assert "SECRET" not in log
 
 
 @with_twisted
-async def test_the_log_can_be_an_object_a_line() -> None:
+async def test_log_can_be_json_lines() -> None:
     settings = {"WORKER_APP": "mock", "MAXREQTIME": "20s"}
     coordinator = await start_listening("bfaas-coord", free_port(), ["--log-format", "json"], settings)
-    answer = await coordinator.run("exit 7")
+    response = await coordinator.run("exit 7")
     assert await stop(coordinator) == 0
     lines = [json.loads(line) for line in coordinator.program.said.splitlines()]
-    [line] = [line for line in lines if line.get("run") == answer.headers["run-id"]]
+    [line] = [line for line in lines if line.get("run") == response.headers["run-id"]]
     assert (line["level"], line["outcome"], line["client"]) == ("info", "exit 7", "127.0.0.1")
-    assert line["machine"] == answer.headers["worker"]
+    assert line["machine"] == response.headers["worker"]
     assert line["message"].startswith(f"run {line['run']} of 127.0.0.1 on {line['machine']}: exit 7, ")
 
 
-@pytest.mark.parametrize("used", [False, True], ids=["without-machines", "with-an-idle-one"])
+@pytest.mark.parametrize("used", [False, True], ids=["without-machines", "with-a-stopped-machine"])
 @with_twisted
-async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> None:
+async def test_coordinator_is_healthy_but_not_ready_while_the_api_is_down(used: bool) -> None:
     fly = await start_fly()
     coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="5s"))
     assert (await readiness(coordinator, 200)).body == b"ready\n"
     if used:
         assert (await coordinator.run("echo fine")).status == 200
 
-        async def idle() -> bool:
+        async def is_stopped() -> bool:
             return bool((await status(coordinator))["pool"]["machines"] == {"stopped": 1})
 
-        await wait_until(idle)
+        await wait_until(is_stopped)
     os.kill(fly.machines.pid, signal.SIGKILL)
     for _ in range(2):
         assert (await coordinator.run("echo fine")).status == 503
-        told = await coordinator.get("/readyz")
-        assert told.status == 503
-        assert told.body == (
+        response = await coordinator.get("/readyz")
+        assert response.status == 503
+        assert response.body == (
             b"recent requests timed out in the queue\n" if used else b"machines cannot be started\n"
         )
 
@@ -130,16 +130,16 @@ async def test_it_is_alive_but_not_ready_while_the_api_is_down(used: bool) -> No
 
 
 @with_twisted
-async def test_it_is_not_ready_while_the_line_is_full() -> None:
+async def test_coordinator_is_not_ready_while_the_queue_is_full() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXQUEUE="1", MAXREQTIME="30s")
     busy = await coordinator.begin("sleep 1000")
     assert (await coordinator.get("/readyz")).body == b"ready\n"
     waiting = Deferred.fromCoroutine(coordinator.run("true"))
 
-    async def full() -> bool:
+    async def is_full() -> bool:
         return bool((await status(coordinator))["queue"]["waiting"])
 
-    await wait_until(full)
+    await wait_until(is_full)
     refused = await coordinator.get("/readyz")
     assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
     assert int(refused.headers["retry-after"]) >= 1
@@ -150,25 +150,25 @@ async def test_it_is_not_ready_while_the_line_is_full() -> None:
 
 
 @with_twisted
-async def test_a_fresh_coordinator_with_short_scripts_is_ready_and_does_not_guess() -> None:
+async def test_new_coordinator_is_ready_and_its_retry_after_is_bounded() -> None:
     coordinator = await start_coordinator(MAXWAIT="30s", MAXREQTIME="10s", MAXPERCLIENT="8")
     running = [Deferred.fromCoroutine(coordinator.run("sleep 1")) for _ in range(8)]
 
-    async def all_there() -> bool:
-        told = await status(coordinator)
-        return bool(told["queue"]["waiting"] + told["runs"]["running"] == 8)
+    async def all_active() -> bool:
+        payload = await status(coordinator)
+        return bool(payload["queue"]["waiting"] + payload["runs"]["running"] == 8)
 
-    await wait_until(all_there)
+    await wait_until(all_active)
     assert (await coordinator.get("/readyz")).body == b"ready\n"
     refused = await coordinator.run("true")
     assert refused.status == 429
     assert 1 <= int(refused.headers["retry-after"]) <= 10
-    assert {answer.status for answer in await gatherResults(running)} == {200}
+    assert {response.status for response in await gatherResults(running)} == {200}
     assert await stop(coordinator) == 0
 
 
 @with_twisted
-async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
+async def test_metrics_count_runs_machines_and_rejections() -> None:
     port, settings = (
         free_port(),
         {"WORKER_APP": "mock", "MAXREQTIME": "30s", "POOLSIZE": "1", "MAXWAIT": "5s"},
@@ -177,41 +177,41 @@ async def test_prometheus_is_told_of_runs_machines_and_refusals() -> None:
     coordinator = await start_listening("bfaas-coord", free_port(), options, settings)
     for script in ("echo fine", "exit 3", b"\0"):
         await coordinator.run(script)
-    asked = json.dumps({"script": "sleep 1000", "timeout": "2s"})
-    await coordinator.run(asked, headers={"Content-Type": "application/json"})
+    body = json.dumps({"script": "sleep 1000", "timeout": "2s"})
+    await coordinator.run(body, headers={"Content-Type": "application/json"})
     busy = await coordinator.begin("echo begun; sleep 1000")
-    assert (await coordinator.run("echo in vain")).status == 503
-    page = Running(coordinator.program, port, coordinator.pid)
+    assert (await coordinator.run("echo never run")).status == 503
+    metrics = Running(coordinator.program, port, coordinator.pid)
 
-    answer = await page.get("/metrics")
+    response = await metrics.get("/metrics")
 
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    told = {
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    samples = {
         ",".join(
             [sample.name, *(value for _, value in sorted(sample.labels.items(), reverse=True))]
         ): sample.value
-        for family in text_string_to_metric_families(answer.body.decode())
+        for family in text_string_to_metric_families(response.body.decode())
         for sample in family.samples
     }
-    assert told["bfaas_run_duration_seconds_count,exit"] == 2
-    assert told["bfaas_run_duration_seconds_count,timeout"] == 1
-    assert 2 <= told["bfaas_run_duration_seconds_sum,timeout"] < 30
+    assert samples["bfaas_run_duration_seconds_count,exit"] == 2
+    assert samples["bfaas_run_duration_seconds_count,timeout"] == 1
+    assert 2 <= samples["bfaas_run_duration_seconds_sum,timeout"] < 30
     assert (
-        told["bfaas_requests_rejected_total,invalid-request"]
-        == told["bfaas_requests_rejected_total,queue-timeout"]
+        samples["bfaas_requests_rejected_total,invalid-request"]
+        == samples["bfaas_requests_rejected_total,queue-timeout"]
         == 1
     )
-    assert told["bfaas_requests_rejected_total,queue-full"] == 0
-    assert told["bfaas_queue_wait_seconds_count"] == 4
-    assert told["bfaas_time_to_first_byte_seconds_count"] == 3
-    assert told["bfaas_machine_phase_seconds_count,creating,ready"] == 1
-    assert told["bfaas_machine_phase_seconds_count,starting,ready"] == 3
-    assert told["bfaas_machine_phase_seconds_count,stopping,stopped"] == 3
-    assert (told["bfaas_machines,running"], told["bfaas_machines,stopped"]) == (1, 0)
-    assert told["bfaas_response_bytes_total"] > 100
-    assert told["bfaas_ready"] == 0
-    assert told["process_resident_memory_bytes"] > 1 << 20
-    assert (await page.get("/")).body == b"not found\n"
+    assert samples["bfaas_requests_rejected_total,queue-full"] == 0
+    assert samples["bfaas_queue_wait_seconds_count"] == 4
+    assert samples["bfaas_time_to_first_byte_seconds_count"] == 3
+    assert samples["bfaas_machine_phase_seconds_count,creating,ready"] == 1
+    assert samples["bfaas_machine_phase_seconds_count,starting,ready"] == 3
+    assert samples["bfaas_machine_phase_seconds_count,stopping,stopped"] == 3
+    assert (samples["bfaas_machines,running"], samples["bfaas_machines,stopped"]) == (1, 0)
+    assert samples["bfaas_response_bytes_total"] > 100
+    assert samples["bfaas_ready"] == 0
+    assert samples["process_resident_memory_bytes"] > 1 << 20
+    assert (await metrics.get("/")).body == b"not found\n"
     assert (await coordinator.get("/metrics")).status == 404
     busy.leave()
     assert await stop(coordinator) == 0

@@ -1,7 +1,7 @@
 """
-The page: what a browser is shown at `/`. Its files stand beside this one and are served as they are.
+The web page at `/`. Its files are in this directory, and are served unchanged.
 
-It loads nothing from elsewhere, and is forbidden to: see `_POLICY`.
+The page loads nothing from other hosts, and its content security policy forbids it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# Scripts write what they like to the page. It is shown as text; should that ever fail, then nothing inline
-# runs, strings are not made into markup or code, and there is nowhere to send anything but here.
+# The page shows the output of arbitrary scripts, as text. If that ever failed, the policy still prevents inline
+# scripts, the conversion of strings into markup or code, and requests to other hosts.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -38,13 +38,13 @@ _HEADERS = {
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
-    # To be kept, and asked about each time: a new version is seen at once.
+    # Caches revalidate each time, so that a new version is used at once.
     "Cache-Control": "no-cache",
 }
 
 
 def serve_page(app: Klein) -> None:
-    """Give an app the page at `/`, and the files that it loads beside it. They are read now, once."""
+    """Add routes for the page at `/` and the files that it loads. The files are read once, now."""
     for path in sorted(Path(__file__).parent.iterdir()):
         if path.suffix in _TYPES:
             name = "" if path.name == "index.html" else path.name
@@ -58,7 +58,7 @@ def _serve(app: Klein, url: str, type_: str, content: bytes) -> None:
         for name, value in _HEADERS.items():
             request.setHeader(name, value)
         request.setHeader("ETag", etag)
-        if _is_known(request, etag):
+        if _matches(request, etag):
             request.setResponseCode(NOT_MODIFIED)
             return b""
         request.setHeader("Content-Type", type_)
@@ -69,11 +69,11 @@ def _serve(app: Klein, url: str, type_: str, content: bytes) -> None:
     route(render)
 
 
-# RFC 9110, 8.8.3; what makes a tag a weak one stands before it.
+# RFC 9110, 8.8.3. The prefix of a weak tag is not part of the match.
 _TAG = re.compile(r'"[^"\s]*"')
 
 
-def _is_known(request: Request, etag: str) -> bool:
-    """Return whether `If-None-Match` has the tag, which is compared weakly (RFC 9110, 13.1.2)."""
-    listed = ",".join(request.requestHeaders.getRawHeaders("If-None-Match", []))
-    return listed.strip() == "*" or etag in _TAG.findall(listed)
+def _matches(request: Request, etag: str) -> bool:
+    """Return whether `If-None-Match` contains the tag, by weak comparison (RFC 9110, 13.1.2)."""
+    tags = ",".join(request.requestHeaders.getRawHeaders("If-None-Match", []))
+    return tags.strip() == "*" or etag in _TAG.findall(tags)
