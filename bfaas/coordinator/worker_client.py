@@ -21,6 +21,7 @@ from bfaas.backoff import BackoffSchedule
 from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver, abort_body, send_request, single_use_agent
 from bfaas.http.strict_agent import IncompleteResponseError
+from bfaas.pooling.lifecycle import ReadinessProbe
 from bfaas.protocol import formats
 from bfaas.protocol.parser import OutputLimitError, run_reader
 from bfaas.tokens import CLOCK_SKEW
@@ -43,7 +44,7 @@ class NotStartedError(WorkerError):
     """The worker reports that it could not start the script."""
 
 
-class WorkerClient:
+class WorkerClient(ReadinessProbe):
     """
     HTTP client for the workers on machines.
 

@@ -24,8 +24,8 @@ _TYPES = {
     ".svg": "image/svg+xml",
 }
 
-# The page shows the output of arbitrary scripts, as text. If that ever failed, the policy still prevents inline
-# scripts, the conversion of strings into markup or code, and requests to other hosts.
+# The page shows the output of arbitrary scripts, as text. If that ever failed, the policy would still
+# prevent inline scripts, the conversion of strings into markup or code, and requests to other hosts.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
