@@ -7,6 +7,7 @@ every line was executed. Otherwise it prints the lines that were not.
 
 from __future__ import annotations
 
+import ast
 import multiprocessing
 import os
 import sys
@@ -31,6 +32,7 @@ PATHS = (_ROOM / "pool.py", _ROOM / "backoff.py", *sorted((_ROOM / "pooling").gl
 EXEMPT = (
     ("pool.py", "Allocation.release", "raise RuntimeError(_1)"),  # a coordinator releases once
     ("pooling/fair_queue.py", "FairQueue.enqueue", "return fail(_1)"),  # a closing pool gets no requests
+    ("pooling/slot.py", "Slot.machine", "raise RuntimeError(_1)"),  # steps after a creation have a machine
     ("pooling/lifecycle.py", "MachineLifecycle.wait_until_ready", "raise"),  # lifecycles are not cancelled
 )
 """Statements that no episode can execute: module, function and code."""
@@ -69,14 +71,28 @@ def find_exempt_lines() -> set[tuple[str, int]]:
 
 def _lines_within_functions(path: Path) -> Iterator[int]:
     """Find the lines that are executed by the module's functions, not when it is imported."""
-    codes = [compile(path.read_text(), str(path), "exec")]
+    source = path.read_text()
+    stubs = _stub_lines(source)
+    codes = [compile(source, str(path), "exec")]
     while codes:
         code = codes.pop()
         inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
         codes += inner
         if code.co_flags & 0x2:  # CO_NEWLOCALS: a function, not a class or module
             first = code.co_firstlineno
-            yield from {line for _, _, line in code.co_lines() if line is not None and line > first}
+            lines = {line for _, _, line in code.co_lines() if line is not None and line > first}
+            yield from lines - stubs
+
+
+def _stub_lines(source: str) -> set[int]:
+    """Find the lines of functions without code, such as those of a `Protocol`."""
+    return {
+        line
+        for function in ast.walk(ast.parse(source))
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in function.body)
+        for line in range(function.lineno, (function.end_lineno or function.lineno) + 1)
+    }
 
 
 _TRACERS: list[LineTracer] = []  # this process's tracer, once it traces
