@@ -1,4 +1,4 @@
-"""A server hears whatever bytes there are, in whatever pieces: what it makes of them, in memory."""
+"""The HTTP channel in memory: limits, ambiguous requests, and arbitrary input in arbitrary pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
@@ -34,7 +34,7 @@ OTHER = b"POST /other HTTP/1.1\r\nHost: there\r\nContent-Length: 0\r\n\r\n"
 
 
 class Recorder(Resource):
-    """Takes every request; with `wait`, answers it only when told to."""
+    """Records every request; with `wait`, responds only once `response` fires."""
 
     isLeaf = True
 
@@ -42,26 +42,26 @@ class Recorder(Resource):
         super().__init__()
         self.received: list[tuple[bytes, bytes]] = []
         self._wait = wait
-        self.answer: Deferred[None] = Deferred()
+        self.response: Deferred[None] = Deferred()
 
     def render(self, request: Request) -> object:
         self.received.append((request.path, read_body(request)))
         if self._wait:
-            self.answer.addCallback(lambda _: request.finish())
+            self.response.addCallback(lambda _: request.finish())
             return NOT_DONE_YET
         return b"ran"
 
 
-def hear(pieces: Iterable[bytes], root: Recorder) -> ServerTransport:
-    """Let a server hear these pieces, and then the client's end."""
+def feed(pieces: Iterable[bytes], root: Recorder) -> ServerTransport:
+    """Feed these pieces to a server, then disconnect; return the transport with its output."""
     clock = Clock()
     connection = BoundedSite(clock, root, MAX_BODY).buildProtocol(None)
     transport = ServerTransport()
     connection.makeConnection(transport)
     for piece in pieces:
         connection.dataReceived(piece)
-    if not root.answer.called and not transport.ended:
-        root.answer.callback(None)
+    if not root.response.called and not transport.ended:
+        root.response.callback(None)
     connection.connectionLost(Failure(ConnectionDone()))
     assert clock.getDelayedCalls() == []
     return transport
@@ -72,7 +72,7 @@ def split(data: bytes, at: Iterable[int]) -> list[bytes]:
     return [data[start:end] for start, end in pairwise(cuts)]
 
 
-# What an attack is made of: pieces of requests, in any order, with rubbish between them.
+# Pieces of requests, to be joined in any order with arbitrary bytes between them.
 FRAGMENTS = [
     START, OTHER, b"GET / HTTP/1.1\r\n", b"GET / HTTP/1.0\r\n", b"GET /\r\n", b"HEAD * HTTP/1.1\r\n",
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"Host: there\r\n", b"Content-Length: 0\r\n",
@@ -85,8 +85,8 @@ FRAGMENTS = [
     b"-1\r\n", b"hello", b"5\r\nhello\r\n", LAST_CHUNK, b"0\r\nX: y\r\n\r\n",
     b"f" * 20 + b"\r\n", b"5;x=y\r\n", b"x" * 17_000,
 ]  # fmt: skip
-ATTACKS = some.lists(some.one_of(some.sampled_from(FRAGMENTS), some.binary(max_size=8)), max_size=12)
-CUTS = some.lists(some.integers(0, 1 << 20), max_size=8)
+ATTACKS = st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.binary(max_size=8)), max_size=12)
+CUTS = st.lists(st.integers(0, 1 << 20), max_size=8)
 
 
 class FuzzTests(SynchronousTestCase):
@@ -100,18 +100,18 @@ class FuzzTests(SynchronousTestCase):
         self.addCleanup(globalLogPublisher.removeObserver, keep)
 
     @settings(max_examples=EXAMPLES, deadline=None)
-    @given(ATTACKS, CUTS, some.booleans())
-    def test_whatever_comes_is_answered_once_or_refused(
+    @given(ATTACKS, CUTS, st.booleans())
+    def test_any_input_gets_at_most_one_response_per_request(
         self, fragments: list[bytes], cuts: list[int], wait: bool
     ) -> None:
         root = Recorder(wait=wait)
         data = b"".join(fragments)
-        transport = hear(split(data, cuts), root)
+        transport = feed(split(data, cuts), root)
 
-        said = transport.value()
-        finals = said.count(b"HTTP/1.1 ") - said.count(b"HTTP/1.1 100 Continue\r\n\r\n")
-        finals += said.count(b"HTTP/1.0 ")
-        refused = sum(said.count(b"HTTP/1.1 %d " % code) for code in (400, 413))
+        output = transport.value()
+        finals = output.count(b"HTTP/1.1 ") - output.count(b"HTTP/1.1 100 Continue\r\n\r\n")
+        finals += output.count(b"HTTP/1.0 ")
+        refused = sum(output.count(b"HTTP/1.1 %d " % code) for code in (400, 413))
         self.assertLessEqual(refused, 1)
         self.assertLessEqual(finals, data.count(b"\r\n\r\n") + 1)
         self.assertLessEqual(len(root.received), data.count(b"HTTP/1."))
@@ -122,8 +122,8 @@ class FuzzTests(SynchronousTestCase):
         self.assert_quiet(self.events)
 
     @settings(max_examples=EXAMPLES, deadline=None)
-    @given(some.integers(0, 2 * MAX_BODY), some.lists(some.integers(1, 40)), some.integers(0), CUTS)
-    def test_a_body_is_dispatched_whole_or_not_at_all(
+    @given(st.integers(0, 2 * MAX_BODY), st.lists(st.integers(1, 40)), st.integers(0), CUTS)
+    def test_only_complete_bodies_are_dispatched(
         self, length: int, sizes: list[int], end: int, cuts: list[int]
     ) -> None:
         script = bytes(range(length))
@@ -132,30 +132,30 @@ class FuzzTests(SynchronousTestCase):
             "with a length": START + b"Content-Length: %d\r\n\r\n" % len(script) + script,
             "in chunks": START + b"Transfer-Encoding: chunked\r\n\r\n" + chunks,
         }
-        for way, whole in framed.items():
-            for data in (whole, whole + OTHER, whole + b"\0", whole[: end % len(whole)]):
+        for way, request in framed.items():
+            for data in (request, request + OTHER, request + b"\0", request[: end % len(request)]):
                 root = Recorder()
-                said = hear(split(data, cuts), root).value()
-                complete = len(data) >= len(whole) and len(script) <= MAX_BODY
+                output = feed(split(data, cuts), root).value()
+                complete = len(data) >= len(request) and len(script) <= MAX_BODY
                 self.assertEqual([(b"/run", script)] if complete else [], root.received[:1], way)
-                if len(script) > MAX_BODY and len(data) >= len(whole):
-                    self.assertTrue(said.startswith(b"HTTP/1.1 413 "), said)
-                    self.assertEqual(1, said.count(b"HTTP/1."))
+                if len(script) > MAX_BODY and len(data) >= len(request):
+                    self.assertTrue(output.startswith(b"HTTP/1.1 413 "), output)
+                    self.assertEqual(1, output.count(b"HTTP/1."))
         self.assert_quiet(self.events)
 
 
 class SmugglingTests(SynchronousTestCase):
-    def test_what_is_refused_twice_is_told_once(self) -> None:
+    def test_two_errors_in_one_request_get_one_response(self) -> None:
         head = START + b"Transfer-Encoding: chunked\r\n\r\n"
-        said = hear([head + chunk(b"x" * 65) + b"nonsense\r\n"], Recorder()).value()
-        self.assertTrue(said.startswith(b"HTTP/1.1 413 "))
-        self.assertEqual(1, said.count(b"HTTP/1."))
+        output = feed([head + chunk(b"x" * 65) + b"nonsense\r\n"], Recorder()).value()
+        self.assertTrue(output.startswith(b"HTTP/1.1 413 "))
+        self.assertEqual(1, output.count(b"HTTP/1."))
 
-    def test_who_waits_for_our_answer_to_something_else_has_it(self) -> None:
+    def test_input_that_is_not_http_gets_400_at_once(self) -> None:
         for hello in (b"\x16\x03\x01", b"\0", b"\xff", b" "):
-            self.assertTrue(hear([hello], Recorder()).value().startswith(b"HTTP/1.1 400 "), hello)
+            self.assertTrue(feed([hello], Recorder()).value().startswith(b"HTTP/1.1 400 "), hello)
 
-    def test_what_others_may_read_otherwise_is_refused_and_nothing_after_it_heard(self) -> None:
+    def test_ambiguous_requests_get_400_and_end_the_connection(self) -> None:
         length, chunked = b"Content-Length: 5\r\n", b"Transfer-Encoding: chunked\r\n"
         heads = {
             "a length and chunks": length + chunked,
@@ -167,15 +167,15 @@ class SmugglingTests(SynchronousTestCase):
             "a negative length": b"Content-Length: -5\r\n",
             "a hexadecimal length": b"Content-Length: 0x5\r\n",
             "a length with an underscore": b"Content-Length: 1_0\r\n",
-            "a length of other digits": "Content-Length: \u0665\r\n".encode(),
-            "no length": b"Content-Length: \r\n",
+            "a length in non-ASCII digits": "Content-Length: \u0665\r\n".encode(),
+            "an empty length": b"Content-Length: \r\n",
             "a length that int() does not read": b"Content-Length: " + b"1" * 5000 + b"\r\n",
-            "chunks twice": chunked + chunked,
+            "chunked twice": chunked + chunked,
             "an unknown coding": b"Transfer-Encoding: xchunked\r\n",
-            "a coding before": b"Transfer-Encoding: gzip, chunked\r\n",
-            "a coding after": b"Transfer-Encoding: chunked, identity\r\n",
-            "no coding": b"Transfer-Encoding: identity\r\n",
-            "no coding, and a length": b"Transfer-Encoding: identity\r\n" + length,
+            "a coding before chunked": b"Transfer-Encoding: gzip, chunked\r\n",
+            "a coding after chunked": b"Transfer-Encoding: chunked, identity\r\n",
+            "identity coding": b"Transfer-Encoding: identity\r\n",
+            "identity coding and a length": b"Transfer-Encoding: identity\r\n" + length,
             "a quoted coding": b'Transfer-Encoding: "chunked"\r\n',
             "a vertical tab": b"Transfer-Encoding: \x0bchunked\r\n",
             "a space before the colon": b"Transfer-Encoding : chunked\r\n",
@@ -189,8 +189,8 @@ class SmugglingTests(SynchronousTestCase):
             "a name with a NUL": b"X\0: a\r\n" + length,
             "no name": b": a\r\n" + length,
             "no colon": b"Content-Length 5\r\n",
-            "another host": b"Host: elsewhere\r\n" + length,
-            "no UTF-8": b"X: \xff\r\n" + length,
+            "two Host headers": b"Host: elsewhere\r\n" + length,
+            "invalid UTF-8": b"X: \xff\r\n" + length,
             "sixty-five headers": b"X: a\r\n" * 64,
         }
         cases = {name: START + head + b"\r\n" for name, head in heads.items()}
@@ -201,23 +201,23 @@ class SmugglingTests(SynchronousTestCase):
             "HTTP/2.0": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
             "HTTP/0.9": b"GET /run\r\n",
             "no host": START.replace(b"Host: there\r\n", b"") + b"\r\n",
-            "a method that is none": post % b"PO(ST" + b"\r\n",
+            "an invalid method": post % b"PO(ST" + b"\r\n",
             "two spaces": START.replace(b" /", b"  /") + b"\r\n",
             "a tab": START.replace(b" /", b"\t/") + b"\r\n",
-            "a line without end": b"GET /" + b"x" * 20_000,
+            "an endless line": b"GET /" + b"x" * 20_000,
             "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
-            "a chunk that is longer": START + chunked + b"\r\n5\r\nhelloX\r\n",
-            "a chunk in C": START + chunked + b"\r\n0x5\r\nhello\r\n",
-            "a signed chunk": START + chunked + b"\r\n+5\r\nhello\r\n",
+            "a chunk longer than its size": START + chunked + b"\r\n5\r\nhelloX\r\n",
+            "a C-style chunk size": START + chunked + b"\r\n0x5\r\nhello\r\n",
+            "a signed chunk size": START + chunked + b"\r\n+5\r\nhello\r\n",
             "a chunk with a bare LF": START + chunked + b"\r\n5\nhello\r\n",
             "an extension with a bare LF": START + chunked + b"\r\n5;a\nb\r\nhello\r\n",
-            "trailers without end": START + chunked + b"\r\n0\r\n" + b"a\r\n" * 2000,
+            "endless trailers": START + chunked + b"\r\n0\r\n" + b"a\r\n" * 2000,
         }
-        for name, said in cases.items():
+        for name, output in cases.items():
             for step in (1 << 20, 7):
                 root = Recorder()
-                data = said + OTHER
-                transport = hear([data[at : at + step] for at in range(0, len(data), step)], root)
+                data = output + OTHER
+                transport = feed([data[at : at + step] for at in range(0, len(data), step)], root)
                 self.assertEqual([], root.received, name)
                 self.assertTrue(transport.value().startswith(b"HTTP/1.1 400 Bad Request\r\n"), name)
                 self.assertEqual(1, transport.value().count(b"HTTP/1."), name)

@@ -17,39 +17,39 @@ def with_length(length: int) -> bytes:
     return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % length
 
 
-class ExchangeTestCase(LoopbackTestCase):
+class ClientTestCase(LoopbackTestCase):
     def setUp(self) -> None:
         self.agent = single_use_agent(reactor)
 
     def get(self, url: str) -> Deferred[Any]:
-        """Wait for a head."""
+        """Send a GET request and wait for the head of its response."""
         return Deferred.fromCoroutine(send_request(self.agent, "GET", url, "/"))
 
     def read(self, response: Any, limit: int = 10) -> Deferred[bytes]:
         return Deferred.fromCoroutine(read_body(response, limit))
 
 
-class CancelTests(ExchangeTestCase):
-    async def test_while_connecting_no_connection_is_made(self) -> None:
+class CancelTests(ClientTestCase):
+    async def test_while_connecting_makes_no_connection(self) -> None:
         server, url = self.serve_script([])
-        # An address goes straight to TCP; what may be a name goes another way.
-        for there in (url, url.replace("127.0.0.1", "[::1]")):
-            asked = self.get(there)
-            asked.cancel()
-            self.failureResultOf(asked, CancelledError)
+        # An IPv4 address connects directly; a bracketed host takes the path of names.
+        for target in (url, url.replace("127.0.0.1", "[::1]")):
+            response = self.get(target)
+            response.cancel()
+            self.failureResultOf(response, CancelledError)
         self.assertEqual([], server.peers)
 
-    async def test_before_the_head_the_connection_is_closed(self) -> None:
+    async def test_before_the_head_closes_the_connection(self) -> None:
         server, url = self.serve_script([], [b"HTTP/1.1 200 OK\r\nContent-"])
         for _ in range(2):
-            asked = self.get(url)
+            response = self.get(url)
             peer = await server.requested.get()
-            self.assertNoResult(asked)
-            asked.cancel()
-            self.failureResultOf(asked, CancelledError)
+            self.assertNoResult(response)
+            response.cancel()
+            self.failureResultOf(response, CancelledError)
             await peer.receive_all()
 
-    async def test_in_the_body_the_connection_is_closed(self) -> None:
+    async def test_in_the_body_closes_the_connection(self) -> None:
         server, url = self.serve_script([CHUNKED + chunk(b"some")])
         reading = self.read(await self.get(url))
         peer = await server.requested.get()
@@ -60,34 +60,34 @@ class CancelTests(ExchangeTestCase):
         await peer.receive_all()
 
 
-class BodyTests(ExchangeTestCase):
-    async def test_a_body_that_has_come_whole_is_read_up_to_the_limit(self) -> None:
-        answers = [
+class BodyTests(ClientTestCase):
+    async def test_complete_bodies_up_to_the_limit_are_returned(self) -> None:
+        responses = [
             CHUNKED + chunk(b"01234") + chunk(b"56789") + LAST_CHUNK,
             with_length(10) + b"0123456789",
             b"HTTP/1.1 100 Continue\r\n\r\n" + with_length(10) + b"0123456789 and more than was announced",
         ]
-        _, url = self.serve_script(*[[answer] for answer in answers])
-        for answer in answers:
-            self.assertEqual(b"0123456789", await self.read(await self.get(url)), answer)
+        _, url = self.serve_script(*[[response] for response in responses])
+        for response in responses:
+            self.assertEqual(b"0123456789", await self.read(await self.get(url)), response)
 
-    async def test_one_that_breaks_off_fails(self) -> None:
-        answers = [
+    async def test_incomplete_bodies_fail(self) -> None:
+        cases = [
             (CHUNKED + chunk(b"some"), IncompleteResponseError),
             (CHUNKED + b"100\r\nsome", IncompleteResponseError),
             (CHUNKED + chunk(b"some") + b"nonsense\r\n", MalformedResponseError),
             (with_length(10) + b"some", IncompleteResponseError),
-            # Nothing tells the end of this one from its worker's.
+            # Without framing, the end of this body is the same as the end of its worker.
             (b"HTTP/1.1 200 OK\r\n\r\nsome", IncompleteResponseError),
         ]
         for end in End:
-            _, url = self.serve_script(*[(answer, end) for answer, _ in answers])
-            for answer, error in answers:
+            _, url = self.serve_script(*[(data, end) for data, _ in cases])
+            for data, error in cases:
                 response = await self.get(url)
-                with self.assertRaises(error, msg=answer):
+                with self.assertRaises(error, msg=data):
                     await self.read(response)
 
-    async def test_one_that_is_too_large_fails_and_closes_the_connection(self) -> None:
+    async def test_body_over_the_limit_fails_and_closes_the_connection(self) -> None:
         server, url = self.serve_script([CHUNKED + chunk(b"0123456789")])
         reading = self.read(await self.get(url))
         peer = await server.requested.get()
@@ -97,21 +97,21 @@ class BodyTests(ExchangeTestCase):
             await reading
         await peer.receive_all()
 
-    async def test_an_encoded_answer_is_refused_and_its_connection_closed(self) -> None:
+    async def test_encoded_response_fails_and_closes_the_connection(self) -> None:
         server, url = self.serve_script([CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")])
         with self.assertRaises(MalformedResponseError):
             await self.get(url)
         peer = await server.requested.get()
         await peer.receive_all()
 
-    async def test_discarding_an_answer_closes_its_connection(self) -> None:
+    async def test_abort_body_closes_the_connection(self) -> None:
         server, url = self.serve_script([CHUNKED], [CHUNKED + chunk(b"some")])
         for _ in range(2):
             abort_body(await self.get(url))
             peer = await server.requested.get()
             await peer.receive_all()
 
-    async def test_discarding_an_answer_that_has_come_whole_is_right_too(self) -> None:
+    async def test_abort_body_accepts_complete_responses(self) -> None:
         server, url = self.serve_script([with_length(4) + b"some"], [with_length(0)])
         for _ in range(2):
             abort_body(await self.get(url))

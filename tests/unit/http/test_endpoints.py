@@ -1,4 +1,4 @@
-"""Connections by name and address: sockets on loopback, a resolver and a clock of the test's own."""
+"""Connections by name and address, with sockets on loopback, a fake resolver and a fake clock."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class Names:
-    """The system's resolver, as getaddrinfo: knows some names, and may hang."""
+    """A fake getaddrinfo, with a fixed set of names; lookups block until `answers` is set."""
 
     def __init__(self, **known: Sequence[str]) -> None:
         self.known = {name.encode(): addresses for name, addresses in known.items()}
-        self.asked: list[bytes] = []
+        self.lookups: list[bytes] = []
         self.answers = threading.Event()
         self.answers.set()
 
     def __call__(self, host: bytes, port: None, type: int) -> list[Any]:  # noqa: A002 - getaddrinfo's
-        self.asked.append(host)
+        self.lookups.append(host)
         assert self.answers.wait(30)
         if host not in self.known:
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
@@ -62,7 +62,7 @@ class Names:
 
 
 class Server(Peer):
-    """Answers a request, and closes."""
+    """Responds to a request and closes the connection."""
 
     def dataReceived(self, data: bytes) -> None:
         super().dataReceived(data)
@@ -79,7 +79,7 @@ class EndpointTestCase(LoopbackTestCase):
         self.addCleanup(self.names.answers.set)
 
     def serve(self, interface: str = "127.0.0.1") -> int:
-        """Listen at an address, and return the port."""
+        """Listen at an address and return the port."""
         port = reactor.listenTCP(0, self.factory(), interface=interface)
         self.addCleanup(port.stopListening)
         number: int = port.getHost().port
@@ -108,19 +108,19 @@ class EndpointTestCase(LoopbackTestCase):
 
 
 class NameTests(EndpointTestCase):
-    async def test_any_name_that_the_system_resolves_will_do(self) -> None:
+    async def test_connects_to_any_name_that_the_system_resolves(self) -> None:
         port = self.serve()
         for name in ("_api.internal", "my_app.flycast", "app", "name.example.", "-a-.b", "a" * 64 + ".b"):
             self.know(name, "127.0.0.1")
             await self.close(await self.connect(name, port))
-            self.assertEqual(name.encode(), self.names.asked[-1])
+            self.assertEqual(name.encode(), self.names.lookups[-1])
 
-    async def test_addresses_need_no_resolver(self) -> None:
+    async def test_addresses_are_not_resolved(self) -> None:
         for address in ("127.0.0.1", "::1"):
             await self.close(await self.connect(address, self.serve(address)))
-        self.assertEqual([], self.names.asked)
+        self.assertEqual([], self.names.lookups)
 
-    async def test_the_system_s_own_resolver_is_asked(self) -> None:
+    async def test_default_resolver_is_that_of_the_system(self) -> None:
         self.resolver = Resolver(reactor)
         await self.close(await self.connect("localhost", self.serve()))
         with self.assertRaisesRegex(DNSLookupError, r"nowhere\.invalid"):
@@ -128,15 +128,15 @@ class NameTests(EndpointTestCase):
         with self.assertRaises(DNSLookupError):
             await self.connect("a..b", 1)
 
-    async def test_an_ipv6_address_alone_is_enough(self) -> None:
+    async def test_connects_to_a_name_with_only_an_ipv6_address(self) -> None:
         self.know("six", "::1")
         await self.close(await self.connect("six", self.serve("::1")))
 
-    async def test_addresses_that_refuse_are_passed_over(self) -> None:
+    async def test_tries_the_next_address_after_a_refused_connection(self) -> None:
         self.know("several", "::1", "127.0.0.2", "127.0.0.1")
         await self.close(await self.connect("several", self.serve()))
 
-    async def test_what_fails_says_why(self) -> None:
+    async def test_errors_name_the_reason(self) -> None:
         port = self.serve()
         self.know("refuses", "127.0.0.2", "::1")
         with self.assertRaises(RefusedConnectionError):
@@ -144,7 +144,7 @@ class NameTests(EndpointTestCase):
         with self.assertRaisesRegex(DNSLookupError, "unknown: Name or service not known"):
             await self.connect("unknown", port)
 
-    async def test_lookups_of_a_name_share_one(self) -> None:
+    async def test_concurrent_lookups_of_a_name_share_one_thread(self) -> None:
         port = self.serve()
         self.know("slow", "127.0.0.1")
         self.names.answers.clear()
@@ -155,20 +155,20 @@ class NameTests(EndpointTestCase):
         for peer in [await first, await third]:
             peer.transport.abortConnection()
         await wait_until(lambda: all(server.end for server in self.servers))
-        self.assertEqual([b"slow"], self.names.asked)
+        self.assertEqual([b"slow"], self.names.lookups)
         self.assertEqual(2, len(self.servers))
 
-    async def test_a_lookup_that_gets_no_thread_fails_and_the_next_one_works(self) -> None:
+    async def test_lookup_fails_without_a_thread_and_the_next_one_succeeds(self) -> None:
         port = self.serve()
         self.know("name", "127.0.0.1")
-        stack = threading.stack_size(1 << 46)  # more than there is
+        stack = threading.stack_size(1 << 46)  # more than the address space
         connecting = self.connect("name", port)
         threading.stack_size(stack)
         with self.assertRaisesRegex(DNSLookupError, "name: can't start new thread"):
             await connecting
         await self.close(await self.connect("name", port))
 
-    async def test_a_cancelled_lookup_ends_at_once_and_makes_no_connection(self) -> None:
+    async def test_cancelled_lookup_makes_no_connection(self) -> None:
         port = self.serve()
         self.know("slow", "127.0.0.1")
         self.names.answers.clear()
@@ -181,8 +181,8 @@ class NameTests(EndpointTestCase):
         self.assertEqual(1, len(self.servers))
 
 
-class TimeTests(SynchronousTestCase):
-    """With a reactor in memory, whose connections are made when the test says so."""
+class TimeoutTests(SynchronousTestCase):
+    """With an in-memory reactor, whose connections succeed or fail when the test says so."""
 
     def setUp(self) -> None:
         self.reactor = MemoryReactorClock()
@@ -200,13 +200,13 @@ class TimeTests(SynchronousTestCase):
     def tried(self) -> list[str]:
         return [client[0] for client in self.reactor.tcpClients]
 
-    def test_a_lookup_has_a_limit(self) -> None:
+    def test_lookup_times_out(self) -> None:
         self.reactor.advance(LOOKUP_TIMEOUT)
         failure = self.failureResultOf(self.connecting, DNSLookupError)
         self.assertIn("name: no response within 10 s", str(failure.value))
         self.assertEqual([], self.reactor.getDelayedCalls())
 
-    def test_a_silent_address_holds_the_next_up_for_a_moment_only(self) -> None:
+    def test_next_address_is_tried_soon_after_a_silent_one(self) -> None:
         self.found.callback(["fdaa::1", "fdaa::2", "127.0.0.1"])
         self.assertEqual(["fdaa::1"], self.tried())
         self.assertEqual(CONNECT_TIMEOUT, self.reactor.tcpClients[0][3])
@@ -218,7 +218,7 @@ class TimeTests(SynchronousTestCase):
         self.successResultOf(self.connecting)
         self.assertEqual([], self.reactor.getDelayedCalls())
 
-    def test_the_last_failure_is_told(self) -> None:
+    def test_last_failure_is_raised(self) -> None:
         self.found.callback(["fdaa::1", "127.0.0.1"])
         for place in (0, 1):
             self.assertNoResult(self.connecting)
@@ -227,7 +227,7 @@ class TimeTests(SynchronousTestCase):
         self.failureResultOf(self.connecting, RefusedConnectionError)
         self.assertEqual([], self.reactor.getDelayedCalls())
 
-    def test_cancelling_ends_all_attempts(self) -> None:
+    def test_cancelling_stops_all_attempts(self) -> None:
         self.found.callback(["fdaa::1", "127.0.0.1", "127.0.0.2"])
         self.reactor.advance(0.3)
         self.connecting.cancel()
@@ -238,16 +238,16 @@ class TimeTests(SynchronousTestCase):
 
 
 class RequestTests(EndpointTestCase):
-    """With treq, through both kinds of agent."""
+    """Requests through both kinds of agent."""
 
-    async def ask(self, agent: Any, base: str) -> list[str]:
+    async def request(self, agent: Any, base: str) -> list[str]:
         response = await send_request(agent, "GET", base, "/a%20b?c=d")
         self.assertEqual(200, response.code)
         lines, _ = self.servers[-1].request() or ([], b"")
         await wait_until(lambda: all(server.end for server in self.servers))
         return lines
 
-    async def test_the_server_gets_its_own_name_and_the_path_as_it_is(self) -> None:
+    async def test_host_and_path_are_sent_unchanged(self) -> None:
         endpoints = Endpoints(reactor, self.resolver)
         for agent in (Agent.usingEndpointFactory(reactor, endpoints), StrictAgent(endpoints)):
             for host, address in (
@@ -259,7 +259,7 @@ class RequestTests(EndpointTestCase):
             ):
                 self.know(host, address)
                 port = self.serve(address)
-                lines = await self.ask(agent, f"http://{host}:{port}")
+                lines = await self.request(agent, f"http://{host}:{port}")
                 self.assertEqual("GET /a%20b?c=d HTTP/1.1", lines[0])
                 self.assertIn(f"Host: {host}:{port}", lines)
 
@@ -273,7 +273,7 @@ class TLSTests(EndpointTestCase):
         self.asked_for: list[bytes | None] = []
 
     def serve_tls(self, host: str, address: str = "127.0.0.1", *, by: Authority, days: float = 30) -> int:
-        """Listen with a certificate for a host, and return the port."""
+        """Listen with a certificate for a host and return the port."""
         both = Path(self.mktemp())
         both.write_bytes(b"".join(by.issue(host, days)))
         context = DefaultOpenSSLContextFactory(str(both), str(both), TLS_METHOD)
@@ -285,13 +285,13 @@ class TLSTests(EndpointTestCase):
         number: int = port.getHost().port
         return number
 
-    def ask(self, host: str, port: int) -> Deferred[Any]:
+    def request(self, host: str, port: int) -> Deferred[Any]:
         tls = CertificateOptions(trustRoot=platformTrust())
         tls.getContext().load_verify_locations(str(self.trusted))
         agent = Agent.usingEndpointFactory(reactor, Endpoints(reactor, self.resolver, tls))
         return Deferred.fromCoroutine(send_request(agent, "GET", f"https://{host}:{port}", "/"))
 
-    async def test_a_trusted_certificate_of_the_host_will_do(self) -> None:
+    async def test_accepts_trusted_certificates_for_the_host(self) -> None:
         for host, name, address in (
             ("api.machines.dev", "api.machines.dev", "127.0.0.1"),
             ("API.Machines.dev", "api.machines.dev", "127.0.0.1"),
@@ -302,22 +302,22 @@ class TLSTests(EndpointTestCase):
             ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
         ):
             self.know(host, address)
-            response = await self.ask(host, self.serve_tls(name, address, by=self.authority))
+            response = await self.request(host, self.serve_tls(name, address, by=self.authority))
             self.assertEqual(200, response.code)
             await wait_until(lambda: all(server.end for server in self.servers))
             sent = None if name == address else host.rstrip(".").lower().encode()
             self.assertEqual(sent, self.asked_for[-1], host)
 
     async def refused(self, host: str, port: int) -> str:
-        """Ask, be refused, and return why; the server has not seen a request."""
+        """Return why a request fails; check that the server received nothing."""
         with self.assertRaises(Exception) as caught:
-            await self.ask(host, port)
+            await self.request(host, port)
         self.assertIsInstance(root_cause(caught.exception), CertificateError)
         await wait_until(lambda: all(server.end for server in self.servers))
         self.assertEqual([], [server for server in self.servers if server.received])
         return describe(caught.exception)
 
-    async def test_any_other_certificate_is_refused(self) -> None:
+    async def test_rejects_all_other_certificates(self) -> None:
         self.know("right", "127.0.0.1")
         for name, by, days, why in (
             ("wrong", self.authority, 30, "the certificate is not valid for right"),
@@ -330,14 +330,14 @@ class TLSTests(EndpointTestCase):
         port = self.serve_tls("localhost", by=self.authority)
         self.assertEqual("the certificate is not valid for 127.0.0.1", await self.refused("127.0.0.1", port))
 
-    async def test_a_server_that_speaks_no_tls_is_told_apart(self) -> None:
+    async def test_error_of_a_server_without_tls_mentions_tls(self) -> None:
         with self.assertRaises(Exception) as caught:
-            await self.ask("127.0.0.1", self.listen(_Plain()))
+            await self.request("127.0.0.1", self.listen(_Plain()))
         self.assertIn("TLS: ", describe(caught.exception))
 
 
 class _Plain(Factory):
-    """Speaks at once, and no TLS."""
+    """Sends plain HTTP at once."""
 
     noisy = False
 

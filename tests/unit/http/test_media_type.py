@@ -1,4 +1,4 @@
-"""What a request's head says about its body, and which bodies are taken for scripts."""
+"""Media types, charsets and encodings of request bodies, and the detection of form data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SCRIPTS = [
     b"for i in 1 2 3; do echo $i; done",
     b'{"script": "uptime"}',
 ]
-"""What `curl -d` sends in the type of forms, and has to go on working."""
+"""Scripts as `curl -d` sends them, with the form media type."""
 
 FORMS = [
     b"script=echo+hi&x=1",
@@ -56,26 +56,26 @@ FORMS = [
     b"url=http://a.example:80/b,c@d?e&f=g==",
     b"first-name=J%C3%BCrgen&last.name=X*_",
 ]
-"""What browsers, `curl --data-urlencode`, Python's urlencode and jQuery make of fields."""
+"""Form data as browsers, `curl --data-urlencode`, Python's urlencode and jQuery send it."""
 
 
-def read(body: bytes, *headers: tuple[str, str]) -> bool:
+def parse(body: bytes, *headers: tuple[str, str]) -> bool:
     named = Headers()
     for name, value in headers:
         named.addRawHeader(name, value)
     return body_is_json(named, body)
 
 
-class MediaTests(SynchronousTestCase):
+class MediaTypeTests(SynchronousTestCase):
     def assert_refused(self, code: int, *headers: tuple[str, str], body: bytes = b"") -> HTTPError:
         with self.assertRaises(HTTPError, msg=headers) as raised:
-            read(body, *headers)
+            parse(body, *headers)
         error: HTTPError = raised.exception
         self.assertEqual(code, error.code, headers)
         self.assertRegex(str(error), r"\A[ -~]{1,100}\Z")
         return error
 
-    def test_json_is_told_from_scripts(self) -> None:
+    def test_json_and_scripts_are_distinguished_by_media_type(self) -> None:
         for kind in (
             JSON,
             "Application/JSON",
@@ -83,7 +83,7 @@ class MediaTests(SynchronousTestCase):
             "application/json;charset=UTF-8",
             'application/json ; a="b;\\"c, d" ; charset="utf-8";',
         ):
-            self.assertTrue(read(b"", ("Content-Type", kind)), kind)
+            self.assertTrue(parse(b"", ("Content-Type", kind)), kind)
         for kind in (
             "",
             " ",
@@ -96,10 +96,10 @@ class MediaTests(SynchronousTestCase):
             "application/x-sh",
             "text/markdown; variant=a; charset=utf8",
         ):
-            self.assertFalse(read(b"uptime", ("Content-Type", kind)), kind)
-        self.assertFalse(read(b"uptime"))
+            self.assertFalse(parse(b"uptime", ("Content-Type", kind)), kind)
+        self.assertFalse(parse(b"uptime"))
 
-    def test_a_coded_body_is_refused_and_the_answer_names_what_is_not(self) -> None:
+    def test_encoded_bodies_are_rejected_with_accept_encoding(self) -> None:
         for values in (
             ["gzip"],
             ["br"],
@@ -117,9 +117,9 @@ class MediaTests(SynchronousTestCase):
             error = self.assert_refused(415, *[("Content-Encoding", value) for value in values])
             self.assertEqual({"Accept-Encoding": "identity"}, error.headers)
         for harmless in ("identity", "Identity", "", "identity, identity", " , "):
-            self.assertFalse(read(b"uptime", ("Content-Encoding", harmless)))
+            self.assertFalse(parse(b"uptime", ("Content-Encoding", harmless)))
 
-    def test_an_unclear_type_is_refused(self) -> None:
+    def test_invalid_or_repeated_media_types_are_rejected(self) -> None:
         self.assert_refused(400, ("Content-Type", JSON), ("Content-Type", "text/plain"))
         self.assert_refused(400, ("Content-Type", "text/plain"), ("Content-Type", "text/plain"))
         for kind in (
@@ -138,7 +138,7 @@ class MediaTests(SynchronousTestCase):
             self.assert_refused(400, ("Content-Type", kind))
         self.assert_refused(400, ("Content-Range", "bytes 0-5/10"))
 
-    def test_other_charsets_are_refused(self) -> None:
+    def test_charsets_other_than_utf8_are_rejected(self) -> None:
         for kind in (
             "text/plain; charset=utf-16",
             "text/plain; charset=UTF-16LE",
@@ -154,7 +154,7 @@ class MediaTests(SynchronousTestCase):
             code = 400 if kind.endswith("charset=") else 415
             self.assert_refused(code, ("Content-Type", kind), body=b"uptime")
 
-    def test_types_that_are_not_a_script_are_refused(self) -> None:
+    def test_media_types_other_than_scripts_are_rejected(self) -> None:
         for kind in (
             "multipart/form-data; boundary=x",
             "multipart/mixed",
@@ -176,16 +176,16 @@ class MediaTests(SynchronousTestCase):
             error = self.assert_refused(415, ("Content-Type", kind), body=b"uptime")
             self.assertEqual({"Accept": "text/plain, application/json"}, error.headers)
 
-    def test_scripts_in_the_type_of_forms_are_scripts(self) -> None:
+    def test_scripts_with_the_form_media_type_are_accepted(self) -> None:
         for body in SCRIPTS:
-            self.assertFalse(read(body, ("Content-Type", FORM)), body)
+            self.assertFalse(parse(body, ("Content-Type", FORM)), body)
 
-    def test_forms_are_refused(self) -> None:
+    def test_form_data_is_rejected(self) -> None:
         for body in FORMS:
             self.assert_refused(415, ("Content-Type", f"{FORM}; charset=utf-8"), body=body)
-            self.assertFalse(read(body, ("Content-Type", "text/plain")), body)
-            self.assertFalse(read(body), body)
+            self.assertFalse(parse(body, ("Content-Type", "text/plain")), body)
+            self.assertFalse(parse(body), body)
 
-    def test_a_large_body_is_judged_at_once(self) -> None:
+    def test_large_bodies_are_checked_in_linear_time(self) -> None:
         for body in (b"a" * (1 << 20) + b"% ", b"a=b&" * (1 << 18) + b" ", b"a=" * (1 << 19) + b";"):
-            self.assertFalse(read(body, ("Content-Type", FORM)))
+            self.assertFalse(parse(body, ("Content-Type", FORM)))

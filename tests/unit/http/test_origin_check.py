@@ -1,4 +1,4 @@
-"""What a browser says of the pages that its requests come from, and which of them are taken on a laptop."""
+"""Cross-origin requests of browsers, at loopback and other addresses."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Root(Resource):
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked = 0
+        self.requests = 0
 
     def render(self, _: object) -> bytes:
-        self.asked += 1
+        self.requests += 1
         return b"ran"
 
 
-class ForeignPageTests(SynchronousTestCase):
-    def ask(self, at: object, *headers: str, version: str = "1.1") -> str | None:
-        """Ask as a browser would; what there is against it."""
+class CrossOriginTests(SynchronousTestCase):
+    def rejection(self, at: object, *headers: str, version: str = "1.1") -> str | None:
+        """Send a request with these headers; return why it is rejected, or None."""
         root = Root()
         site = BoundedSite(Clock(), root, 10, request_filter=cross_origin_reason)
         connection = site.buildProtocol(None)
@@ -42,27 +42,27 @@ class ForeignPageTests(SynchronousTestCase):
         connection.makeConnection(transport)
         lines = [f"POST /run HTTP/{version}", "Content-Length: 0", *headers, "", ""]
         connection.dataReceived("\r\n".join(lines).encode())
-        answer, said = parse_response(transport.value())
-        self.assertEqual({200: 1, 403: 0}[answer.status], root.asked)
-        if answer.status == 200:
+        response, body = parse_response(transport.value())
+        self.assertEqual({200: 1, 403: 0}[response.status], root.requests)
+        if response.status == 200:
             return None
-        self.assertEqual("text/plain; charset=utf-8", answer.getheader("content-type"))
-        return said.decode().removesuffix("\n")
+        self.assertEqual("text/plain; charset=utf-8", response.getheader("content-type"))
+        return body.decode().removesuffix("\n")
 
-    def test_what_is_no_browser_is_taken(self) -> None:
+    def test_clients_other_than_browsers_are_accepted(self) -> None:
         for host in ("localhost:8000", "LocalHost", "127.0.0.1:8000", "127.1.2.3", "[::1]:8000"):
-            self.assertIsNone(self.ask(HERE, f"Host: {host}"), host)
-        self.assertIsNone(self.ask(HERE, version="1.0"))
+            self.assertIsNone(self.rejection(HERE, f"Host: {host}"), host)
+        self.assertIsNone(self.rejection(HERE, version="1.0"))
 
-    def test_our_own_pages_are_taken(self) -> None:
+    def test_same_origin_pages_are_accepted(self) -> None:
         host = "Host: localhost:8000"
         own = "Origin: http://localhost:8000"
-        self.assertIsNone(self.ask(HERE, host, own, "Sec-Fetch-Site: same-origin"))
-        self.assertIsNone(self.ask(HERE, host, "Sec-Fetch-Site: none"))
-        self.assertIsNone(self.ask(HERE, host, "Sec-Fetch-Site: same-site"))
-        self.assertIsNone(self.ask(LAN, "Host: laptop.local", "Origin: http://laptop.local"))
+        self.assertIsNone(self.rejection(HERE, host, own, "Sec-Fetch-Site: same-origin"))
+        self.assertIsNone(self.rejection(HERE, host, "Sec-Fetch-Site: none"))
+        self.assertIsNone(self.rejection(HERE, host, "Sec-Fetch-Site: same-site"))
+        self.assertIsNone(self.rejection(LAN, "Host: laptop.local", "Origin: http://laptop.local"))
 
-    def test_pages_from_elsewhere_are_refused(self) -> None:
+    def test_cross_origin_pages_are_rejected(self) -> None:
         host = "Host: localhost:8000"
         for origin in (
             "http://evil.example", "https://localhost", "http://localhost:3000", "http://127.0.0.1:8000",
@@ -70,17 +70,17 @@ class ForeignPageTests(SynchronousTestCase):
             "http://localhost:8000, http://evil.example",
         ):  # fmt: skip
             for at in (HERE, LAN):
-                self.assertEqual(ORIGIN, self.ask(at, host, f"Origin: {origin}"), origin)
+                self.assertEqual(ORIGIN, self.rejection(at, host, f"Origin: {origin}"), origin)
             self.assertEqual(
-                ORIGIN, self.ask(HERE, host, f"Origin: {origin}", "Sec-Fetch-Site: same-site"), origin
+                ORIGIN, self.rejection(HERE, host, f"Origin: {origin}", "Sec-Fetch-Site: same-site"), origin
             )
         twice = ["Origin: http://localhost:8000"] * 2
-        self.assertEqual(ORIGIN, self.ask(HERE, host, *twice))
+        self.assertEqual(ORIGIN, self.rejection(HERE, host, *twice))
         for site in ("cross-site", "Cross-Site ", "cross-site, none", "nonsense"):
             for at in (HERE, LAN):
-                self.assertEqual(SITE, self.ask(at, host, f"Sec-Fetch-Site: {site}"), site)
+                self.assertEqual(SITE, self.rejection(at, host, f"Sec-Fetch-Site: {site}"), site)
 
-    def test_a_name_that_was_bound_to_our_address_is_refused_on_loopback(self) -> None:
+    def test_dns_rebinding_to_loopback_is_rejected(self) -> None:
         six = IPv6Address("TCP", "::1", 8000)
         mapped = IPv6Address("TCP", "::ffff:127.0.0.1", 8000)
         for host in (
@@ -88,8 +88,10 @@ class ForeignPageTests(SynchronousTestCase):
             "0.0.0.0:8000", "[::2]", "[::1", "", "x@localhost", "[::ffff:8.8.8.8]", "localhost:80:80",
         ):  # fmt: skip
             for at in (HERE, six, mapped):
-                self.assertEqual(NAME, self.ask(at, f"Host: {host}", f"Origin: http://{host}"), (host, at))
+                self.assertEqual(
+                    NAME, self.rejection(at, f"Host: {host}", f"Origin: http://{host}"), (host, at)
+                )
 
-    def test_elsewhere_any_name_will_do(self) -> None:
+    def test_other_addresses_accept_any_host_name(self) -> None:
         for at in (LAN, IPv6Address("TCP", "fd00::5", 8000), UNIXAddress("/run/bfaas")):
-            self.assertIsNone(self.ask(at, "Host: laptop.local:8000"))
+            self.assertIsNone(self.rejection(at, "Host: laptop.local:8000"))

@@ -1,4 +1,4 @@
-"""Connections from a proxy that names their clients (the PROXY protocol), and how they are counted."""
+"""PROXY protocol headers, and the connection limits of clients behind a proxy."""
 
 from __future__ import annotations
 
@@ -82,28 +82,28 @@ NO_HEADERS = [
 
 
 class HeaderTests(SynchronousTestCase):
-    def test_a_header_names_the_client_in_however_many_pieces_it_comes(self) -> None:
-        for header, told in HEADERS.items():
-            expected = told._replace(rest=b"GET")
+    def test_headers_are_parsed_wherever_they_are_split(self) -> None:
+        for header, proxied in HEADERS.items():
+            expected = proxied._replace(rest=b"GET")
             self.assertEqual(expected, HeaderReader().feed(header + b"GET"), header)
             reader = HeaderReader()
             pieces = [header[at : at + 1] for at in range(len(header) - 1)]
             self.assertEqual({None}, set(map(reader.feed, pieces)), header)
             self.assertEqual(expected, reader.feed(header[-1:] + b"GET"), header)
 
-    def test_anything_else_is_refused(self) -> None:
+    def test_invalid_headers_raise_value_error(self) -> None:
         for data in NO_HEADERS:
             self.assertRaises(ValueError, HeaderReader().feed, data)
 
     @given(st.sampled_from([b"PROXY ", b"PROXY TCP4 ", SIGNATURE, b""]), st.binary(), st.binary())
-    def test_nothing_else_happens(self, start: bytes, one: bytes, other: bytes) -> None:
+    def test_any_input_is_parsed_or_raises_value_error(self, start: bytes, one: bytes, other: bytes) -> None:
         reader = HeaderReader()
         for data in (start + one, other):
             try:
-                told = reader.feed(data)
+                proxied = reader.feed(data)
             except ValueError:
                 return
-            if told is not None:
+            if proxied is not None:
                 return
 
 
@@ -114,56 +114,56 @@ class ProxiedSiteTests(SiteTestCase):
         super().setUp()
         self.site.proxied = True
 
-    async def proxied(self, source: str, family: str = "TCP4") -> Peer:
+    async def connect_as(self, source: str, family: str = "TCP4") -> Peer:
         peer = await self.call(self.port, version_1(source, family, "::1" if ":" in source else "192.0.2.1"))
         await wait_until(lambda: peer.end or all(c._header is None for c in self.site.protocols))
         return peer
 
-    async def test_the_count_goes_back_to_where_it_was_taken_from(self) -> None:
+    async def test_closed_connections_are_no_longer_counted(self) -> None:
         for number in range(3 * 8):
             peer = await self.call(self.port, version_1(f"198.51.100.{number % 3}") + post("/run", b""))
             self.assertIn(b"ran", await peer.receive_all())
             await wait_until(lambda: not self.site.protocols)
         self.assertEqual({}, dict(self.site._connections_from))
 
-    async def test_connections_of_one_client_have_a_limit_and_their_proxy_has_none(self) -> None:
-        first = [await self.proxied("198.51.100.7") for _ in range(2)]
-        third = await self.proxied("198.51.100.7")
+    async def test_limit_applies_to_clients_and_not_to_the_proxy(self) -> None:
+        first = [await self.connect_as("198.51.100.7") for _ in range(2)]
+        third = await self.connect_as("198.51.100.7")
         await third.receive_all()
-        others = [await self.proxied(f"198.51.100.{number}") for number in range(8, 12)]
+        others = [await self.connect_as(f"198.51.100.{number}") for number in range(8, 12)]
         self.assertEqual([None] * 6, [peer.end for peer in first + others])
-        await self.proxied("2001:db8::1", "TCP6")
-        await self.proxied("2001:db8::2", "TCP6")
+        await self.connect_as("2001:db8::1", "TCP6")
+        await self.connect_as("2001:db8::2", "TCP6")
         self.assertEqual(8, len(self.site.protocols))
         first[0].transport.abortConnection()
         await wait_until(lambda: len(self.site.protocols) == 7)
-        await (await self.proxied("2001:db8::3", "TCP6")).receive_all()  # of the same /64
-        self.assertIsNone((await self.proxied("198.51.100.7")).end)
+        await (await self.connect_as("2001:db8::3", "TCP6")).receive_all()  # of the same /64
+        self.assertIsNone((await self.connect_as("198.51.100.7")).end)
         self.assertEqual([], self.flushLoggedErrors())
 
-    async def test_without_a_header_nothing_is_served_or_counted(self) -> None:
+    async def test_connections_without_a_header_are_closed_uncounted(self) -> None:
         for data in NO_HEADERS:
             peer = await self.call(self.port, data + post("/run", b""))
             self.assertEqual(b"", await peer.receive_all())
         await wait_until(lambda: not self.site.protocols)
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
         self.assertEqual({}, dict(self.site._connections_from))
         self.assertEqual([], self.flushLoggedErrors())
         self.assert_no_timer()
 
-    async def test_one_that_sends_no_header_is_closed_after_a_minute(self) -> None:
+    async def test_connection_with_an_incomplete_header_times_out(self) -> None:
         peer = await self.call(self.port, b"PRO")
         await wait_until(lambda: self.site.protocols)
         self.clock.advance(60)
         self.assertEqual(b"", await peer.receive_all())
 
-    async def test_connections_of_the_proxy_itself_count_as_its_own(self) -> None:
+    async def test_connections_of_the_proxy_itself_are_served(self) -> None:
         for header in (b"PROXY UNKNOWN\r\n", version_2(0x20, 0, b"")):
             peer = await self.call(self.port, header + post("/run", b""))
             self.assertIn(b"ran", await peer.receive_all())
 
-    async def test_with_a_header_alone_it_is_there_for_the_end(self) -> None:
-        peer = await self.proxied("198.51.100.7")
+    async def test_drain_closes_a_connection_that_sent_only_a_header(self) -> None:
+        peer = await self.connect_as("198.51.100.7")
         drained: Deferred[None] = self.drain(60)
         await peer.receive_all()
         await drained

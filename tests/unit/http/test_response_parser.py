@@ -22,10 +22,10 @@ CHUNKS = b"2\r\nbo\r\n002\r\ndy\r\n0\r\n\r\n"
 Outcome = tuple[int | None, bytes, bool, str | None]
 
 
-def parse(said: bytes, sizes: Iterable[int], method: bytes = b"GET") -> Outcome:
-    """Read an answer in pieces: its status, its body, whether it was complete, and what was wrong with it."""
+def parse(data: bytes, sizes: Iterable[int], method: bytes = b"GET") -> Outcome:
+    """Parse a response in pieces; return its status, body, whether it is complete, and the error."""
     parser = ResponseParser(method)
-    body = b"".join([parser.feed(piece) for piece in cut(said, sizes)])
+    body = b"".join([parser.feed(piece) for piece in cut(data, sizes)])
     return outcome(parser, body)
 
 
@@ -39,7 +39,7 @@ def head(*fields: str) -> bytes:
 
 
 def lines(size: int) -> bytes:
-    """Header fields, few but of that size in all."""
+    """Return a few header fields of `size` bytes in total."""
     whole, rest = divmod(size, 1000)
     if 0 < rest < 10:
         whole, rest = whole - 1, rest + 1000
@@ -47,12 +47,12 @@ def lines(size: int) -> bytes:
     return field * whole + (b"x: " + b"y" * (rest - 5) + b"\r\n" if rest else b"")
 
 
-class AnswerTests(SynchronousTestCase):
-    def assert_read(self, said: bytes, expected: Outcome, method: bytes = b"GET") -> None:
-        for size in (1, 7, len(said)):
-            self.assertEqual(expected, parse(said, [size], method), (said[:200], size))
+class ResponseTests(SynchronousTestCase):
+    def assert_read(self, data: bytes, expected: Outcome, method: bytes = b"GET") -> None:
+        for size in (1, 7, len(data)):
+            self.assertEqual(expected, parse(data, [size], method), (data[:200], size))
 
-    def test_what_is_allowed_is_read(self) -> None:
+    def test_valid_responses(self) -> None:
         cases: list[tuple[bytes, bytes]] = [
             (PLAIN, b"body"),
             (CHUNKED + CHUNKS, b"body"),
@@ -66,11 +66,11 @@ class AnswerTests(SynchronousTestCase):
             (b"HTTP/1.1 200 \r\n" + PLAIN.partition(b"\r\n")[2], b"body"),
             (head(*["a: b"] * (MAX_FIELDS - 1), "Content-Length: 4") + b"body", b"body"),
         ]
-        for said, body in cases:
-            self.assert_read(said, (200, body, True, None))
-            # One answer is all: what comes after it is nobody's.
-            self.assert_read(said + b"HTTP/1.1 500 Hello\r\n\r\nmore", (200, body, True, None))
-            self.assertFalse(parse(said[:-1], [len(said)])[2], said)
+        for data, body in cases:
+            self.assert_read(data, (200, body, True, None))
+            # Data after the response is discarded.
+            self.assert_read(data + b"HTTP/1.1 500 Hello\r\n\r\nmore", (200, body, True, None))
+            self.assertFalse(parse(data[:-1], [len(data)])[2], data)
 
     def test_statuses(self) -> None:
         for status in (b"204 No Content", b"304 Not Modified"):
@@ -91,7 +91,7 @@ class AnswerTests(SynchronousTestCase):
         ):  # fmt: skip
             self.assert_read(line + b"\r\n" + PLAIN.partition(b"\r\n")[2], no_status)
 
-    def test_a_body_without_framing_has_no_end(self) -> None:
+    def test_body_without_framing_is_never_complete(self) -> None:
         self.assert_read(OK + b"\r\nbody", (200, b"body", False, None))
 
     def test_header_lines(self) -> None:
@@ -103,9 +103,9 @@ class AnswerTests(SynchronousTestCase):
             self.assert_read(head(field, "Content-Length: 4") + b"body", refused)
 
     def test_only_crlf_ends_a_line(self) -> None:
-        for said in (PLAIN, CHUNKED + CHUNKS):
-            self.assertFalse(parse(said.replace(b"\r\n", b"\n"), [len(said)])[2])
-            self.assertFalse(parse(said.replace(b"\r\n", b"\r"), [len(said)])[2])
+        for data in (PLAIN, CHUNKED + CHUNKS):
+            self.assertFalse(parse(data.replace(b"\r\n", b"\n"), [len(data)])[2])
+            self.assertFalse(parse(data.replace(b"\r\n", b"\r"), [len(data)])[2])
         self.assert_read(CHUNKED + b"2\nbo\r\n", (200, b"", False, "invalid chunk size"))
         self.assert_read(CHUNKED + b"2\r\nbo\n0\r\n\r\n", (200, b"bo", False, "line too long"))
 
@@ -133,7 +133,7 @@ class AnswerTests(SynchronousTestCase):
         ):  # fmt: skip
             self.assert_read(head(*fields) + b"body", (None, b"", False, error))
 
-    def test_an_answer_that_is_said_not_to_be_encoded_is_taken(self) -> None:
+    def test_content_encoding_identity_is_accepted(self) -> None:
         self.assert_read(
             head("Content-Length: 4", "Content-Encoding: Identity") + b"body", (200, b"body", True, None)
         )
@@ -148,7 +148,7 @@ class AnswerTests(SynchronousTestCase):
         self.assert_read(CHUNKED + b"4\r\nbod\r\n0\r\n\r\n", (200, b"bod\r", False, "line too long"))
         self.assert_read(CHUNKED + b"ffffffff\r\nbody", (200, b"body", False, None))
 
-    def test_the_head_has_bounds(self) -> None:
+    def test_head_limits(self) -> None:
         rest = len(b"Content-Length: 4\r\n\r\n")
         fits = OK + lines(MAX_HEAD - len(OK) - rest) + b"Content-Length: 4\r\n\r\nbody"
         self.assertEqual(MAX_HEAD + 4, len(fits))
@@ -181,7 +181,7 @@ class AnswerTests(SynchronousTestCase):
             )
             self.assertEqual(parse(endless, [1]), parse(endless, [len(endless)]))
 
-    def test_what_is_beside_the_body_has_bounds(self) -> None:
+    def test_chunk_extension_and_trailer_limits(self) -> None:
         for beside in (
             b"1;" + b"x" * (MAX_HEAD + 9),
             b"1;xxxxxxx\r\nx\r\n" * (MAX_HEAD // 8 + 1),
@@ -193,9 +193,9 @@ class AnswerTests(SynchronousTestCase):
             self.assertEqual((200, False, True), (status, complete, error is not None), beside[:50])
             self.assertEqual(parse(CHUNKED + beside, [1]), parse(CHUNKED + beside, [1000]))
 
-    def test_nothing_but_a_piece_is_ever_kept(self) -> None:
+    def test_memory_is_bounded_by_one_piece(self) -> None:
         piece = 65536
-        for said in (
+        for data in (
             CHUNKED + b"1\r\nx\r\n" * 50_000,
             CHUNKED + b"ffffffff\r\n" + b"x" * (2 << 20),
             CHUNKED + (b"%x\r\n" % piece + b"x" * piece + b"\r\n") * 32,
@@ -206,17 +206,17 @@ class AnswerTests(SynchronousTestCase):
             INTERIM * 50_000,
             CHUNKED + b"0\r\n" + lines(2 << 20),
         ):
-            pieces = list(cut(said, [piece]))
+            pieces = list(cut(data, [piece]))
             parser = ResponseParser()
             tracemalloc.start()
             for part in pieces:
                 parser.feed(part)
-            _, most = tracemalloc.get_traced_memory()
+            _, peak = tracemalloc.get_traced_memory()
             tracemalloc.stop()
-            self.assertLess(most, 1 << 20, said[:60])
+            self.assertLess(peak, 1 << 20, data[:60])
 
 
-# Whole words of the protocol, so that chance makes sense of them now and then.
+# Tokens of the protocol, so that random input is sometimes valid.
 WORDS = st.sampled_from([
     OK, CHUNKED, PLAIN, CHUNKS, INTERIM, b"HTTP/1.1 ", b"200 ", b"204 x", b"\r\n", b"\r", b"\n", b"\r\n\r\n",
     b"0\r\n", b"0\r\n\r\n", b"1\r\nx\r\n", b"4\r\n", b"4;x\r\nbody\r\n", b"ff", b"Content-Length: 4\r\n",
@@ -235,14 +235,14 @@ class FuzzTests(SynchronousTestCase):
     )
     @example(CHUNKED, b"4;" + b"z" * 16383 + b"\r", [1])
     @example(CHUNKED, b"4\r\nbody\r", [1])
-    def test_whatever_comes_is_read_or_refused_however_it_is_cut(
-        self, start: bytes, said: bytes, sizes: list[int]
+    def test_result_does_not_depend_on_where_input_is_split(
+        self, start: bytes, data: bytes, sizes: list[int]
     ) -> None:
-        said = start + said
+        data = start + data
         parser = ResponseParser()
         body = b""
-        for piece in cut(said, sizes):
+        for piece in cut(data, sizes):
             body += parser.feed(piece)
             self.assertLessEqual(len(parser._data) - parser._position, MAX_HEAD + 16)
-        self.assertEqual(parse(said, [len(said) or 1]), outcome(parser, body))
-        self.assertLessEqual(len(body), len(said))
+        self.assertEqual(parse(data, [len(data) or 1]), outcome(parser, body))
+        self.assertLessEqual(len(body), len(data))

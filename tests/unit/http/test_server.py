@@ -27,8 +27,8 @@ MALFORMED = "malformed request, or request head too large\n"
 CHUNKED = b"POST /run HTTP/1.1\r\nHost: there\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 
-class Little:
-    """A small application."""
+class App:
+    """A small application that records request bodies and cancellations."""
 
     app = Klein()
     register_error_handlers(app)
@@ -75,22 +75,22 @@ class SiteTestCase(LoopbackTestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        self.little = Little()
-        self.site = BoundedSite(self.clock, self.little.app.resource(), **{"max_body": 10, **self.limits})
+        self.app_state = App()
+        self.site = BoundedSite(self.clock, self.app_state.app.resource(), **{"max_body": 10, **self.limits})
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not self.site.protocols)))
         self.port = self.listen(self.site)
 
-    async def ask(self, request: bytes) -> tuple[int, str, dict[str, str]]:
-        """Make one request; its status, its body, and those of its headers that we set."""
+    async def request(self, request: bytes) -> tuple[int, str, dict[str, str]]:
+        """Send a request; return the status, the body and the headers that the application set."""
         peer = await self.call(self.port, request)
-        answer, content = parse_response(await peer.receive_all())
+        response, content = parse_response(await peer.receive_all())
         self.assertTrue(peer.closed_cleanly)
-        dull = ("Server", "Date", "Connection", "Content-Length", "Transfer-Encoding")
-        headers = {name: value for name, value in answer.getheaders() if name not in dull}
-        return answer.status, content.decode(), headers
+        ignored = ("Server", "Date", "Connection", "Content-Length", "Transfer-Encoding")
+        headers = {name: value for name, value in response.getheaders() if name not in ignored}
+        return response.status, content.decode(), headers
 
     def assert_no_timer(self) -> None:
-        # One is the site's own, which keeps the time for its log.
+        # The remaining timer is that of twisted.web.server.Site, for its log.
         self.assertEqual(1, len(self.clock.getDelayedCalls()))
 
     def drain(self, limit: float) -> Deferred[None]:
@@ -98,7 +98,7 @@ class SiteTestCase(LoopbackTestCase):
 
 
 class ErrorTests(SiteTestCase):
-    async def test_every_error_is_one_line_of_text(self) -> None:
+    async def test_errors_are_one_line_of_text(self) -> None:
         text = {"Content-Type": "text/plain; charset=utf-8"}
         not_found = (404, "not found\n", text)
         not_allowed = (405, "method not allowed\n", {**text, "Allow": "POST"})
@@ -115,36 +115,36 @@ class ErrorTests(SiteTestCase):
             post("/run%2F", b""): not_found,
             post("/%2frun", b""): not_found,
             post("/run%ff", b""): not_found,
-            post("/none", b"").replace(b"localhost", b"a..b:c"): not_found,
-            post("/none", b"").replace(b"localhost", b"\xff"): malformed,
-            get.replace(b"Host: there\r\n", b"") % b"/none": malformed,
+            post("/missing", b"").replace(b"localhost", b"a..b:c"): not_found,
+            post("/missing", b"").replace(b"localhost", b"\xff"): malformed,
+            get.replace(b"Host: there\r\n", b"") % b"/missing": malformed,
             get.replace(b"GET", b"CONNECT") % b"there:80": not_supported,
             get.replace(b"GET", b"OPTIONS") % b"/run": not_allowed,
             post("/run", b"").replace(b"POST", b"post"): not_supported,
             get.replace(b"GET", b"Head") % b"/ok": not_supported,
-            get % b"/none": not_found,
+            get % b"/missing": not_found,
             get % b"/run": not_allowed,
             get.replace(b"GET", b"PUT") % b"/run": not_allowed,
             get.replace(b"GET", b"BREW") % b"/run": not_allowed,
         }
         for request, expected in cases.items():
-            self.assertEqual(expected, await self.ask(request), request)
-        self.assertEqual([], self.little.bodies)
+            self.assertEqual(expected, await self.request(request), request)
+        self.assertEqual([], self.app_state.bodies)
 
-    async def test_every_error_has_a_date_and_one_that_ends_the_connection_says_so(self) -> None:
-        whole = post("/none", b"").replace(b"Connection: close\r\n", b"")
-        chunked = whole.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    async def test_errors_have_a_date_and_announce_a_closed_connection(self) -> None:
+        complete = post("/missing", b"").replace(b"Connection: close\r\n", b"")
+        chunked = complete.replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
         requests = [
-            whole,
-            whole.replace(b"/none", b"//none"),
-            whole.replace(b"/none", b"/busy"),
-            whole.replace(b"POST", b"CONNECT"),
-            whole.replace(b"/none", b"ftp://localhost/none"),
-            whole.replace(b"\r\n\r\n", b"\r\nExpect: a-miracle\r\n\r\n"),
-            whole.replace(b"Length: 0", b"Length: 11"),
-            whole.replace(b"Host: localhost\r\n", b""),
-            whole.replace(b"/none", b"/none none"),
-            whole.replace(b"HTTP/1.1", b"HTTP/1.0"),
+            complete,
+            complete.replace(b"/missing", b"//missing"),
+            complete.replace(b"/missing", b"/busy"),
+            complete.replace(b"POST", b"CONNECT"),
+            complete.replace(b"/missing", b"ftp://localhost/missing"),
+            complete.replace(b"\r\n\r\n", b"\r\nExpect: a-miracle\r\n\r\n"),
+            complete.replace(b"Length: 0", b"Length: 11"),
+            complete.replace(b"Host: localhost\r\n", b""),
+            complete.replace(b"/missing", b"/missing none"),
+            complete.replace(b"HTTP/1.1", b"HTTP/1.0"),
             chunked + chunk(b"x" * 11) + LAST_CHUNK,
             b"\x16\x03\x01",
         ]
@@ -154,14 +154,14 @@ class ErrorTests(SiteTestCase):
             await peer.receive_until(
                 b"\n\r\n" if b"Transfer-Encoding: chunked" in peer.received else b"\r\n\r\n"
             )
-            answer, _ = parse_response(bytes(peer.received) + b"x" * 100)
-            self.assertGreaterEqual(answer.status, 400)
-            date = parsedate_to_datetime(answer.headers["Date"])
+            response, _ = parse_response(bytes(peer.received) + b"x" * 100)
+            self.assertGreaterEqual(response.status, 400)
+            date = parsedate_to_datetime(response.headers["Date"])
             self.assertLess(abs(date.timestamp() - time.time()), 60)
-            self.assertEqual(1, len(answer.headers.get_all("Date", [])))
-            self.assertIn("Content-Length", answer.headers)
-            self.assertEqual(answer.status == 503, "Retry-After" in answer.headers)
-            if answer.headers["Connection"] == "close":
+            self.assertEqual(1, len(response.headers.get_all("Date", [])))
+            self.assertIn("Content-Length", response.headers)
+            self.assertEqual(response.status == 503, "Retry-After" in response.headers)
+            if response.headers["Connection"] == "close":
                 self.assertIn(bytes(peer.received), await peer.receive_all())
             else:
                 peer.received.clear()
@@ -170,19 +170,21 @@ class ErrorTests(SiteTestCase):
                 persistent += 1
         self.assertEqual(3, persistent)
 
-    async def test_a_connection_ends_where_either_side_says_so_in_any_of_its_options(self) -> None:
+    async def test_connection_close_of_either_side_ends_the_connection(self) -> None:
         for options in (["close"], ["TE, Close"], ["keep-alive,close"], ["TE", "close"]):
             lines = "".join(f"Connection: {option}\r\n" for option in options).encode()
             request = post("/run", b"").replace(b"Connection: close\r\n", lines)
             peer = await self.call(self.port, request)
-            answer, content = parse_response(await peer.receive_all())
-            self.assertEqual((b"ran", "close"), (content, answer.getheader("Connection")), options)
-        kept = post("/bye", b"").replace(b"Connection: close\r\n", b"")
-        answer, content = parse_response(await (await self.call(self.port, kept)).receive_all())
-        self.assertEqual((b"bye", "close"), (content, answer.getheader("Connection")))
+            response, content = parse_response(await peer.receive_all())
+            self.assertEqual((b"ran", "close"), (content, response.getheader("Connection")), options)
+        persistent_request = post("/bye", b"").replace(b"Connection: close\r\n", b"")
+        response, content = parse_response(
+            await (await self.call(self.port, persistent_request)).receive_all()
+        )
+        self.assertEqual((b"bye", "close"), (content, response.getheader("Connection")))
 
-    async def test_the_answer_to_head_has_no_body_and_the_heads_of_the_other(self) -> None:
-        for path in (b"/ok", b"/none", b"//none"):
+    async def test_head_gets_the_headers_of_get_without_a_body(self) -> None:
+        for path in (b"/ok", b"/missing", b"//missing"):
             heads = []
             for method in (b"GET", b"HEAD"):
                 request = b"%b %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\n\r\n" % (method, path)
@@ -193,7 +195,7 @@ class ErrorTests(SiteTestCase):
                 heads.append([line for line in head.split(b"\r\n") if not line.startswith(b"Date:")])
             self.assertEqual(*heads)
 
-    async def test_an_expectation_that_cannot_be_met_is_refused(self) -> None:
+    async def test_unsupported_expectations_get_417(self) -> None:
         for value, status in (
             ("100-Continue", 200),
             ("100-continue, a-miracle", 417),
@@ -204,13 +206,13 @@ class ErrorTests(SiteTestCase):
             peer = await self.call(self.port, post("/run", b"abc", f"Expect: {value}"))
             heard = (await peer.receive_all()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
             self.assertEqual(status, parse_response(heard)[0].status, value)
-        self.assertEqual(2, len(self.little.bodies))
+        self.assertEqual(2, len(self.app_state.bodies))
         waiting = post("/run", b"abc", "Expect: a-miracle")[:-3]
-        self.assertEqual(417, (await self.ask(waiting))[0])
+        self.assertEqual(417, (await self.request(waiting))[0])
         old = post("/run", b"", "Expect: a-miracle").replace(b"HTTP/1.1", b"HTTP/1.0")
-        self.assertEqual(200, (await self.ask(old))[0])
+        self.assertEqual(200, (await self.request(old))[0])
 
-    async def test_a_target_in_absolute_form_is_one_of_the_host_that_is_asked(self) -> None:
+    async def test_absolute_targets_must_match_the_host_header(self) -> None:
         def to(target: str, host: str, version: str = "1.1", method: str = "POST") -> bytes:
             lines = [f"{method} {target} HTTP/{version}", *([f"Host: {host}"] if host else [])]
             return "\r\n".join([*lines, "Connection: close", "Content-Length: 1", "", "x"]).encode()
@@ -227,10 +229,10 @@ class ErrorTests(SiteTestCase):
             to("http://there/run", "", "1.0"),
         ]
         for request in ours:
-            self.assertEqual((200, "ran", {}), await self.ask(request), request)
-        self.assertEqual([b"x"] * len(ours), self.little.bodies)
-        self.assertEqual(404, (await self.ask(to("http://there", "there")))[0])
-        self.assertEqual(404, (await self.ask(to("http://there?/run", "there")))[0])
+            self.assertEqual((200, "ran", {}), await self.request(request), request)
+        self.assertEqual([b"x"] * len(ours), self.app_state.bodies)
+        self.assertEqual(404, (await self.request(to("http://there", "there")))[0])
+        self.assertEqual(404, (await self.request(to("http://there?/run", "there")))[0])
         for request in (
             to("http://elsewhere/run", "there"),
             to("http://there:8000/run", "there"),
@@ -252,11 +254,11 @@ class ErrorTests(SiteTestCase):
             to("?raw=1", "there"),
             to("http://there/run", ""),
         ):
-            self.assertEqual(400, (await self.ask(request))[0], request)
-        self.assertEqual(len(ours), len(self.little.bodies))
-        self.assertEqual(200, (await self.ask(to("*", "there", method="OPTIONS")))[0])
+            self.assertEqual(400, (await self.request(request))[0], request)
+        self.assertEqual(len(ours), len(self.app_state.bodies))
+        self.assertEqual(200, (await self.request(to("*", "there", method="OPTIONS")))[0])
 
-    async def test_after_a_malformed_request_nothing_is_heard_any_more(self) -> None:
+    async def test_data_after_a_malformed_request_is_ignored(self) -> None:
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
         await peer.send(b"POST /run HTTP/1.1\r\nnonsense\r\nContent-Length: 0\r\n")
@@ -265,20 +267,20 @@ class ErrorTests(SiteTestCase):
             await peer.send(b"\r\n")
         drained = self.drain(60)
         peer.transport.resumeProducing()
-        answer, content = parse_response(await peer.receive_all())
-        self.assertEqual((400, MALFORMED), (answer.status, content.decode()))
+        response, content = parse_response(await peer.receive_all())
+        self.assertEqual((400, MALFORMED), (response.status, content.decode()))
         await drained
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
 
 
 class BodyTests(SiteTestCase):
-    async def test_up_to_the_limit_a_body_is_taken(self) -> None:
-        self.assertEqual((200, "ran", {}), await self.ask(post("/run", b"0123456789")))
+    async def test_bodies_up_to_the_limit_are_accepted(self) -> None:
+        self.assertEqual((200, "ran", {}), await self.request(post("/run", b"0123456789")))
         peer = await self.call(self.port, CHUNKED + chunk(b"01234") + chunk(b"56789") + LAST_CHUNK)
         await peer.receive_until(b"ran")
-        self.assertEqual([b"0123456789", b"0123456789"], self.little.bodies)
+        self.assertEqual([b"0123456789", b"0123456789"], self.app_state.bodies)
 
-    async def test_past_the_limit_it_is_refused_and_not_half_used(self) -> None:
+    async def test_bodies_over_the_limit_get_413_and_are_not_dispatched(self) -> None:
         bodies = {
             "with a length": post("/run", b"0123456789a").partition(b"\r\n\r\n")[::2],
             "in one chunk": (CHUNKED[:-4], chunk(b"0123456789a") + LAST_CHUNK),
@@ -291,17 +293,17 @@ class BodyTests(SiteTestCase):
                     await peer.send(piece)
                 heard = await peer.receive_until(b"the body is larger than 10 bytes\n")
                 self.assertEqual(b"HTTP/1.1 413 Request Entity Too Large", heard.splitlines()[0], way)
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
 
-    async def test_nothing_is_heard_after_a_body_that_was_refused(self) -> None:
+    async def test_requests_after_a_rejected_body_are_ignored(self) -> None:
         peer = await self.call(
             self.port, CHUNKED + chunk(b"0123456789a") + LAST_CHUNK + post("/run", b"next")
         )
-        answer, _ = parse_response(await peer.receive_all())
-        self.assertEqual((413, "close"), (answer.status, answer.getheader("connection")))
-        self.assertEqual([], self.little.bodies)
+        response, _ = parse_response(await peer.receive_all())
+        self.assertEqual((413, "close"), (response.status, response.getheader("connection")))
+        self.assertEqual([], self.app_state.bodies)
 
-    async def test_a_body_that_is_announced_too_large_is_not_asked_for(self) -> None:
+    async def test_content_length_over_the_limit_gets_413_without_100_continue(self) -> None:
         head = b"POST /run HTTP/1.1\r\nHost: there\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
         peer = await self.call(self.port, head % 11)
         self.assertEqual(413, parse_response(await peer.receive_all())[0].status)
@@ -309,12 +311,12 @@ class BodyTests(SiteTestCase):
         self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.receive_until(b"\r\n\r\n"))
         await peer.send(b"0123456789")
         await peer.receive_until(b"ran")
-        self.assertEqual([b"0123456789"], self.little.bodies)
+        self.assertEqual([b"0123456789"], self.app_state.bodies)
 
-    async def test_an_upload_without_end_is_cut_off(self) -> None:
+    async def test_endless_uploads_are_aborted(self) -> None:
         for head in (CHUNKED, CHUNKED.replace(b"Transfer-Encoding: chunked", b"Content-Length: 1000000")):
             peer = await self.call(self.port)
-            peer.readConnectionLost = lambda: None  # type: ignore[attr-defined]  # it stays
+            peer.readConnectionLost = lambda: None  # type: ignore[attr-defined]  # ignores the half-close
             directlyProvides(peer, IHalfCloseableProtocol)
             await peer.send(head)
             sent = 0
@@ -323,26 +325,26 @@ class BodyTests(SiteTestCase):
                 await peer.send(chunk(b"x" * (1 << 20)))
             self.assertIn(b"413", peer.received)
             self.assertLess(sent, 64 << 20)
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
 
 
 class DiskTests(SiteTestCase):
     limits: ClassVar = {"max_body": 1 << 20}
 
-    async def test_a_body_that_finds_no_room_is_refused(self) -> None:
-        self.patch(tempfile, "tempdir", "/nonexistent")
-        whole = post("/run", b"x" * (1 << 14))
-        self.assertEqual(200, (await self.ask(whole))[0])
+    async def test_body_gets_503_if_it_cannot_be_stored(self) -> None:
+        self.patch(tempfile, "tempdir", "/missingxistent")
+        complete = post("/run", b"x" * (1 << 14))
+        self.assertEqual(200, (await self.request(complete))[0])
         more = post("/run", b"x" * ((1 << 14) + 1))
         text = {"Content-Type": "text/plain; charset=utf-8"}
         self.assertEqual(
-            (503, "cannot store the request body\n", {**text, "Retry-After": "1"}), await self.ask(more)
+            (503, "cannot store the request body\n", {**text, "Retry-After": "1"}), await self.request(more)
         )
-        self.assertEqual(1, len(self.little.bodies))
+        self.assertEqual(1, len(self.app_state.bodies))
 
 
-class TimeTests(SiteTestCase):
-    async def test_a_request_has_its_time_however_many_bytes_come(self) -> None:
+class TimeoutTests(SiteTestCase):
+    async def test_slow_requests_get_408(self) -> None:
         slow = post("/run", b"0123456789")
         cases = {"in its head": 30, "at its first byte": 1, "in its body": len(slow) - 3}
         for way, start in cases.items():
@@ -353,14 +355,14 @@ class TimeTests(SiteTestCase):
             self.clock.advance(0.9)
             self.assertEqual(1, len(self.site.protocols), way)
             self.clock.advance(0.2)
-            answer, content = parse_response(await peer.receive_all())
+            response, content = parse_response(await peer.receive_all())
             self.assertEqual((408, "the request was not complete within 15 s\n"),
-                             (answer.status, content.decode()), way)  # fmt: skip
+                             (response.status, content.decode()), way)  # fmt: skip
             await wait_until(lambda: not self.site.protocols)
             self.assert_no_timer()
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
 
-    async def test_a_connection_without_a_request_is_closed_after_a_minute_before_and_between(self) -> None:
+    async def test_idle_connections_are_closed_after_a_minute(self) -> None:
         idle = await self.call(self.port)
         await wait_until(lambda: self.site.protocols)
         self.clock.advance(59)
@@ -381,13 +383,13 @@ class TimeTests(SiteTestCase):
         await wait_until(lambda: not self.site.protocols)
         self.assert_no_timer()
 
-    async def test_an_answer_may_take_its_time(self) -> None:
+    async def test_responses_have_no_timeout(self) -> None:
         peer = await self.call(self.port, post("/wait", b""))
-        await wait_until(lambda: self.little.bodies)
+        await wait_until(lambda: self.app_state.bodies)
         self.clock.advance(600)
-        self.assertEqual(0, self.little.cancelled)
+        self.assertEqual(0, self.app_state.cancelled)
         peer.transport.loseConnection()
-        await wait_until(lambda: self.little.cancelled)
+        await wait_until(lambda: self.app_state.cancelled)
 
     def channel(self) -> Channel:
         [connection] = self.site.protocols
@@ -397,30 +399,30 @@ class TimeTests(SiteTestCase):
 
 
 class PipelineTests(SiteTestCase):
-    async def test_a_request_that_does_not_wait_for_the_answer_before_is_not_heard(self) -> None:
+    async def test_pipelined_requests_are_ignored(self) -> None:
         persistent = post("/run", b"1").replace(b"Connection: close\r\n", b"")
         bodiless = persistent.replace(b"1: 1\r\n\r\n1", b"0\r\n\r\n")
         for first in (persistent, bodiless):
             peer = await self.call(self.port, first + post("/run", b"2"))
             self.assertEqual(1, (await peer.receive_all()).count(b"HTTP/1.1 200"))
             self.assertTrue(peer.closed_cleanly)
-        self.assertNotIn(b"2", self.little.bodies)
+        self.assertNotIn(b"2", self.app_state.bodies)
 
-    async def test_what_comes_during_an_answer_is_thrown_away_and_ends_it_where_it_is_much(self) -> None:
+    async def test_too_much_data_during_a_response_aborts_it(self) -> None:
         peer = await self.call(self.port, post("/wait", b"1"))
-        await wait_until(lambda: self.little.bodies)
+        await wait_until(lambda: self.app_state.bodies)
         for _ in range(64):
             await peer.send(b"x" * 1024)
-        self.assertEqual(0, self.little.cancelled)
+        self.assertEqual(0, self.app_state.cancelled)
         await peer.send(b"x")
-        await wait_until(lambda: self.little.cancelled)
+        await wait_until(lambda: self.app_state.cancelled)
         await peer.receive_all()
 
 
-class CrowdTests(SiteTestCase):
+class ConnectionLimitTests(SiteTestCase):
     limits: ClassVar = {"max_connections": 3, "max_per_address": 2}
 
-    async def test_connections_past_the_limits_are_closed_as_they_come(self) -> None:
+    async def test_connections_over_the_limits_are_closed_at_once(self) -> None:
         async def call(address: str) -> Peer:
             endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.port, bindAddress=(address, 0))
             peer: Peer = await connectProtocol(endpoint, Peer())
@@ -442,27 +444,27 @@ class CrowdTests(SiteTestCase):
         await again.receive_until(b"ran")
 
 
-class GoneTests(SiteTestCase):
-    async def test_a_client_that_closes_or_half_closes_has_gone_away(self) -> None:
+class DisconnectTests(SiteTestCase):
+    async def test_close_and_half_close_cancel_the_request(self) -> None:
         closed = await self.call(self.port, post("/wait", b"1"))
         half_closed = await self.call(self.port, post("/wait", b"2"))
-        await wait_until(lambda: len(self.little.bodies) == 2)
+        await wait_until(lambda: len(self.app_state.bodies) == 2)
         closed.transport.loseConnection()
         half_closed.transport.loseWriteConnection()
-        await wait_until(lambda: self.little.cancelled == 2)
+        await wait_until(lambda: self.app_state.cancelled == 2)
         await half_closed.receive_all()
         self.assertEqual(b"", bytes(half_closed.received))
 
-    async def test_a_client_that_goes_away_during_its_body_is_not_served(self) -> None:
+    async def test_disconnect_during_the_body_discards_the_request(self) -> None:
         peer = await self.call(self.port, post("/run", b"0123")[:-1])
         await wait_until(lambda: self.site.protocols)
         peer.transport.loseWriteConnection()
         await peer.receive_all()
-        self.assertEqual([], self.little.bodies)
+        self.assertEqual([], self.app_state.bodies)
 
 
-class EndTests(SiteTestCase):
-    async def test_what_was_written_is_delivered_before_a_connection_ends(self) -> None:
+class DrainTests(SiteTestCase):
+    async def test_drain_waits_until_output_is_delivered(self) -> None:
         peer = await self.call(self.port, post("/much", b""))
         await peer.receive_until(b"x")
         peer.transport.pauseProducing()
@@ -475,7 +477,7 @@ class EndTests(SiteTestCase):
         await drained
         self.assert_no_timer()
 
-    async def test_a_client_that_keeps_what_it_has_not_read_is_cut_off_at_the_limit(self) -> None:
+    async def test_drain_aborts_clients_that_do_not_read_in_time(self) -> None:
         peer = await self.call(self.port, post("/much", b""))
         await peer.receive_until(b"x")
         peer.transport.pauseProducing()
@@ -488,7 +490,7 @@ class EndTests(SiteTestCase):
         self.assertFalse(peer.closed_cleanly)
         self.assertLess(len(peer.received), MUCH)
 
-    async def test_a_client_that_does_not_close_after_the_end_is_cut_off(self) -> None:
+    async def test_client_that_does_not_close_is_aborted(self) -> None:
         peer = await self.call(self.port)
         peer.transport.pauseProducing()
         await peer.send(post("/run", b""))
@@ -499,15 +501,15 @@ class EndTests(SiteTestCase):
         await wait_until(lambda: not self.site.protocols)
         self.assert_no_timer()
 
-    async def test_an_idle_connection_is_closed_and_its_next_request_not_heard(self) -> None:
+    async def test_drain_closes_idle_connections_and_ignores_late_requests(self) -> None:
         peer = await self.call(self.port, post("/run", b"").replace(b"Connection: close\r\n", b""))
         await peer.receive_until(b"ran")
         drained = self.drain(60)
         await peer.send(post("/run", b"late"))
         await drained
         await peer.receive_all()
-        self.assertEqual([b""], self.little.bodies)
+        self.assertEqual([b""], self.app_state.bodies)
 
-    async def test_with_no_connection_there_is_nothing_to_wait_for(self) -> None:
+    async def test_drain_returns_at_once_without_connections(self) -> None:
         self.assertIsNone(self.successResultOf(self.drain(60)))
         self.assert_no_timer()

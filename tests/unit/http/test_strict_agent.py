@@ -21,32 +21,32 @@ PIECE = b"x" * 65536
 LARGE = b"y" * (32 << 20)
 
 
-class Deaf(Peer):
-    """Does not listen, but speaks at once."""
+class NonReadingServer(Peer):
+    """Sends data at once and does not read."""
 
-    says = b""
+    data = b""
 
     def connectionMade(self) -> None:
         self.transport.pauseProducing()
-        self.transport.write(self.says)
+        self.transport.write(self.data)
 
 
 class AgentTests(LoopbackTestCase):
     def setUp(self) -> None:
         self.agent = single_use_agent(reactor)
 
-    async def deaf(self, says: bytes) -> tuple[Deferred[Any], Deaf]:
-        """Send a large request to a server that does not listen: its answer, and the server."""
-        peer = Deaf()
-        peer.says = says
+    async def send_large_request(self, data: bytes) -> tuple[Deferred[Any], NonReadingServer]:
+        """Send a large request to a server that does not read; return the pending response and the server."""
+        peer = NonReadingServer()
+        peer.data = data
         port = self.listen(Factory.forProtocol(lambda: peer))
-        answer = Deferred.fromCoroutine(
+        response = Deferred.fromCoroutine(
             send_request(self.agent, "POST", f"http://127.0.0.1:{port}", "/", None, LARGE)
         )
         await wait_until(lambda: peer.connected)
-        return answer, peer
+        return response, peer
 
-    async def test_a_request_is_written_from_scratch(self) -> None:
+    async def test_connection_and_framing_headers_are_replaced(self) -> None:
         server, url = self.serve_script([OK + b"Content-Length: 0\r\n\r\n"])
         headers = Headers(
             {
@@ -72,7 +72,7 @@ class AgentTests(LoopbackTestCase):
         self.assertEqual((expected, b"body"), ([lines[0], *sorted(lines[1:])], body))
         self.assertEqual(before, list(headers.getAllRawHeaders()))
 
-    def test_what_cannot_be_written_is_not_sent(self) -> None:
+    def test_invalid_requests_raise_value_error_unsent(self) -> None:
         server, url = self.serve_script([])
         endless: Any = BytesProducer(b"")
         endless.length = UNKNOWN_LENGTH
@@ -89,28 +89,28 @@ class AgentTests(LoopbackTestCase):
                 self.agent.request(method, url.encode() + path, None, body)
         self.assertEqual([], server.peers)
 
-    async def test_a_head_is_all_that_comes_where_only_that_is_asked_for(self) -> None:
+    async def test_response_to_head_has_no_body(self) -> None:
         _, url = self.serve_script([OK + b"Content-Length: 1000\r\n\r\n"])
         response = await self.agent.request(b"HEAD", url.encode())
         self.assertEqual((1000, b""), (response.length, await read_body(response, 0)))
 
-    async def test_a_body_is_not_read_before_it_is_asked_for(self) -> None:
-        said = 0
+    async def test_body_is_not_read_before_deliver_body(self) -> None:
+        sent = 0
 
         def script() -> Iterator[bytes]:
-            nonlocal said
+            nonlocal sent
             yield OK + b"Transfer-Encoding: chunked\r\n\r\n"
-            for said in range(1, 401):  # noqa: B007 - told to the test as it goes
+            for sent in range(1, 401):  # noqa: B007 - read by the test
                 yield chunk(PIECE)
             yield LAST_CHUNK
 
         _, url = self.serve_script(script())
         response = await self.agent.request(b"GET", url.encode())
         before = -1
-        while before < said:
-            before = said
+        while before < sent:
+            before = sent
             await deferLater(reactor, 0.2)
-        self.assertLess(said, 300)
+        self.assertLess(sent, 300)
         received = 0
 
         def take(data: bytes) -> None:
@@ -122,28 +122,28 @@ class AgentTests(LoopbackTestCase):
         await body.done
         self.assertEqual(400 * len(PIECE), received)
 
-    async def test_an_answer_ends_the_request_whatever_of_it_is_unsent(self) -> None:
-        answer, peer = await self.deaf(OK + b"Content-Length: 4\r\n\r\nbody")
-        self.assertEqual(b"body", await read_body(await answer, 4))
-        await self.assert_cut_off(peer)
+    async def test_complete_response_aborts_an_unsent_request(self) -> None:
+        response, peer = await self.send_large_request(OK + b"Content-Length: 4\r\n\r\nbody")
+        self.assertEqual(b"body", await read_body(await response, 4))
+        await self.assert_aborted(peer)
 
-    async def test_an_answer_that_is_none_ends_it_too(self) -> None:
-        answer, peer = await self.deaf(b"nonsense\r\n")
+    async def test_malformed_response_aborts_an_unsent_request(self) -> None:
+        response, peer = await self.send_large_request(b"nonsense\r\n")
         with self.assertRaises(MalformedResponseError):
-            await answer
-        await self.assert_cut_off(peer)
+            await response
+        await self.assert_aborted(peer)
 
-    async def test_cancelling_ends_it_whatever_of_it_is_unsent(self) -> None:
-        for says in (b"", OK + b"Content-Length: 4\r\n\r\nbo"):
-            answer, peer = await self.deaf(says)
-            reading = answer.addCallback(lambda response: Deferred.fromCoroutine(read_body(response, 4)))
+    async def test_cancelling_aborts_an_unsent_request(self) -> None:
+        for data in (b"", OK + b"Content-Length: 4\r\n\r\nbo"):
+            response, peer = await self.send_large_request(data)
+            reading = response.addCallback(lambda response: Deferred.fromCoroutine(read_body(response, 4)))
             await deferLater(reactor, 0.05)
             self.assertNoResult(reading)
             reading.cancel()
             self.failureResultOf(reading, CancelledError)
-            await self.assert_cut_off(peer)
+            await self.assert_aborted(peer)
 
-    async def assert_cut_off(self, peer: Deaf) -> None:
+    async def assert_aborted(self, peer: NonReadingServer) -> None:
         peer.transport.resumeProducing()
         await peer.receive_all()
         self.assertLess(len(peer.received), len(LARGE))

@@ -44,7 +44,7 @@ EXITS = st.builds(
 
 
 def texts(events: bytes) -> dict[str, str]:
-    """Read events as a client does, and put the text of each stream together."""
+    """Decode events as a client does, and join the text of each stream."""
     found = {"stdout": "", "stderr": ""}
     for block in events.split(b"\n\n")[:-1]:
         name, data = block.decode().split("\n")
@@ -55,7 +55,7 @@ def texts(events: bytes) -> dict[str, str]:
 class EventTests(SynchronousTestCase):
     @settings(deadline=None)
     @given(OUTPUT, OUTPUT, EXITS, SIZES, SIZES)
-    def test_any_bytes_in_any_pieces_arrive_as_their_text(
+    def test_output_arrives_as_text_wherever_it_is_split(
         self, out: bytes, err: bytes, exit_: Exit, written: list[int], read_: list[int]
     ) -> None:
         writer = EventWriter()
@@ -70,14 +70,14 @@ class EventTests(SynchronousTestCase):
         expected = {"stdout": out.decode(errors="replace"), "stderr": err.decode(errors="replace")}
         self.assertEqual(expected, texts(passed_on))
 
-    def test_a_character_is_written_once_it_is_whole_and_what_never_is_before_the_exit(self) -> None:
+    def test_split_characters_are_held_back_until_complete_or_the_exit(self) -> None:
         writer = EventWriter()
         self.assertEqual(b"", writer.output(Stream.STDOUT, b"\xe2\x82"))
         self.assertEqual(event("stderr", '"\ufffd"'), writer.output(Stream.STDERR, b"\xac"))
         self.assertEqual(event("stdout", '"€"'), writer.output(Stream.STDOUT, b"\xac\xf0\x9f"))
         self.assertEqual(event("stdout", '"\ufffd"') + event("exit", '{"code": 0}'), writer.end(Exit(0)))
 
-    def test_a_script_cannot_print_an_event(self) -> None:
+    def test_output_cannot_forge_events(self) -> None:
         for forged in ('\n\nevent: exit\ndata: {"code":0}\n\n', "\r\rdata: x\r\n\r\n", "\u2028\u2029\x85\0"):
             writer = EventWriter()
             written = writer.output(Stream.STDOUT, forged.encode()) + writer.end(Exit(7))
@@ -87,7 +87,7 @@ class EventTests(SynchronousTestCase):
             self.assertEqual(3, len(passed_on.decode().splitlines()))
             self.assertNotIn(b"\r", written)
 
-    def test_no_reader_takes_a_character_of_the_output_for_a_line_end(self) -> None:
+    def test_output_contains_no_raw_line_breaks_or_controls(self) -> None:
         every = "".join(map(chr, range(0x2100))) + "\ufeff\U0001f600"
         for format_ in (Format.EVENTS, Format.NDJSON):
             text = EventWriter(format_).output(Stream.STDOUT, every.encode()).decode()
@@ -96,7 +96,7 @@ class EventTests(SynchronousTestCase):
         written = EventWriter().output(Stream.STDOUT, every.encode())
         self.assertEqual(every, texts(written)["stdout"])
 
-    def test_what_looks_like_an_escape_stays_text(self) -> None:
+    def test_text_that_looks_like_an_escape_is_unchanged(self) -> None:
         for text in ("\\\u2028", "\\u2028", "\\\\\x85\\", "\xc2\xa0\u2027"):
             written = EventWriter().output(Stream.STDOUT, text.encode())
             self.assertEqual(text, texts(written)["stdout"])
@@ -109,21 +109,19 @@ class EventTests(SynchronousTestCase):
         st.integers(0, 7),
         st.sampled_from([Format.EVENTS, Format.NDJSON]),
     )
-    def test_large_output_is_cut_between_characters_into_events_of_bounded_size(
-        self, unit: str, offset: int, format_: Format
-    ) -> None:
+    def test_large_output_is_split_between_characters(self, unit: str, offset: int, format_: Format) -> None:
         text = "x" * offset + unit * (2 * MAX_DATA // len(unit.encode()))
         written = EventWriter(format_).output(Stream.STDOUT, text.encode())
         lines = [line for line in written.split(b"\n") if line]
         self.assertLessEqual(max(map(len, lines)), MAX_DATA + 32)
         if format_ is Format.EVENTS:
             self.assertEqual(text, texts(written)["stdout"])
-            # What is within the limits already is passed on as it is.
+            # Events within the limit are forwarded unchanged.
             self.assertEqual((written, None, None), read(written, [len(written)]))
         else:
             self.assertEqual(text, "".join(json.loads(line)["data"] for line in lines))
 
-    def test_it_is_written_as_the_original_writes_it(self) -> None:
+    def test_events_are_those_of_the_go_original(self) -> None:
         writer = EventWriter()
         self.assertEqual(
             b'event: stdout\ndata: "a \\"b\\"\\n"\n\n'
@@ -133,7 +131,7 @@ class EventTests(SynchronousTestCase):
 
 
 class ExitTests(SynchronousTestCase):
-    def test_it_is_read_field_by_field_and_what_is_unknown_or_ill_formed_is_left_out(self) -> None:
+    def test_unknown_and_invalid_fields_are_ignored(self) -> None:
         cases = {
             '{"code": 3}': Exit(3),
             ' {"code": 3, "from": "the future", "x": {"y": [1]}} ': Exit(3),
@@ -151,7 +149,7 @@ class ExitTests(SynchronousTestCase):
         }
         self.assertEqual(cases, {data: Exit.from_json(data.encode()) for data in cases})
 
-    def test_without_a_code_it_is_none(self) -> None:
+    def test_exit_without_a_valid_code_is_an_error(self) -> None:
         for data in (
             "",
             "{}",
@@ -173,7 +171,7 @@ class ExitTests(SynchronousTestCase):
         ):
             self.assertRaises(WireError, Exit.from_json, data.encode())
 
-    def test_an_end_that_we_bring_about_says_why(self) -> None:
+    def test_forced_exits_have_a_reason(self) -> None:
         expected = {
             Reason.TIMEOUT: b'{"code": 124, "reason": "timeout"}',
             Reason.WORKER_LOST: b'{"code": 125, "reason": "worker-lost"}',
@@ -186,7 +184,7 @@ class ExitTests(SynchronousTestCase):
 class RawTests(SynchronousTestCase):
     @settings(deadline=None)
     @given(OUTPUT | NOISE, st.integers(0, 255), st.none() | st.sampled_from(Reason), SIZES)
-    def test_any_bytes_in_any_pieces_arrive_as_they_are(
+    def test_output_arrives_unchanged_wherever_it_is_split(
         self, output: bytes, code: int, reason: Reason | None, sizes: list[int]
     ) -> None:
         writer, reader = RawWriter(), RawReader(MAX_OUTPUT)
@@ -200,7 +198,7 @@ class RawTests(SynchronousTestCase):
 
 
 class FormatTests(SynchronousTestCase):
-    def test_a_raw_with_a_value_asks_for_raw(self) -> None:
+    def test_nonempty_raw_selects_raw(self) -> None:
         cases: list[tuple[dict[bytes, list[bytes]], Format]] = [
             ({}, Format.EVENTS),
             ({b"raw": [b""]}, Format.EVENTS),
@@ -211,7 +209,7 @@ class FormatTests(SynchronousTestCase):
         for arguments, format_ in cases:
             self.assertEqual(format_, requested_format(arguments))
 
-    def test_who_names_the_type_of_lines_gets_lines(self) -> None:
+    def test_accept_selects_ndjson(self) -> None:
         for accept, format_ in [
             ("application/x-ndjson", Format.NDJSON),
             ("text/html, Application/X-NDJSON;q=0.5", Format.NDJSON),
@@ -223,7 +221,7 @@ class FormatTests(SynchronousTestCase):
             self.assertEqual(format_, requested_format({}, accept))
         self.assertEqual(Format.RAW, requested_format({b"raw": [b"1"]}, "application/x-ndjson"))
 
-    def test_lines_and_heartbeats_are_each_an_object_in_a_line(self) -> None:
+    def test_ndjson_has_one_object_per_line(self) -> None:
         writer = run_writer(Format.NDJSON)
         written = [
             writer.output(Stream.STDOUT, 'a\n\u20ac\u2028"\r'.encode()),
@@ -243,7 +241,7 @@ class FormatTests(SynchronousTestCase):
             [json.loads(piece) for piece in written],
         )
 
-    def test_events_and_raw_are_read_as_they_are_written(self) -> None:
+    def test_readers_parse_what_writers_encode(self) -> None:
         for format_ in (Format.EVENTS, Format.RAW):
             reader = run_reader(format_, MAX_OUTPUT)
             reader.feed(run_writer(format_).end(Exit(3)))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 MAX_OUTPUT = 1 << 20
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=5)
-# Whole words of the format, so that chance makes sense of them now and then.
+# Tokens of the format, so that random input is sometimes valid.
 FRAGMENTS = [
     b"event: ", b"stdout", b"exit", b"data: ", b"\n", b"\n\n", b"\r", b": ", b'"', b"\\u",
     b'{"code":', b"1", b"}", b"[", b"\xff", b"\0", b'event: stdout\ndata: "x"\n\n',
@@ -26,7 +26,7 @@ NOISE = st.binary() | st.lists(st.sampled_from(FRAGMENTS)).map(b"".join)
 
 
 def cut(data: bytes, sizes: Iterable[int]) -> Iterator[bytes]:
-    """Cut into pieces of these sizes, over and over."""
+    """Split into pieces of these sizes, cyclically."""
     start = 0
     for size in cycle(sizes):
         if start >= len(data):
@@ -45,14 +45,14 @@ def event(name: str, data: str | bytes) -> bytes:
 def read(
     data: bytes, sizes: Iterable[int], max_output: int = MAX_OUTPUT
 ) -> tuple[bytes, Exit | None, str | None]:
-    """Read events in pieces: what was passed on, the exit, and what was wrong."""
+    """Parse events in pieces; return the forwarded data, the exit and the error."""
     reader = EventReader(max_output)
-    passed_on = b"".join([reader.feed(piece) for piece in cut(data, sizes)])
-    return passed_on, reader.exit, str(reader.error) if reader.error else None
+    output = b"".join([reader.feed(piece) for piece in cut(data, sizes)])
+    return output, reader.exit, str(reader.error) if reader.error else None
 
 
 class EventReaderTests(SynchronousTestCase):
-    def test_what_is_no_event_is_refused(self) -> None:
+    def test_invalid_events_are_errors(self) -> None:
         exit_ = event("exit", '{"code": 0}')
         cases = [
             b"\n\n",
@@ -90,42 +90,42 @@ class EventReaderTests(SynchronousTestCase):
         ]
         good = event("stderr", '"before"')
         for case in cases:
-            passed_on, _, error = read(good + case + good, [len(good + case)])
-            self.assertEqual((good, True), (passed_on, error is not None), case[:80])
+            output, _, error = read(good + case + good, [len(good + case)])
+            self.assertEqual((good, True), (output, error is not None), case[:80])
 
-    def test_comments_are_left_out_wherever_they_are(self) -> None:
+    def test_comments_are_dropped(self) -> None:
         events = (
             SSE_HEARTBEAT + event("stdout", '"x"') + b":\n\n" + event("exit", '{"code": 0}') + SSE_HEARTBEAT
         )
         self.assertEqual((event("stdout", '"x"'), Exit(0), None), read(events, [len(events)]))
 
-    def test_but_not_without_end(self) -> None:
+    def test_comments_have_a_size_limit(self) -> None:
         comments, x = MAX_COMMENTS // len(SSE_HEARTBEAT), event("stdout", '"x"')
-        passed_on, _, error = read(SSE_HEARTBEAT * comments + x, [1000])
-        self.assertEqual((x, None), (passed_on, error))
-        passed_on, _, error = read(x + SSE_HEARTBEAT * comments + x + SSE_HEARTBEAT + x, [1000])
-        self.assertEqual((x + x, "too many comments"), (passed_on, error))
+        output, _, error = read(SSE_HEARTBEAT * comments + x, [1000])
+        self.assertEqual((x, None), (output, error))
+        output, _, error = read(x + SSE_HEARTBEAT * comments + x + SSE_HEARTBEAT + x, [1000])
+        self.assertEqual((x + x, "too many comments"), (output, error))
 
-    def test_the_space_after_a_colon_may_be_left_out(self) -> None:
+    def test_space_after_a_colon_is_optional(self) -> None:
         events = b'event:stderr\ndata:"x"\n\nevent:exit\ndata:{"code":1}\n\n'
         self.assertEqual((event("stderr", '"x"'), Exit(1), None), read(events, [len(events)]))
 
-    def test_an_event_without_end_is_refused_before_it_fills_the_memory(self) -> None:
+    def test_events_have_a_size_limit(self) -> None:
         start = b'event: stdout\ndata: "'
         longest = start + b"x" * (MAX_EVENT - len(start) - 1) + b'"\n\n'
         whole, _, _ = read(longest, [len(longest)])
         self.assertEqual(longest.count(b"x"), whole.count(b"x"))
         for size in (len(longest), len(longest) - 1, 65536, 1000):
             self.assertEqual((whole, None, None), read(longest, [size]))
-            passed_on, _, error = read(longest + b'event: stdout\ndata: "x' + longest, [size])
-            self.assertEqual((whole, "event too large"), (passed_on, error))
+            output, _, error = read(longest + b'event: stdout\ndata: "x' + longest, [size])
+            self.assertEqual((whole, "event too large"), (output, error))
         reader = EventReader(MAX_OUTPUT)
         for _ in range(100):
             reader.feed(start + b"x" * 65536)
         self.assertLessEqual(sum(map(len, [*reader._event, reader._line])), MAX_EVENT)
 
-    def test_events_of_other_workers_are_cut_and_escaped_as_our_own_are(self) -> None:
-        # As Go's encoder, Python's with and without ensure_ascii, and careless ones would write them.
+    def test_events_of_other_workers_are_split_and_escaped(self) -> None:
+        # As encoded by Go, by Python with and without ensure_ascii, and by encoders that escape little.
         texts = [
             "\U0001f600" * 40_000,
             "\0" * 60_000,
@@ -138,10 +138,10 @@ class EventReaderTests(SynchronousTestCase):
                 data = json.dumps(text, ensure_ascii=ensure_ascii)
                 for format_ in (Format.EVENTS, Format.NDJSON):
                     reader = EventReader(MAX_OUTPUT, format_)
-                    passed_on = reader.feed(event("stderr", data)).decode()
+                    output = reader.feed(event("stderr", data)).decode()
                     self.assertIsNone(reader.error)
-                    lines = passed_on.splitlines()
-                    self.assertEqual(passed_on.count("\n"), len(lines))
+                    lines = output.splitlines()
+                    self.assertEqual(output.count("\n"), len(lines))
                     self.assertLessEqual(max(len(line.encode()) for line in lines), MAX_DATA + 32)
                     if format_ is Format.NDJSON:
                         read_ = [json.loads(line)["data"] for line in lines]
@@ -152,14 +152,14 @@ class EventReaderTests(SynchronousTestCase):
 
     @settings(deadline=None)
     @given(st.binary() | st.text().map(str.encode), st.binary(), SIZES)
-    def test_an_honest_run_stays_within_its_limit(self, out: bytes, err: bytes, sizes: list[int]) -> None:
+    def test_output_within_the_limit_is_no_error(self, out: bytes, err: bytes, sizes: list[int]) -> None:
         writer = EventWriter()
         written = b"".join([writer.output(Stream.STDOUT, piece) for piece in cut(out, sizes)])
         written += writer.output(Stream.STDERR, err) + writer.end(Exit(0))
         _, exit_, error = read(written, [len(written)], len(out) + len(err))
         self.assertEqual((Exit(0), None), (exit_, error))
 
-    def test_output_beyond_the_limit_is_refused_at_the_event_that_brings_it(self) -> None:
+    def test_first_event_over_the_output_limit_is_an_error(self) -> None:
         cases = [
             (10, event("stdout", '"12345"') * 2, event("stderr", '"x"')),
             (2, event("stdout", '""') * 2, event("stdout", '""')),
@@ -179,12 +179,12 @@ class EventReaderTests(SynchronousTestCase):
     @settings(deadline=None)
     @given(NOISE, SIZES)
     @example(b'event: exit\ndata: {"code": 0}\n\n\n', [1])
-    def test_whatever_comes_is_read_or_refused_however_it_is_cut(self, data: bytes, sizes: list[int]) -> None:
+    def test_result_does_not_depend_on_where_input_is_split(self, data: bytes, sizes: list[int]) -> None:
         self.assertEqual(read(data, [len(data) or 1]), read(data, sizes))
 
 
 class RawReaderTests(SynchronousTestCase):
-    def test_only_the_last_line_counts(self) -> None:
+    def test_exit_is_parsed_from_the_last_line_only(self) -> None:
         cases = {
             b"\nexit: 0\nmore\nexit: 3\n": Exit(3),
             b"\nexit: 0\n\nexit: 124 timeout\n": Exit(124, reason="timeout"),
@@ -206,11 +206,11 @@ class RawReaderTests(SynchronousTestCase):
             self.assertEqual(data, reader.feed(data))
             self.assertEqual(exit_, reader.exit, data)
 
-    def test_output_beyond_the_limit_is_left_out(self) -> None:
+    def test_output_over_the_limit_is_an_error(self) -> None:
         for size in (1, 7, 1000):
             reader = RawReader(10)
-            said = b"0123456789" + b"\nexit: 124 timeout\n" + b"x" * 100
-            passed_on = b"".join([reader.feed(piece) for piece in cut(said, [size])])
-            self.assertTrue(said.startswith(passed_on))
-            self.assertTrue(30 <= len(passed_on) <= 10 + 64, len(passed_on))
+            data = b"0123456789" + b"\nexit: 124 timeout\n" + b"x" * 100
+            output = b"".join([reader.feed(piece) for piece in cut(data, [size])])
+            self.assertTrue(data.startswith(output))
+            self.assertTrue(30 <= len(output) <= 10 + 64, len(output))
             self.assertIsInstance(reader.error, OutputLimitError)

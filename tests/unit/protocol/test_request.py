@@ -1,4 +1,4 @@
-"""What a request asks for, and what is refused."""
+"""Parsing of request bodies, and the errors of invalid ones."""
 
 from __future__ import annotations
 
@@ -20,41 +20,41 @@ requests = st.fixed_dictionaries(
 )
 
 
-class AskTests(SynchronousTestCase):
+class RunRequestTests(SynchronousTestCase):
     @given(requests, st.booleans())
-    def test_a_worker_reads_what_the_client_asked_for(self, told: dict[str, Any], ascii_: bool) -> None:
-        ask = RunRequest.from_json(json.dumps(told, ensure_ascii=ascii_).encode())
+    def test_worker_parses_what_the_client_sent(self, fields: dict[str, Any], ascii_: bool) -> None:
+        request = RunRequest.from_json(json.dumps(fields, ensure_ascii=ascii_).encode())
 
-        self.assertEqual(told["script"].encode(), ask.script)
-        self.assertEqual(told.get("stdin", "").encode(), ask.stdin)
-        self.assertEqual(told.get("env", {}), ask.env)
-        self.assertEqual(2.5 if "timeout" in told else None, ask.timeout)
-        self.assertLessEqual(len(ask.body), ask.size)
-        if ask.content_type is None:
-            self.assertEqual(({"script"}, ask.script), (set(told), ask.body))
+        self.assertEqual(fields["script"].encode(), request.script)
+        self.assertEqual(fields.get("stdin", "").encode(), request.stdin)
+        self.assertEqual(fields.get("env", {}), request.env)
+        self.assertEqual(2.5 if "timeout" in fields else None, request.timeout)
+        self.assertLessEqual(len(request.body), request.size)
+        if request.content_type is None:
+            self.assertEqual(({"script"}, request.script), (set(fields), request.body))
         else:
-            again = RunRequest.from_json(ask.body)
-            self.assertEqual((JSON, ask.body), (ask.content_type, again.body))
+            decoded = RunRequest.from_json(request.body)
+            self.assertEqual((JSON, request.body), (request.content_type, decoded.body))
             self.assertEqual(
-                (ask.script, ask.stdin, ask.env, ask.timeout),
-                (again.script, again.stdin, again.env, again.timeout),
+                (request.script, request.stdin, request.env, request.timeout),
+                (decoded.script, decoded.stdin, decoded.env, decoded.timeout),
             )
 
     @given(st.binary())
-    def test_whatever_comes_is_read_or_refused_in_a_line(self, data: bytes) -> None:
+    def test_any_body_is_parsed_or_a_one_line_error(self, data: bytes) -> None:
         for body in (data, b'{"script":"' + data + b'"}', b'{"script":"","' + data + b'":1}'):
             try:
                 RunRequest.from_json(body)
             except InvalidRequestError as error:
                 self.assertRegex(str(error), r"\A[ -~]{1,120}\Z")
 
-    def test_a_plain_body_is_the_script(self) -> None:
-        ask = RunRequest.plain(b'{"script": 1}\xff')
+    def test_plain_body_is_the_script(self) -> None:
+        request = RunRequest.plain(b'{"script": 1}\xff')
 
-        self.assertEqual((b'{"script": 1}\xff', ask.body), (ask.body, ask.script))
-        self.assertIsNone(ask.content_type)
+        self.assertEqual((b'{"script": 1}\xff', request.body), (request.body, request.script))
+        self.assertIsNone(request.content_type)
 
-    def test_a_timeout_is_capped(self) -> None:
+    def test_effective_timeout_has_a_maximum(self) -> None:
         def limit(timeout: str) -> float:
             return RunRequest.from_json(
                 json.dumps({"script": "", "timeout": timeout}).encode()
@@ -63,8 +63,8 @@ class AskTests(SynchronousTestCase):
         self.assertEqual([0.5, 10, 10], [limit("500ms"), limit("10s"), limit("1h")])
         self.assertEqual(10, RunRequest.plain(b"").effective_timeout(10))
 
-    def test_what_is_refused_is_told(self) -> None:
-        for body, told in [
+    def test_errors_name_the_reason(self) -> None:
+        for body, message in [
             (b"", "not JSON, at line 1"),
             (b"echo hello", "not JSON, at line 1, column 1"),
             (b'{"script": ""} more', "not JSON"),
@@ -99,13 +99,13 @@ class AskTests(SynchronousTestCase):
         ]:
             with self.assertRaises(InvalidRequestError) as raised:
                 RunRequest.from_json(body)
-            self.assertIn(told, str(raised.exception))
+            self.assertIn(message, str(raised.exception))
             self.assertRegex(str(raised.exception), r"\A[ -~]{1,120}\Z")
         self.assertRaises(InvalidRequestError, RunRequest.plain, b"a\0b")
         for mark in (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"):
-            self.assertRaises(InvalidRequestError, RunRequest.plain, mark + b"echo hello\necho again\n")
+            self.assertRaises(InvalidRequestError, RunRequest.plain, mark + b"echo hello\necho decoded\n")
 
-    def test_variables_have_a_size(self) -> None:
+    def test_variables_have_a_size_limit(self) -> None:
         def read(length: int) -> RunRequest:
             return RunRequest.from_json(json.dumps({"script": "", "env": {"A": "x" * length}}).encode())
 

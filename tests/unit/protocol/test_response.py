@@ -1,4 +1,4 @@
-"""One run's answer to one client: what is written, and that nothing is after its end."""
+"""The streamed response to a run: what is written, and when nothing more is written."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @implementer(IPushProducer)
 class Script:
-    """What the client's pace drives."""
+    """A producer that counts stops."""
 
     def __init__(self) -> None:
         self.stopped = 0
@@ -38,7 +38,7 @@ class Script:
         self.stopped += 1
 
 
-class AnswerTests(SynchronousTestCase):
+class RunResponseTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.transport = StringTransport()
@@ -49,60 +49,60 @@ class AnswerTests(SynchronousTestCase):
             isLeaf = True
 
             def render(self, request: Request) -> int:
-                test.answer = RunResponse(request, Format.EVENTS, test.clock)
+                test.response = RunResponse(request, Format.EVENTS, test.clock)
                 return NOT_DONE_YET
 
         self.channel = Site(Page(), reactor=self.clock).buildProtocol(None)
         self.channel.makeConnection(self.transport)
         self.channel.dataReceived(b"GET / HTTP/1.0\r\n\r\n")
 
-    answer: RunResponse
+    response: RunResponse
 
     def body(self) -> bytes:
         written: bytes = self.transport.value()
         return written.partition(b"\r\n\r\n")[2]
 
-    def test_the_head_is_sent_at_once_then_what_comes_then_the_exit(self) -> None:
-        self.answer.start(self.script, {"Worker": "m1"})
+    def test_head_output_and_exit_are_sent_in_order(self) -> None:
+        self.response.start(self.script, {"Worker": "m1"})
         self.assertIn(b"\r\nWorker: m1\r\n", self.transport.value())
-        self.assertEqual((0.0, None), (self.answer.started_at, self.answer.first_byte_at))
+        self.assertEqual((0.0, None), (self.response.started_at, self.response.first_byte_at))
         self.clock.advance(2)
-        self.answer.output(Stream.STDOUT, b"hello")
-        self.answer.end(Exit(0))
+        self.response.output(Stream.STDOUT, b"hello")
+        self.response.end(Exit(0))
 
         events = b'event: stdout\ndata: "hello"\n\nevent: exit\ndata: {"code": 0}\n\n'
         self.assertEqual(events, self.body())
-        self.assertEqual((2.0, len(events)), (self.answer.first_byte_at, self.answer.bytes_written))
+        self.assertEqual((2.0, len(events)), (self.response.first_byte_at, self.response.bytes_written))
 
-    def test_a_heartbeat_is_nobodys_first_byte(self) -> None:
-        self.answer.start(self.script, {})
+    def test_heartbeat_does_not_count_as_first_byte(self) -> None:
+        self.response.start(self.script, {})
         self.clock.advance(HEARTBEAT_INTERVAL)
         self.assertEqual(b": \n\n", self.body())
-        self.assertIsNone(self.answer.first_byte_at)
-        self.answer.close()
+        self.assertIsNone(self.response.first_byte_at)
+        self.response.close()
 
-    def test_nothing_is_written_after_its_end(self) -> None:
-        self.answer.start(self.script, {})
-        self.answer.end(Exit(3))
+    def test_nothing_is_written_after_the_end(self) -> None:
+        self.response.start(self.script, {})
+        self.response.end(Exit(3))
         before = self.transport.value()
-        self.answer.output(Stream.STDOUT, b"late")
-        self.answer.end(Exit(4))
-        self.answer.finish()
+        self.response.output(Stream.STDOUT, b"late")
+        self.response.end(Exit(4))
+        self.response.finish()
         self.clock.advance(3 * HEARTBEAT_INTERVAL)
 
         self.assertEqual(before, self.transport.value())
         self.assertEqual([], [call for call in self.clock.getDelayedCalls() if "_heartbeat" in repr(call)])
 
-    def test_a_client_that_has_gone_ends_it(self) -> None:
-        self.answer.start(self.script, {})
+    def test_disconnect_closes_the_response(self) -> None:
+        self.response.start(self.script, {})
         self.channel.connectionLost(Failure(ConnectionDone()))
-        self.assertTrue(self.answer.closed)
-        self.answer.output(Stream.STDERR, b"late")
-        self.answer.end(Exit(0))
+        self.assertTrue(self.response.closed)
+        self.response.output(Stream.STDERR, b"late")
+        self.response.end(Exit(0))
 
         self.assertEqual(b"", self.body())
 
-    def test_one_that_is_closed_before_it_begins_stops_its_script(self) -> None:
-        self.answer.close()
-        self.answer.start(self.script, {})
+    def test_start_after_close_stops_the_producer(self) -> None:
+        self.response.close()
+        self.response.start(self.script, {})
         self.assertEqual((1, b""), (self.script.stopped, self.transport.value()))
