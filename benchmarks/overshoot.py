@@ -132,7 +132,7 @@ async def measure(
             finished.append(run)
 
     await gatherResults([Deferred.fromCoroutine(run_client()) for _ in range(clients)], consumeErrors=True)
-    status, log = await stop(coordinator), coordinator.program.said.decode()
+    status, log = await stop(coordinator), coordinator.program.output.decode()
     if status != 0:
         raise RuntimeError(log)
     return _compare(finished, log, max_req_time)

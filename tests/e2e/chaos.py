@@ -174,7 +174,7 @@ class Chaos:
 
     def _thaw_orphans(self) -> None:
         """Let workers that outlive the API go on: without a sandbox they have to notice its end."""
-        if b"NO SANDBOX" in self.fly.machines.program.said:
+        if b"NO SANDBOX" in self.fly.machines.program.output:
             for pid in self._strangers():
                 send(pid, signal.SIGCONT)
 
@@ -282,7 +282,7 @@ class Chaos:
     def story(self) -> str:
         """Tell what was done lately, and what the programs have said to it."""
         said = [
-            b"\n".join(running.program.said.splitlines()[-40:]).decode(errors="replace")
+            b"\n".join(running.program.output.splitlines()[-40:]).decode(errors="replace")
             for running in [*self.coordinators.values(), self.fly.machines]
         ]
         return "\n\n".join(["\n".join(self.history[-10:]), *said])
@@ -316,10 +316,10 @@ class Chaos:
         late = await self._outlive()
         await self._settle()
         for running in (self.coordinators["heir"], self.fly.machines):
-            assert await stop(running) == 0, running.program.said.decode()
+            assert await stop(running) == 0, running.program.output.decode()
         assert not self._strangers()
         for running in self._programs:
-            assert b"Traceback" not in running.program.said, running.program.said.decode()
+            assert b"Traceback" not in running.program.output, running.program.output.decode()
         return late
 
     async def _outlive(self) -> float:

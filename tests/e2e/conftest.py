@@ -58,4 +58,4 @@ async def coordinator() -> AsyncIterator[Running]:
     """Run a coordinator with two local machines and twenty seconds a request; all clients here are one."""
     running = await start_coordinator(MAXPERCLIENT="100")
     yield running
-    assert await stop(running) == 0, running.program.said.decode()
+    assert await stop(running) == 0, running.program.output.decode()

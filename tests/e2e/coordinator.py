@@ -44,13 +44,13 @@ class Program(ProcessProtocol):
     """A program of ours, with what it says."""
 
     def __init__(self) -> None:
-        self.said = b""
+        self.output = b""
         self.ended: Deferred[int | None] = Deferred()
         self.status: int | None = None
         self.signal: int | None = None
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self.said += data
+        self.output += data
 
     def processEnded(self, reason: Failure) -> None:
         self.status = getattr(reason.value, "exitCode", None)
@@ -238,12 +238,12 @@ async def start_program(
     endpoint = f"tcp:{port}:interface=127.0.0.1"
     program, pid = start([*arguments, "--listen", endpoint], settings, leaders)
     for _ in range(int(PATIENCE / 0.05)):
-        assert program.status is None, program.said.decode()
+        assert program.status is None, program.output.decode()
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return Running(program, port, pid)
         await deferLater(reactor, 0.05)
-    raise AssertionError(program.said.decode())
+    raise AssertionError(program.output.decode())
 
 
 async def start_coordinator(*leaders: str, **settings: str) -> Running:

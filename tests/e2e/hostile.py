@@ -121,7 +121,7 @@ class Spent:
         return int(line.split()[1])
 
     def _count(self) -> int:
-        return self._coordinator.program.said.count(b"\n")
+        return self._coordinator.program.output.count(b"\n")
 
 
 @dataclass
@@ -178,7 +178,7 @@ async def stage(**settings: str) -> AsyncIterator[Stage]:
         there = Stage(coordinator, worker)
         yield there
         await there.hang_up()
-        assert await stop(coordinator) == 0, coordinator.program.said.decode()
+        assert await stop(coordinator) == 0, coordinator.program.output.decode()
     finally:
         for port in ports:
             await port.stopListening()

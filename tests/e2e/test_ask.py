@@ -40,7 +40,7 @@ def output(lines: list[dict[str, Any]], stream: str = "stdout") -> str:
 
 
 @with_twisted
-async def test_all_that_a_request_says_reaches_the_script(coordinator: Running) -> None:
+async def test_stdin_env_and_timeout_reach_the_script(coordinator: Running) -> None:
     lines = await ask(
         coordinator,
         script='cat; echo "$A" >&2; echo "$FLY_MACHINE_ID"; exit 3',
@@ -55,14 +55,14 @@ async def test_all_that_a_request_says_reaches_the_script(coordinator: Running) 
 
 
 @with_twisted
-async def test_a_megabyte_of_input_goes_in_while_output_comes_out(coordinator: Running) -> None:
+async def test_a_megabyte_of_input_is_sent_while_output_is_received(coordinator: Running) -> None:
     stdin = "0123456789abcde\n" * 60_000
     assert output(await ask(coordinator, script="cat", stdin=stdin)) == stdin
     assert output(await ask(coordinator, script="echo early", stdin=stdin)) == "early\n"
 
 
 @with_twisted
-async def test_a_timeout_of_its_own_ends_a_run(coordinator: Running) -> None:
+async def test_a_timeout_in_the_request_ends_the_run(coordinator: Running) -> None:
     *lines, end = await ask(coordinator, script="echo up; sleep 1000", timeout="1.5s")
 
     assert output(lines) == "up\n"
@@ -71,7 +71,7 @@ async def test_a_timeout_of_its_own_ends_a_run(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_a_run_whose_time_is_over_is_a_timeout_however_short_it_was(coordinator: Running) -> None:
+async def test_very_short_timeouts_are_reported_as_timeouts(coordinator: Running) -> None:
     for timeout in ("1ns", "1us", "1ms", "10ms", "20ms", "40ms", "60ms", "0.1s"):
         *_, end = await ask(coordinator, script="sleep 1000", timeout=timeout)
         assert (end["event"], end["code"], end["reason"]) == ("exit", 124, "timeout"), (timeout, end)
@@ -81,13 +81,13 @@ async def test_a_run_whose_time_is_over_is_a_timeout_however_short_it_was(coordi
 
 
 @with_twisted
-async def test_the_longest_timeout_is_no_more_than_any_run_may_take(coordinator: Running) -> None:
+async def test_a_timeout_is_limited_by_maxreqtime(coordinator: Running) -> None:
     *lines, end = await ask(coordinator, script="echo fine", timeout="2562047h47m16.854775807s")
     assert (output(lines), end["code"]) == ("fine\n", 0)
 
 
 @with_twisted
-async def test_the_time_of_all_runs_may_be_short_too() -> None:
+async def test_maxreqtime_may_be_short() -> None:
     coordinator = await start_coordinator(MAXREQTIME="50ms")
     answer = await coordinator.run("sleep 1000")
     assert (answer.status, answer.exit["code"], answer.exit["reason"]) == (200, 124, "timeout")
@@ -97,7 +97,7 @@ async def test_the_time_of_all_runs_may_be_short_too() -> None:
 
 
 @with_twisted
-async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator: Running) -> None:
+async def test_a_plain_body_is_the_script_with_any_content_type(coordinator: Running) -> None:
     script = b'echo "{\\"script\\"}"'
     for kind in ("application/x-www-form-urlencoded", "text/plain", "application/x-sh; a=b", ""):
         status, told, text = await post(coordinator, script, Content_Type=kind)
@@ -106,7 +106,7 @@ async def test_a_plain_body_is_the_script_whatever_else_it_is_called(coordinator
 
 
 @with_twisted
-async def test_what_is_wrong_is_told_and_no_machine_is_used(coordinator: Running) -> None:
+async def test_invalid_requests_are_rejected_without_a_machine(coordinator: Running) -> None:
     for body, told in [
         (b"echo", "the body is not JSON, at line 1, column 1"),
         (codecs.BOM_UTF8 + b"{}", "the body starts with a byte order mark: send UTF-8 without one"),
@@ -134,7 +134,7 @@ def curl(running: Running, *arguments: str | bytes, data: bytes = b"") -> tuple[
 
 
 @with_twisted
-async def test_what_curl_calls_a_form_is_a_script_unless_it_is_a_form() -> None:
+async def test_curls_default_content_type_is_accepted_unless_the_body_is_a_form() -> None:
     coordinator = await start_coordinator(MAXBODY="2MiB", MAXPERCLIENT="100")
     for arguments, output in [
         (["-d", "echo hello"], "hello"),

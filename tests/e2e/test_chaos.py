@@ -32,7 +32,7 @@ async def chaos(tmp_path: Path) -> AsyncIterator[Chaos]:
 
 
 @with_twisted
-async def test_whatever_crashes_the_promises_hold(chaos: Chaos) -> None:
+async def test_guarantees_hold_under_crashes_and_pauses(chaos: Chaos) -> None:
     faults = deal(random.Random(SEED))
     try:
         for pool, size in SIZES.items():

@@ -72,7 +72,7 @@ async def read_a_little(peers: list[Peer]) -> None:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_crowd_keeps_nobody_from_being_served() -> None:
+async def test_idle_and_slow_connections_do_not_delay_other_clients() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:

@@ -64,7 +64,7 @@ async def doctor(
 ) -> tuple[int | None, str]:
     program, _ = start(["-m", "bfaas.cli.main", "doctor"], dict(settings), leaders)
     code = await Deadline(reactor, 3 * PATIENCE).run(program.ended)
-    return code, program.said.decode()
+    return code, program.output.decode()
 
 
 class MachineBackend(NullBackend):
@@ -293,8 +293,8 @@ async def test_interrupted_doctor_leaves_no_machine() -> None:
         await Deadline(reactor, PATIENCE).run(fly.wait_for_call("get"))
         os.kill(pid, signal.SIGINT)
         await Deadline(reactor, PATIENCE).run(program.ended)
-        assert program.signal == signal.SIGINT, program.said
-        assert b"FAIL" not in program.said
+        assert program.signal == signal.SIGINT, program.output
+        assert b"FAIL" not in program.output
         assert await fly.machines.list() == []
 
 

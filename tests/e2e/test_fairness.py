@@ -48,7 +48,7 @@ def assert_refused_for_its_share(answer: Response) -> None:
 
 
 @with_twisted
-async def test_one_request_gets_through_a_flood_from_another_address() -> None:
+async def test_a_request_is_served_during_a_flood_from_another_address() -> None:
     coordinator = await start_coordinator(
         POOLSIZE="1", MAXPERCLIENT=str(SHARE), MAXREQTIME="10s", MAXWAIT="20s"
     )
@@ -88,7 +88,7 @@ async def test_one_request_gets_through_a_flood_from_another_address() -> None:
 
 
 @with_twisted
-async def test_scripts_that_call_their_own_coordinator_share_one_share(tmp_path: Path) -> None:
+async def test_scripts_that_call_their_own_coordinator_share_one_quota(tmp_path: Path) -> None:
     bare = path_setting(False, tmp_path)
     coordinator = await start_coordinator(**bare, POOLSIZE="2", MAXPERCLIENT="2")
     url = f"http://127.0.0.1:{coordinator.port}/run?raw=1"
@@ -134,7 +134,7 @@ async def hold(there: Stage, over: Deferred[None], *headers: str) -> Peer:
 
 
 @with_twisted
-async def test_on_fly_clients_are_told_apart_by_what_the_proxy_says() -> None:
+async def test_on_fly_clients_are_distinguished_by_the_proxys_header() -> None:
     no_more = (429, "too many concurrent requests from this client")
     no_worker = (503, "no worker available within 2 s")
     over: Deferred[None] = Deferred()
@@ -156,7 +156,7 @@ async def test_on_fly_clients_are_told_apart_by_what_the_proxy_says() -> None:
 
 
 @with_twisted
-async def test_elsewhere_the_header_is_nobodys_word() -> None:
+async def test_elsewhere_the_header_is_ignored() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXPERCLIENT="1")
     holding = await coordinator.begin("echo begun; sleep 600")
     endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", coordinator.port)

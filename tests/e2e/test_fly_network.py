@@ -1,8 +1,8 @@
 """
 Fly's private network, in a network namespace: names with AAAA records only; settings of docs/deploy-fly.md.
 
-dnsmasq serves the names, the C library resolves them, and clients' requests are curl's. Needs root, iproute2,
-dnsmasq and curl, which CI has (`.ci/run`).
+dnsmasq serves the names, the C library resolves them, and curl sends the requests. Needs root, iproute2,
+dnsmasq and curl, which `.ci/run` installs.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ SETTINGS = {
 }
 
 
-class Done(NamedTuple):
-    """What became of a program: its exit code, and both of its outputs."""
+class Completed(NamedTuple):
+    """The exit code of a program, and its output and errors."""
 
     code: int
-    said: str
+    output: str
 
 
 def endpoint(address: str, port: int, kind: str = "tcp", more: str = "") -> str:
-    """Write an endpoint as Twisted reads it."""
+    """Return a description of an endpoint for Twisted."""
     return f"{kind}:{port}:interface={address.replace(':', chr(92) + ':')}{more}"
 
 
 class Network:
-    """A network namespace, its resolver's configuration, and the programs that run in it."""
+    """A network namespace, the configuration of its resolver, and the programs that run in it."""
 
     def __init__(self, home: Path) -> None:
         self.name = f"bfaas-test-{os.getpid()}"
@@ -82,7 +82,7 @@ class Network:
         self.ip("link", "set", "lo", "up")
         for address in (DNS, API, FLYCAST, WEB):
             self.ip("-6", "address", "add", f"{address}/128", "dev", "lo")
-        # A neighbour that is there, and never answers.
+        # A host that receives packets and never responds.
         self.ip("link", "add", "out", "type", "veth", "peer", "name", "away")
         for end in ("out", "away"):
             self.ip("link", "set", end, "up")
@@ -112,7 +112,7 @@ class Network:
         return program
 
     def end(self, program: subprocess.Popen[bytes], number: signal.Signals = signal.SIGTERM) -> int:
-        """Let a program end, and return its exit code."""
+        """Send a signal to a program, wait for its end, and return its exit code."""
         if program.poll() is None:
             program.send_signal(number)
         try:
@@ -128,32 +128,32 @@ class Network:
     def logs(self) -> str:
         return "".join(path.read_text(errors="replace") for path in sorted(self.home.glob("log-*")))
 
-    def run(self, *words: str, **settings: str) -> Done:
+    def run(self, *words: str, **settings: str) -> Completed:
         """Run a program in the namespace to its end."""
         done = subprocess.run(
             self.command(*words), env=environment(settings), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=2 * PATIENCE, check=False,
         )  # fmt: skip
-        return Done(done.returncode, done.stdout.decode())
+        return Completed(done.returncode, done.stdout.decode())
 
-    def bfaas(self, *words: str, **settings: str) -> Done:
+    def bfaas(self, *words: str, **settings: str) -> Completed:
         return self.run(sys.executable, "-m", "bfaas.cli.main", *words, **settings)
 
-    def curl(self, *words: str) -> Done:
+    def curl(self, *words: str) -> Completed:
         return self.run("curl", "-sS", "--max-time", "30", *words)
 
-    def until_it_answers(self, url: str, status: int = 200) -> None:
-        """Ask until there is an answer with a status."""
+    def wait_for_status(self, url: str, status: int = 200) -> None:
+        """Send requests until a response has the status."""
         end = time.monotonic() + PATIENCE
-        while self.curl("-o", "/dev/null", "-w", "%{http_code}", url).said != str(status):
+        while self.curl("-o", "/dev/null", "-w", "%{http_code}", url).output != str(status):
             assert time.monotonic() < end, self.logs()
             time.sleep(0.1)
 
     @contextmanager
     def coordinator(self, **settings: str) -> Iterator[str]:
-        """Run a coordinator, and stop it; the URL is where it listens by default."""
+        """Run a coordinator, and stop it. Yields its URL, with the default port."""
         program = self.start(sys.executable, *TWISTD, "bfaas-coord", **settings)
-        self.until_it_answers("http://127.0.0.1:8000/readyz")
+        self.wait_for_status("http://127.0.0.1:8000/readyz")
         yield "http://127.0.0.1:8000"
         assert self.end(program) == 0, self.logs()
 
@@ -195,30 +195,30 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
             sys.executable, *TWISTD, "bfaas-machines", "--app", "my-basher",
             "--listen", endpoint(API, 4280), "--proxy", endpoint(FLYCAST, 80), FLY_TOKEN=TOKEN,
         )  # fmt: skip
-        network.until_it_answers("http://_api.internal:4280/v1/apps/my-basher/machines", 401)
+        network.wait_for_status("http://_api.internal:4280/v1/apps/my-basher/machines", 401)
         yield network
     finally:
         network.close()
 
 
-def test_names_have_aaaa_records_alone(network: Network) -> None:
+def test_names_have_only_aaaa_records(network: Network) -> None:
     for name, address in (("_api.internal", API), ("my-basher.flycast", FLYCAST)):
-        code, said = network.run("getent", "ahosts", name)
-        assert (code, {line.split()[0] for line in said.splitlines()}) == (0, {address})
+        code, output = network.run("getent", "ahosts", name)
+        assert (code, {line.split()[0] for line in output.splitlines()}) == (0, {address})
         assert network.run("getent", "ahostsv4", name).code == 2
 
 
-def test_a_coordinator_runs_with_the_readme_s_settings_alone(network: Network) -> None:
+def test_a_coordinator_runs_with_only_the_documented_settings(network: Network) -> None:
     pool = SETTINGS["FLY_MACHINE_ID"]
     with network.coordinator(**SETTINGS) as url:
-        assert network.curl(f"{url}/run?raw=1", "-d", "echo hello").said == "hello\n\nexit: 0\n"
-        assert json.loads(network.curl(f"{url}/status").said)["pool"]["name"] == pool
-        [_, line] = network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher").said.splitlines()
+        assert network.curl(f"{url}/run?raw=1", "-d", "echo hello").output == "hello\n\nexit: 0\n"
+        assert json.loads(network.curl(f"{url}/status").output)["pool"]["name"] == pool
+        [_, line] = network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher").output.splitlines()
         assert f" {pool} " in line, line
         assert network.bfaas("run", "--url", "http://localhost:8000", "echo out; exit 3") == (3, "out\n")
     destroyed = network.bfaas("destroy", "--yes", **SETTINGS)
-    assert destroyed.code == 0, destroyed.said
-    assert destroyed.said.endswith(f"destroyed 1 machines of {pool}\n")
+    assert destroyed.code == 0, destroyed.output
+    assert destroyed.output.endswith(f"destroyed 1 machines of {pool}\n")
 
 
 @pytest.mark.parametrize(
@@ -229,16 +229,16 @@ def test_a_coordinator_runs_with_the_readme_s_settings_alone(network: Network) -
         "flyv1 fm2_permission,fm2_discharge",
     ],
 )
-def test_tokens_have_a_scheme_or_none_and_may_be_several(network: Network, token: str) -> None:
+def test_tokens_with_and_without_a_scheme_are_accepted(network: Network, token: str) -> None:
     done = network.bfaas("machines", FLY_TOKEN=token, WORKER_APP="my-basher")
-    assert done.code == 0, done.said
+    assert done.code == 0, done.output
 
 
-def test_a_doctor_finds_all_well(network: Network) -> None:
-    code, said = network.bfaas("doctor", **SETTINGS)
-    assert code == 0, said
-    assert [line[:4] for line in said.splitlines()] == ["ok  "] * 4, said
-    assert "ran a script at http://my-basher.flycast" in said
+def test_doctor_finds_no_problem(network: Network) -> None:
+    code, output = network.bfaas("doctor", **SETTINGS)
+    assert code == 0, output
+    assert [line[:4] for line in output.splitlines()] == ["ok  "] * 4, output
+    assert "ran a script at http://my-basher.flycast" in output
 
 
 @pytest.mark.parametrize(
@@ -249,37 +249,37 @@ def test_a_doctor_finds_all_well(network: Network) -> None:
         ("http://_api.internal:4280/", "http://under_score.flycast"),
     ],
 )
-def test_any_host_that_the_resolver_finds_will_do(network: Network, api: str, worker: str) -> None:
-    code, said = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=api, WORKER_URL=worker)
-    assert code == 0, said
-    assert f"ran a script at {worker}" in said
+def test_any_host_that_resolves_is_accepted(network: Network, api: str, worker: str) -> None:
+    code, output = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=api, WORKER_URL=worker)
+    assert code == 0, output
+    assert f"ran a script at {worker}" in output
 
 
-def test_names_in_etc_hosts_will_do(network: Network) -> None:
-    # `ip netns exec` puts this file over /etc/hosts.
+def test_names_in_etc_hosts_are_resolved(network: Network) -> None:
+    # `ip netns exec` mounts this file over /etc/hosts.
     hosts = network.etc / "hosts"
     hosts.write_text(f"127.0.0.1 localhost\n{API} flaps my_api\n")
     try:
         for name in ("flaps", "my_api"):
             url = f"http://{name}:4280"
             done = network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher", FLY_FLAPS_BASE_URL=url)
-            assert done.code == 0, done.said
+            assert done.code == 0, done.output
     finally:
         hosts.unlink()
 
 
-def test_run_reaches_a_coordinator_at_any_address(network: Network) -> None:
+def test_bfaas_run_connects_to_addresses_and_names(network: Network) -> None:
     listener = network.start(
         sys.executable, *TWISTD, "bfaas-coord", "--listen", endpoint(WEB, 8001),
         WORKER_APP="mock", MAXREQTIME="10s",
     )  # fmt: skip
-    network.until_it_answers(f"http://[{WEB}]:8001/readyz")
+    network.wait_for_status(f"http://[{WEB}]:8001/readyz")
     for url in (f"http://[{WEB}]:8001", "http://under_score.test:8001/"):
         assert network.bfaas("run", "--url", url, "echo fine") == (0, "fine\n")
     assert network.bfaas("run", "echo fine", BFAAS_URL="http://under_score.test.:8001") == (0, "fine\n")
-    code, said = network.bfaas("run", "--url", "http://nowhere.test", "true")
+    code, output = network.bfaas("run", "--url", "http://nowhere.test", "true")
     assert code == 69
-    assert said.startswith("bfaas: http://nowhere.test does not respond: DNS lookup failed: nowhere.test: ")
+    assert output.startswith("bfaas: http://nowhere.test does not respond: DNS lookup failed: nowhere.test: ")
     assert network.end(listener) == 0
 
 
@@ -324,8 +324,8 @@ FAILURES: list[tuple[dict[str, str], str, str]] = [
 ]
 
 
-def test_a_doctor_tells_a_failed_connection_from_a_wrong_token_or_app(network: Network) -> None:
-    # All at once: a call that gets no connection is repeated for 15 s.
+def test_doctor_distinguishes_failed_connections_from_wrong_tokens_and_apps(network: Network) -> None:
+    # All at once: calls that cannot connect are retried for 15 s.
     doctors = [
         network.start(sys.executable, "-m", "bfaas.cli.main", "doctor", **{**SETTINGS, **wrong})
         for wrong, _, _ in FAILURES
@@ -341,9 +341,7 @@ def test_a_doctor_tells_a_failed_connection_from_a_wrong_token_or_app(network: N
 @pytest.mark.parametrize(
     ("nameserver", "url"), [(SILENT, "http://_api.internal:4280"), (DNS, "http://silent.internal:4280")]
 )
-def test_a_doctor_that_waits_for_a_connection_ends_at_once(
-    network: Network, nameserver: str, url: str
-) -> None:
+def test_doctor_ends_at_once_on_sigint_while_connecting(network: Network, nameserver: str, url: str) -> None:
     resolv = network.etc / "resolv.conf"
     before = resolv.read_text()
     resolv.write_text(f"nameserver {nameserver}\n")
@@ -363,7 +361,7 @@ def test_a_doctor_that_waits_for_a_connection_ends_at_once(
         resolv.write_text(before)
 
 
-def test_https_is_verified_against_the_system_s_trust_store(network: Network) -> None:
+def test_https_is_verified_against_the_systems_trust_store(network: Network) -> None:
     def serve(authority: Authority, host: str, port: int) -> subprocess.Popen[bytes]:
         """Run the Machines API behind TLS, with a certificate for a host."""
         key, certificate = (network.home / f"{kind}-{port}.pem" for kind in ("key", "certificate"))
@@ -375,7 +373,7 @@ def test_https_is_verified_against_the_system_s_trust_store(network: Network) ->
             "--proxy", endpoint(WEB, port + 1), FLY_TOKEN=TOKEN,
         )  # fmt: skip
 
-    def machines(url: str) -> Done:
+    def machines(url: str) -> Completed:
         return network.bfaas("machines", FLY_TOKEN=TOKEN, WORKER_APP="my-basher", FLY_FLAPS_BASE_URL=url)
 
     programs = [
@@ -383,11 +381,11 @@ def test_https_is_verified_against_the_system_s_trust_store(network: Network) ->
         serve(Authority(), "api.machines.test", 8443),
     ]
     for port in (443, 8443):
-        network.until_it_answers(f"http://[{WEB}]:{port + 1}/", 503)
+        network.wait_for_status(f"http://[{WEB}]:{port + 1}/", 503)
 
     for url in ("https://api.machines.test", "https://API.machines.test", "https://api.machines.test.:443"):
         done = machines(url)
-        assert (done.code, len(done.said.splitlines())) == (0, 1), done.said
+        assert (done.code, len(done.output.splitlines())) == (0, 1), done.output
     for url, why in (
         ("https://wrong.machines.test", "the certificate is not valid for wrong.machines.test"),
         (f"https://[{WEB}]", f"the certificate is not valid for {WEB}"),
@@ -395,11 +393,13 @@ def test_https_is_verified_against_the_system_s_trust_store(network: Network) ->
     ):
         done = machines(url)
         assert done.code == 1
-        assert why in done.said
-        code, said = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=url)
-        *_, failure, remedy = said.splitlines()
+        assert why in done.output
+        code, output = network.bfaas("doctor", **SETTINGS, FLY_FLAPS_BASE_URL=url)
+        *_, failure, remedy = output.splitlines()
         assert code == 1
-        assert f"FAIL  API, token, app: GET /v1/apps/my-basher/machines?summary=true: {why}" in failure, said
-        assert f"-> FLY_FLAPS_BASE_URL: is {url} the right name?" in remedy.strip(), said
+        assert f"FAIL  API, token, app: GET /v1/apps/my-basher/machines?summary=true: {why}" in failure, (
+            output
+        )
+        assert f"-> FLY_FLAPS_BASE_URL: is {url} the right name?" in remedy.strip(), output
     for program in programs:
         assert network.end(program) == 0, network.logs()

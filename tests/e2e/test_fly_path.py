@@ -42,8 +42,8 @@ async def fly() -> AsyncIterator[Fly]:
     fly = await start_fly()
     yield fly
     processes = fly.machines.processes()
-    assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
-    assert b"Traceback" not in fly.machines.program.said
+    assert await stop(fly.machines) == 0, fly.machines.program.output.decode()
+    assert b"Traceback" not in fly.machines.program.output
     assert not any(map(process_tree.is_running, processes))
 
 
@@ -64,11 +64,11 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
 
     async def run(pool: str) -> None:
         code = chance.randrange(5)
-        answer = await coordinators[pool].run(SCRIPT.format(work=chance.choice(WORK), code=code))
-        assert answer.exit["code"] == code
-        assert "DIRTY" not in answer.output("stdout")
-        assert answer.output("stdout").endswith("done\n")
-        used[pool].add(answer.headers["worker"])
+        response = await coordinators[pool].run(SCRIPT.format(work=chance.choice(WORK), code=code))
+        assert response.exit["code"] == code
+        assert "DIRTY" not in response.output("stdout")
+        assert response.output("stdout").endswith("done\n")
+        used[pool].add(response.headers["worker"])
 
     used: dict[str, set[str]] = {"a-1": set(), "a": set()}
     looking = LoopingCall(lambda: Deferred.fromCoroutine(look()))
@@ -90,20 +90,20 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
 
 @with_twisted
 @pytest.mark.parametrize("state", [State.STARTED, State.SUSPENDED])
-async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly: Fly, state: State) -> None:
+async def test_a_warm_standby_serves_once_and_is_wiped_before_it_serves_again(fly: Fly, state: State) -> None:
     coordinator = await start_coordinator(
         **fly.settings("s", POOL_STANDBY="1", POOL_STANDBY_STATE=state.value)
     )
 
-    async def standing_by() -> list[str]:
-        return [machine for machine, its_state in (await fly.of_pool("s")).items() if its_state is state]
+    async def standbys() -> list[str]:
+        return [machine for machine, current in (await fly.of_pool("s")).items() if current is state]
 
     for code in (3, 4, 5):
-        machine = (await wait_until(standing_by))[0]
-        answer = await coordinator.run(SCRIPT.format(work="true", code=code))
-        assert answer.exit["code"] == code
-        assert "DIRTY" not in answer.output("stdout")
-        assert answer.headers["worker"] == machine or state is State.STARTED
+        machine = (await wait_until(standbys))[0]
+        response = await coordinator.run(SCRIPT.format(work="true", code=code))
+        assert response.exit["code"] == code
+        assert "DIRTY" not in response.output("stdout")
+        assert response.headers["worker"] == machine or state is State.STARTED
 
     processes = coordinator.processes()
     assert await stop(coordinator) == 0
@@ -112,39 +112,36 @@ async def test_what_stands_by_serves_once_and_is_wiped_before_it_does_again(fly:
 
 
 @with_twisted
-async def test_a_killed_coordinator_comes_back_to_its_machines(fly: Fly) -> None:
+async def test_a_restarted_coordinator_adopts_its_machines(fly: Fly) -> None:
     settings = fly.settings("p", 2)
     first = await start_coordinator(**settings)
-    broken = [Deferred.fromCoroutine(first.run("sleep 1000")) for _ in range(2)]
+    interrupted = [Deferred.fromCoroutine(first.run("sleep 1000")) for _ in range(2)]
     while list((await fly.of_pool("p")).values()) != [State.STARTED, State.STARTED]:
         await deferLater(reactor, 0.05)
     left = await fly.of_pool("p")
     first.kill(signal.SIGKILL)
     await first.program.ended
-    for run in broken:
+    for run in interrupted:
         run.addErrback(lambda _: None)
         await run
 
     second = await start_coordinator(**settings)
-    answers: list[Response] = await gatherResults(
+    responses: list[Response] = await gatherResults(
         [Deferred.fromCoroutine(second.run(SCRIPT.format(work="true", code=0))) for _ in range(6)]
     )
 
-    assert all(answer.output("stdout") == "done\n" for answer in answers)
-    assert {answer.headers["worker"] for answer in answers} <= set(left)
+    assert all(response.output("stdout") == "done\n" for response in responses)
+    assert {response.headers["worker"] for response in responses} <= set(left)
     assert set(await fly.of_pool("p")) == set(left)
     assert await stop(second) == 0
 
 
-async def until_said(program: Program, what: bytes) -> None:
-    async def said() -> bool:
-        return what in program.said
-
-    await wait_until(said)
+async def wait_for_output(program: Program, text: bytes) -> None:
+    await wait_until(lambda: text in program.output)
 
 
 @with_twisted
-async def test_a_coordinator_that_does_not_come_back_destroys_its_machines_when_it_ends(fly: Fly) -> None:
+async def test_pool_on_exit_destroy_destroys_the_machines(fly: Fly) -> None:
     other = await start_coordinator(**fly.settings("q", 1))
     assert (await other.run("true")).exit["code"] == 0
     coordinator = await start_coordinator(**fly.settings("p", 3, POOL_STANDBY="1", POOL_ON_EXIT="destroy"))
@@ -173,15 +170,15 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
     async def bfaas(*arguments: str) -> tuple[int | None, str]:
         program, _ = start(["-m", "bfaas.cli.main", *arguments], settings)
         status = await Deadline(reactor, PATIENCE).run(program.ended)
-        return status, program.said.decode()
+        return status, program.output.decode()
 
     [listed] = await fly.of_pool("p")
     status, table = await bfaas("machines")
     assert status == 0
     assert re.search(rf"^{listed} +p +stopped +\d+s +\d+m\d+s +worker-p-[0-9a-f]+$", table, re.MULTILINE)
 
-    status, said = await bfaas("destroy", "--yes")
-    assert (status, said.splitlines()[-1]) == (0, "destroyed 1 machines of p")
+    status, output = await bfaas("destroy", "--yes")
+    assert (status, output.splitlines()[-1]) == (0, "destroyed 1 machines of p")
     assert await fly.of_pool("p") == {}
     assert len(await fly.of_pool("q")) == 1
 
@@ -189,21 +186,21 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
     closed = ["-c", "import os; os.close(0); from bfaas.cli.main import program; program()", "destroy"]
     program, _ = start(closed, settings)
     assert await Deadline(reactor, PATIENCE).run(program.ended) == 1
-    assert program.said.endswith(b"[y/N] nothing was destroyed\n")
+    assert program.output.endswith(b"[y/N] nothing was destroyed\n")
     for number in (signal.SIGINT, signal.SIGTERM):
         program, pid = start(["-m", "bfaas.cli.main", "destroy"], settings)
-        await until_said(program, b"[y/N] ")
+        await wait_for_output(program, b"[y/N] ")
         os.kill(pid, number)
         await Deadline(reactor, PATIENCE).run(program.ended)
         assert program.signal == number
-        assert b"Traceback" not in program.said
+        assert b"Traceback" not in program.output
     assert len(await fly.of_pool("q")) == 1
 
     settings["FLY_TOKEN"] = "another"
-    status, said = await bfaas("machines")
+    status, output = await bfaas("machines")
     assert status == 1
-    assert "401" in said
-    assert len(said.splitlines()) == 1
+    assert "401" in output
+    assert len(output.splitlines()) == 1
 
 
 @with_twisted
@@ -211,19 +208,19 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     coordinator = await start_coordinator(**fly.settings("p", 1, FLY_REPLAY="1", MAXWAIT="5s"))
     busy = await coordinator.begin("echo begun; sleep 1000")
 
-    async def ask(script: bytes, **added: str) -> Any:
+    async def post(script: bytes, **added: str) -> Any:
         headers = Headers({name.replace("_", "-"): [value] for name, value in added.items()})
         url = f"http://127.0.0.1:{coordinator.port}/run"
         response = await HTTPClient(coordinator.agent).post(url, data=script, headers=headers)
         await response.content()
         return response
 
-    replayed = await ask(b"true")
+    replayed = await post(b"true")
     assert replayed.code == 503
     assert replayed.headers.hasHeader("retry-after")
-    [answer] = replayed.headers.getRawHeaders("fly-replay")
+    [response] = replayed.headers.getRawHeaders("fly-replay")
     # https://fly.io/docs/networking/dynamic-request-routing/; a state may contain anything, so it is last.
-    fields = dict(field.split("=", 1) for field in answer.split(";"))
+    fields = dict(field.split("=", 1) for field in response.split(";"))
     assert list(fields) == ["elsewhere", "timeout", "fallback", "state"]
     assert (fields["elsewhere"], fields["fallback"]) == ("true", "force_self")
     assert re.fullmatch("[0-9]+(ms|s)", fields["timeout"])
@@ -232,19 +229,19 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     assert [run["outcome"] for run in status["runs"]["recent"]] == ["replayed"]
 
     source = f"instance=x;region=ams;t=1;state={fields['state']}"
-    waited = await ask(b"true", fly_replay_src=source)
-    assert (waited.code, waited.headers.hasHeader("fly-replay")) == (503, False)
-    waited = await ask(b"#" * 1_000_001)
-    assert (waited.code, waited.headers.hasHeader("fly-replay")) == (503, False)
+    queued = await post(b"true", fly_replay_src=source)
+    assert (queued.code, queued.headers.hasHeader("fly-replay")) == (503, False)
+    queued = await post(b"#" * 1_000_001)
+    assert (queued.code, queued.headers.hasHeader("fly-replay")) == (503, False)
 
-    # The proxy found no other machine: this one is what is left, and the request waits for it.
+    # The proxy found no other machine: this one is what is left, and the request is_queued for it.
     failed = "instance=;app=coords;region=ams;replay_source=x;reason=no_candidate;elapsed_ms=2003"
-    waiting = Deferred.fromCoroutine(ask(b"true", fly_replay_failed=failed))
+    waiting = Deferred.fromCoroutine(post(b"true", fly_replay_failed=failed))
 
-    async def waits() -> bool:
+    async def is_queued() -> bool:
         return bool(json.loads((await coordinator.get("/status")).body)["queue"]["waiting"])
 
-    await wait_until(waits)
+    await wait_until(is_queued)
     busy.leave()
     served = await waiting
     assert served.code == 200
@@ -253,7 +250,7 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
 
 @pytest.mark.parametrize("query", ["", "?raw=1"])
 @with_twisted
-async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly, query: str) -> None:
+async def test_a_run_whose_machine_is_stopped_from_outside_is_reported_as_lost(fly: Fly, query: str) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1))
     pieces: list[bytes] = []
     started: Deferred[None] = Deferred()
@@ -274,25 +271,25 @@ async def test_a_run_whose_machine_is_stopped_from_outside_has_a_reason(fly: Fly
     if query:
         assert body == b"begun\n\nexit: 125 worker-lost\n"
     else:
-        told = Response(200, {}, body).exit
-        assert (told["code"], told["reason"], told.get("signal")) == (125, "worker-lost", None)
+        exit_ = Response(200, {}, body).exit
+        assert (exit_["code"], exit_["reason"], exit_.get("signal")) == (125, "worker-lost", None)
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
     assert await stop(coordinator) == 0
 
 
 @with_twisted
-async def test_a_short_run_is_a_timeout_behind_the_proxy_too(fly: Fly) -> None:
+async def test_very_short_timeouts_are_reported_as_timeouts_behind_the_proxy(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1))
     for timeout in ("1ms", "10ms", "50ms"):
         body = json.dumps({"script": "sleep 1000", "timeout": timeout}).encode()
-        answer = await coordinator.run(body, headers={"Content-Type": "application/json"})
-        assert answer.status == 200, answer.body
-        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
+        response = await coordinator.run(body, headers={"Content-Type": "application/json"})
+        assert response.status == 200, response.body
+        assert (response.exit["code"], response.exit["reason"]) == (124, "timeout")
     assert await stop(coordinator) == 0
 
 
 @with_twisted
-async def test_a_dead_api_is_told_in_time_and_a_live_one_found_again(fly: Fly) -> None:
+async def test_an_unresponsive_api_is_reported_in_time_and_used_again_once_it_responds(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="5s"))
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
     os.kill(fly.machines.pid, signal.SIGSTOP)
@@ -303,8 +300,8 @@ async def test_a_dead_api_is_told_in_time_and_a_live_one_found_again(fly: Fly) -
 
     assert (refused.status, refused.body) == (503, b"no worker available within 5 s\n")
     for _ in range(int(PATIENCE)):
-        answer = await coordinator.run("echo fine")
-        if answer.status == 200:
+        response = await coordinator.run("echo fine")
+        if response.status == 200:
             break
-    assert answer.output("stdout") == "fine\n"
+    assert response.output("stdout") == "fine\n"
     assert await stop(coordinator) == 0

@@ -310,11 +310,11 @@ async def run(there: Stage, case: Case) -> None:
     assert case.runs or len(there.worker.peers) == machines
     await serve(there)
     assert spent.memory <= MAX_MEMORY
-    assert spent.lines <= MAX_LINES, there.coordinator.program.said[-3000:].decode()
+    assert spent.lines <= MAX_LINES, there.coordinator.program.output[-3000:].decode()
 
 
 @pytest_twisted.ensureDeferred
-async def test_whatever_a_client_says_has_one_ending_and_a_price(subtests: pytest.Subtests) -> None:
+async def test_each_hostile_request_has_one_outcome_and_a_bounded_cost(subtests: pytest.Subtests) -> None:
     async with stage(MAXREQTIME=f"{MAX_REQ_TIME}s") as there:
         there.worker.endless.add(b"endless")
         # What is imported and allocated once is no case's price.
@@ -326,7 +326,7 @@ async def test_whatever_a_client_says_has_one_ending_and_a_price(subtests: pytes
 
 
 @pytest_twisted.ensureDeferred
-async def test_who_is_slow_to_ask_is_not_served_and_keeps_nobody_waiting(subtests: pytest.Subtests) -> None:
+async def test_slow_requests_are_not_served_and_do_not_delay_others(subtests: pytest.Subtests) -> None:
     async with stage() as there:
         await serve(there)
         before = len(there.worker.runs)
@@ -352,7 +352,7 @@ async def test_who_is_slow_to_ask_is_not_served_and_keeps_nobody_waiting(subtest
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_page_from_elsewhere_reaches_no_machine_of_a_laptop() -> None:
+async def test_cross_origin_requests_use_no_machine() -> None:
     coordinator = await start_coordinator()
     here = f"127.0.0.1:{coordinator.port}"
     page = f"Host: {here}"
@@ -373,4 +373,4 @@ async def test_a_page_from_elsewhere_reaches_no_machine_of_a_laptop() -> None:
         assert read(heard) == FINE
         await there.hang_up()
     finally:
-        assert await stop(coordinator) == 0, coordinator.program.said.decode()
+        assert await stop(coordinator) == 0, coordinator.program.output.decode()

@@ -298,11 +298,11 @@ async def run(there: Stage, case: Case) -> None:
     heard, _ = await there.ask(post("/run", b"honest"))
     assert read(heard, raw=False) == ("0", "honest\n")
     assert spent.memory <= MAX_MEMORY
-    assert spent.lines <= MAX_LINES, there.coordinator.program.said[-3000:].decode()
+    assert spent.lines <= MAX_LINES, there.coordinator.program.output[-3000:].decode()
 
 
 @pytest_twisted.ensureDeferred
-async def test_whatever_a_worker_says_has_one_ending_and_a_price(subtests: pytest.Subtests) -> None:
+async def test_each_hostile_response_has_one_outcome_and_a_bounded_cost(subtests: pytest.Subtests) -> None:
     async with stage(MAXREQTIME=f"{MAX_REQ_TIME}s", MAXOUTPUT=str(MAX_OUTPUT)) as there:
         # What is imported and allocated once is no case's price.
         for path in ("/run", "/run?raw=1", "/run"):
@@ -318,7 +318,7 @@ def once_late() -> Script:
 
 
 @pytest_twisted.ensureDeferred
-async def test_a_worker_that_never_answers_is_a_failure_however_short_the_run_may_be() -> None:
+async def test_a_worker_that_never_responds_is_a_failure_even_for_short_timeouts() -> None:
     asked = b'{"script": "true", "timeout": "10ms"}'
     request = post("/run", asked, "Content-Type: application/json")
     async with stage(MAXREQTIME="1s") as there:

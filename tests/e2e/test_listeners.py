@@ -56,8 +56,8 @@ async def listening(endpoint: str, leader: list[str] | None = None) -> AsyncIter
     program, pid = start(arguments, SETTINGS)
 
     async def listens() -> bool:
-        assert program.status is None, program.said.decode()
-        return b" starting on " in program.said
+        assert program.status is None, program.output.decode()
+        return b" starting on " in program.output
 
     await wait_until(listens)
     try:
@@ -65,9 +65,9 @@ async def listening(endpoint: str, leader: list[str] | None = None) -> AsyncIter
     finally:
         os.kill(pid, signal.SIGTERM)
         await Deadline(reactor, PATIENCE).run(program.ended)
-    assert program.status == 0, program.said.decode()
+    assert program.status == 0, program.output.decode()
     for word in (b"Traceback", b"Unhandled", b"#error", b"#critical"):
-        assert word not in program.said, program.said.decode()
+        assert word not in program.output, program.output.decode()
 
 
 async def curl(*arguments: str) -> str:
@@ -131,14 +131,14 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
         leaving = reactor.spawnProcess(client, "curl", arguments, env=os.environ)
 
         async def started() -> bool:
-            return b"begun" in client.said
+            return b"begun" in client.output
 
         await wait_until(started)
         leaving.signalProcess("KILL")
         await client.ended
 
         async def left() -> bool:
-            return b": left, " in program.said
+            return b": left, " in program.output
 
         await wait_until(left)
         plain = await getProcessOutputAndValue(
@@ -148,7 +148,7 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
 
 
 @with_twisted
-async def test_the_end_of_an_answer_over_tls_is_told_by_tls(tmp_path: Path) -> None:
+async def test_responses_over_tls_end_with_close_notify(tmp_path: Path) -> None:
     pem, port = certificate(tmp_path), free_port()
 
     def talk(protocols: list[str]) -> tuple[str | None, bytes]:
@@ -206,7 +206,7 @@ backend to{port}
 
 @needs_haproxy
 @with_twisted
-async def test_behind_haproxy_clients_are_who_they_are(tmp_path: Path) -> None:
+async def test_client_addresses_are_known_behind_haproxy(tmp_path: Path) -> None:
     port, pieces, ports = free_port(), [], []
     for how in ("send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options unique-id"):
         ports.append(free_port())
@@ -228,16 +228,16 @@ async def test_behind_haproxy_clients_are_who_they_are(tmp_path: Path) -> None:
                     )
 
                 await wait_until(served)
-                assert f" of {client} on ".encode() in program.said
+                assert f" of {client} on ".encode() in program.output
             # Its checks of the server come from nobody but itself, and are answered.
-            assert b"is DOWN" not in proxy.said
+            assert b"is DOWN" not in proxy.output
         finally:
             running.signalProcess("KILL")
             await proxy.ended
 
 
 @with_twisted
-async def test_a_proxy_may_come_thousands_of_times() -> None:
+async def test_a_proxy_may_connect_thousands_of_times() -> None:
     port = free_port()
 
     def knock(number: int) -> bytes:
@@ -275,14 +275,14 @@ async def test_the_proxy_protocol_within_tls(tmp_path: Path) -> None:
 
     async with listening(f"haproxy:ssl:{port}:interface=127.0.0.1:privateKey={pem}:certKey={pem}") as program:
         assert b'data: "hi\\n"' in await deferToThread(talk)
-        assert b" of 198.51.100.7 on " in program.said
+        assert b" of 198.51.100.7 on " in program.output
 
 
 # Other endpoints.
 
 
 @with_twisted
-async def test_a_unix_socket_serves_and_is_taken_again_after_a_crash(tmp_path: Path) -> None:
+async def test_a_unix_socket_is_reused_after_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     asked = ("--unix-socket", str(path), "http://localhost/run?raw=1", "-d", "echo hi")
     dead, pid = start([*TWISTD, "bfaas-coord", "--listen", f"unix:{path}"], SETTINGS)
@@ -298,14 +298,14 @@ async def test_a_unix_socket_serves_and_is_taken_again_after_a_crash(tmp_path: P
         assert path.stat().st_mode & 0o777 == 0o600
         for _ in range(3):
             assert await curl(*asked) == "hi\n\nexit: 0\n"
-        assert b" of no address on " in program.said
+        assert b" of no address on " in program.output
     assert not path.exists()
     async with listening(f"haproxy:unix:{path}") as program:
         assert await curl("--haproxy-protocol", *asked) == "hi\n\nexit: 0\n"
 
 
 @with_twisted
-async def test_a_socket_that_systemd_opened() -> None:
+async def test_a_socket_opened_by_systemd() -> None:
     port = free_port()
     for endpoint in ("systemd:domain=INET:index=0", "systemd:domain=INET:name=bfaas.socket"):
         async with listening(endpoint, ["-c", ACTIVATE, str(port)]):
@@ -320,4 +320,4 @@ async def test_ipv6_serves() -> None:
         port = free_port()
         async with listening(endpoint.format(port)) as program:
             assert await curl(f"http://[::1]:{port}/run?raw=1", "-d", "echo hi") == "hi\n\nexit: 0\n"
-            assert b" of ::/64 on " in program.said
+            assert b" of ::/64 on " in program.output

@@ -91,7 +91,7 @@ async def refused(*leaders: str, **settings: str) -> tuple[int | None, bytes]:
     given = {"WORKER_APP": "mock", "MAXREQTIME": "5s", **settings}
     program, _ = start([*TWISTD, "bfaas-coord", "--listen", "tcp:0"], given, leaders)
     await Deadline(reactor, PATIENCE).run(program.ended)
-    return program.status, program.said
+    return program.status, program.output
 
 
 def call(*words: str) -> int:
@@ -133,7 +133,7 @@ async def kill(coordinator: Running) -> None:
 
 @pytest.mark.parametrize("state", ["started", "suspended"])
 @with_twisted
-async def test_sigkill_leaves_no_worker_that_stands_by(path: str, state: str, tmp: Path) -> None:
+async def test_sigkill_leaves_no_warm_standby(path: str, state: str, tmp: Path) -> None:
     coordinator = await start_coordinator(
         PATH=path, POOL_STANDBY="2", POOL_STANDBY_STATE=state, TMPDIR=str(tmp)
     )
@@ -149,7 +149,7 @@ async def test_sigkill_leaves_no_worker_that_stands_by(path: str, state: str, tm
 
 
 @with_twisted
-async def test_sigkill_leaves_no_worker_that_boots(path: str, tmp: Path) -> None:
+async def test_sigkill_leaves_no_booting_worker(path: str, tmp: Path) -> None:
     for delay in (0.0, 0.003, 0.01, 0.05, 0.1):
         coordinator = await start_coordinator(PATH=path, POOL_STANDBY="2", TMPDIR=str(tmp))
 
@@ -162,7 +162,7 @@ async def test_sigkill_leaves_no_worker_that_boots(path: str, tmp: Path) -> None
 
 
 @with_twisted
-async def test_sigkill_leaves_no_worker_that_was_suspended_as_it_booted(path: str, tmp: Path) -> None:
+async def test_sigkill_leaves_no_worker_suspended_during_its_boot(path: str, tmp: Path) -> None:
     proxy = f"tcp:{free_port()}:interface=127.0.0.1"
     emulator = await start_listening(
         "bfaas-machines", free_port(), ["--proxy", proxy], {"PATH": path, "TMPDIR": str(tmp)}
@@ -188,7 +188,7 @@ async def test_sigkill_leaves_no_worker_that_was_suspended_as_it_booted(path: st
 
 
 @with_twisted
-async def test_the_next_instance_removes_what_a_killed_one_has_left(path: str, tmp: Path) -> None:
+async def test_the_next_instance_removes_the_files_of_a_killed_one(path: str, tmp: Path) -> None:
     settings = {"PATH": path, "TMPDIR": str(tmp), "POOL_STANDBY": "1"}
     outside = tmp / "outside"
     outside.mkdir(mode=0o711)
@@ -230,7 +230,7 @@ async def test_the_next_instance_removes_what_a_killed_one_has_left(path: str, t
 
 @pytest.mark.parametrize("state", ["started", "suspended"])
 @with_twisted
-async def test_removed_homes_are_made_again(path: str, state: str, tmp: Path) -> None:
+async def test_removed_homes_are_created_again(path: str, state: str, tmp: Path) -> None:
     settings = {"PATH": path, "TMPDIR": str(tmp), "POOL_STANDBY": "1", "POOL_STANDBY_STATE": state}
     async with running(**settings) as coordinator:
         for pattern in ("bfaas-machines-*", "bfaas-machines-*/*", "bfaas-machines-*/*/home"):
@@ -245,12 +245,12 @@ async def test_removed_homes_are_made_again(path: str, state: str, tmp: Path) ->
             answers = [await coordinator.run("pwd >x && ls") for _ in range(3)]
             assert [answer.output("stdout") for answer in answers] == ["x\n"] * 3
             assert [answer.output("stderr") for answer in answers] == [""] * 3
-        assert b"was removed" in coordinator.program.said
+        assert b"was removed" in coordinator.program.output
     assert directories(tmp) == set()
 
 
 @with_twisted
-async def test_a_directory_whose_name_was_taken_is_replaced(path: str, tmp: Path) -> None:
+async def test_a_replaced_directory_is_not_used(path: str, tmp: Path) -> None:
     async with running(PATH=path, TMPDIR=str(tmp), POOL_STANDBY="1") as coordinator:
 
         async def stands_by() -> bool:
@@ -294,7 +294,7 @@ async def test_systemd_tmpfiles_leaves_a_living_coordinators_directory(tmp: Path
 
 
 @with_twisted
-async def test_bubblewrap_is_used_where_it_was_found(without_bubblewrap: str, tmp: Path) -> None:
+async def test_bubblewrap_is_used_from_where_it_was_found(without_bubblewrap: str, tmp: Path) -> None:
     bubblewrap = shutil.which("bwrap")
     if bubblewrap is None:
         pytest.skip("bubblewrap is not installed")
@@ -303,7 +303,7 @@ async def test_bubblewrap_is_used_where_it_was_found(without_bubblewrap: str, tm
     shutil.copy(bubblewrap, elsewhere / "bwrap")
     async with running(PATH=f"{without_bubblewrap}:{elsewhere}", TMPDIR=str(tmp)) as coordinator:
         assert (await coordinator.run("pwd")).output("stdout") == "/home/worker\n"
-        assert b"NO SANDBOX" not in coordinator.program.said
+        assert b"NO SANDBOX" not in coordinator.program.output
 
 
 @with_twisted
@@ -320,7 +320,7 @@ async def test_temporary_directories_with_unusual_names_are_used(path: str, tmp:
 
 @needs_root
 @with_twisted
-async def test_homes_go_where_scripts_can_use_them(path: str, tmp: Path) -> None:
+async def test_homes_are_created_where_scripts_can_use_them(path: str, tmp: Path) -> None:
     private, noexec = tmp / "private", tmp / "noexec"
     private.mkdir(mode=0o700)
     noexec.mkdir()
@@ -331,7 +331,7 @@ async def test_homes_go_where_scripts_can_use_them(path: str, tmp: Path) -> None
             async with running(PATH=path, TMPDIR=str(place)) as coordinator:
                 answer = await coordinator.run("echo 'echo fine' >x && chmod +x x && ./x")
                 assert answer.output("stdout") == "fine\n"
-                assert f", not to {place}: ".encode() in coordinator.program.said
+                assert f", not to {place}: ".encode() in coordinator.program.output
     finally:
         if mounted:
             assert call("umount", str(noexec)) == 0
@@ -371,7 +371,7 @@ async def test_a_scripts_user_has_a_name_in_bubblewrap(tmp: Path) -> None:
     ids=["without capabilities", "in a user namespace"],
 )
 @with_twisted
-async def test_root_that_cannot_change_the_user_serves(
+async def test_root_without_the_capability_to_change_users_serves(
     path: str, leaders: tuple[str, ...], tmp: Path
 ) -> None:
     if call(*leaders, "true") != 0:
@@ -379,11 +379,11 @@ async def test_root_that_cannot_change_the_user_serves(
     async with running(*leaders, sys.executable, PATH=path, TMPDIR=str(tmp)) as coordinator:
         answer = await coordinator.run("id -u; touch x && echo fine")
         assert answer.output("stdout") == "0\nfine\n"
-        assert b"scripts run as root: " in coordinator.program.said
+        assert b"scripts run as root: " in coordinator.program.output
 
 
 @with_twisted
-async def test_a_host_without_what_confines_scripts_is_refused_in_a_line(tmp: Path) -> None:
+async def test_a_host_without_the_confining_programs_is_refused_in_one_line(tmp: Path) -> None:
     hidden = ("bwrap", "--dev-bind", "/", "/", "--bind", "/dev/null", str(shutil.which("choom")))
     if call(*hidden, "true") != 0:
         pytest.skip("bubblewrap does not work here")
@@ -395,7 +395,7 @@ async def test_a_host_without_what_confines_scripts_is_refused_in_a_line(tmp: Pa
         (*hidden, sys.executable),
     )
     await Deadline(reactor, PATIENCE).run(worker.ended)
-    assert (worker.status, worker.said) == (
+    assert (worker.status, worker.output) == (
         1,
         b"bfaas-basher: choom is not installed (it is part of util-linux)\n",
     )
@@ -403,18 +403,18 @@ async def test_a_host_without_what_confines_scripts_is_refused_in_a_line(tmp: Pa
 
 @needs_root
 @with_twisted
-async def test_a_worker_that_cannot_change_the_user_is_refused_in_a_line() -> None:
+async def test_a_worker_that_cannot_change_the_user_is_refused_in_one_line() -> None:
     given = {"PUBLIC": "0" * 64, "FLY_MACHINE_ID": "m", "RUN_AS": "nobody"}
     leaders = ("setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable)
     worker, _ = start([*TWISTD, "bfaas-basher"], given, leaders)
     await Deadline(reactor, PATIENCE).run(worker.ended)
     lacking = b"CAP_KILL, CAP_SETGID, CAP_SETUID"
     said = b"bfaas-basher: RUN_AS: cannot change the user without " + lacking + b"\n"
-    assert (worker.status, worker.said) == (1, said)
+    assert (worker.status, worker.output) == (1, said)
 
 
 @with_twisted
-async def test_packages_of_the_user_are_found_by_workers(path: str, tmp: Path) -> None:
+async def test_workers_find_the_users_packages(path: str, tmp: Path) -> None:
     base: str = sys._base_executable  # type: ignore[attr-defined]
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     packages = tmp / ".local" / "lib" / version / "site-packages"
@@ -462,8 +462,8 @@ async def test_a_python_that_does_not_know_its_own_path_starts_workers(tmp: Path
     try:
 
         async def listens() -> bool:
-            assert process.status is None, process.said
-            return b"starting on" in process.said
+            assert process.status is None, process.output
+            return b"starting on" in process.output
 
         await wait_until(listens)
         assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"

@@ -37,7 +37,7 @@ with_twisted = pytest_twisted.ensureDeferred
 
 
 @with_twisted
-async def test_a_script_is_run_and_its_output_told_apart(coordinator: Running) -> None:
+async def test_standard_output_and_standard_error_are_separate_events(coordinator: Running) -> None:
     answer = await coordinator.run("echo out; echo err >&2; exit 3")
 
     assert answer.status == 200
@@ -54,7 +54,7 @@ async def test_a_script_is_run_and_its_output_told_apart(coordinator: Running) -
 
 
 @with_twisted
-async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
+async def test_output_is_streamed_as_it_is_produced(coordinator: Running) -> None:
     first: Deferred[bytes] = Deferred()
     exchange = await coordinator.begin(
         f"echo first; sleep {NAP}", take=lambda data: None if first.called else first.callback(data)
@@ -66,7 +66,7 @@ async def test_output_comes_as_it_is_produced(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_many_runs_at_once_each_whole(coordinator: Running) -> None:
+async def test_concurrent_runs_are_complete(coordinator: Running) -> None:
     eight = DeferredSemaphore(8)
 
     def run() -> Deferred[Response]:
@@ -84,7 +84,7 @@ async def test_many_runs_at_once_each_whole(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_much_output_is_whole_and_memory_stays_flat() -> None:
+async def test_large_output_is_complete_in_constant_memory() -> None:
     coordinator = await start_coordinator(MAXREQTIME="200s", MAXOUTPUT="1GiB")
     output = f"seq 1 100000000 | head -c {MEGABYTES}M"
     script = f"{output}; echo whole | md5sum; {output} | md5sum"
@@ -116,7 +116,7 @@ async def test_much_output_is_whole_and_memory_stays_flat() -> None:
 
 
 @with_twisted
-async def test_a_slow_reader_pauses_the_script_and_costs_no_memory() -> None:
+async def test_a_slow_reader_pauses_the_script_in_constant_memory() -> None:
     coordinator = await start_coordinator(MAXREQTIME="5s", MAXOUTPUT="100GiB")
     received, began = 0, reactor.seconds()
 
@@ -150,7 +150,7 @@ async def test_the_deadline_ends_a_run_whose_client_does_not_read() -> None:
     coordinator = await start_coordinator(MAXREQTIME="1s", MAXOUTPUT="100GiB")
     exchange = await coordinator.begin("yes", "?raw=1")
     exchange.reader.transport.pauseProducing()
-    while b"timeout" not in coordinator.program.said:
+    while b"timeout" not in coordinator.program.output:
         await deferLater(reactor, 0.05)
     await coordinator.settle()
     exchange.leave()
@@ -177,7 +177,7 @@ LINGERING = {
 
 @pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "bare"])
 @with_twisted
-async def test_whatever_a_script_does_it_ends_and_nothing_is_left(sandboxed: bool, tmp_path: Path) -> None:
+async def test_hostile_scripts_end_and_leave_no_process(sandboxed: bool, tmp_path: Path) -> None:
     coordinator = await start_coordinator(MAXREQTIME="2s", **path_setting(sandboxed, tmp_path))
 
     for name, script in NASTY.items():
@@ -189,13 +189,13 @@ async def test_whatever_a_script_does_it_ends_and_nothing_is_left(sandboxed: boo
         assert (answer.output("stdout"), answer.exit["code"]) == ("done\n", 0), name
     await coordinator.settle()
 
-    assert (b"NO SANDBOX" in coordinator.program.said) is not sandboxed
+    assert (b"NO SANDBOX" in coordinator.program.output) is not sandboxed
     assert await stop(coordinator) == 0
     assert not sleepers()
 
 
 @with_twisted
-async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinator: Running) -> None:
+async def test_clients_that_disconnect_at_any_moment_leave_nothing_behind(coordinator: Running) -> None:
     await coordinator.run("true")
     await coordinator.settle()
     before = coordinator.descriptors()
@@ -215,12 +215,12 @@ async def test_clients_that_leave_at_any_moment_take_nothing_with_them(coordinat
     await coordinator.settle()
     await deferLater(reactor, 0.3)
     assert coordinator.descriptors() <= before + 2
-    assert b"Traceback" not in coordinator.program.said
+    assert b"Traceback" not in coordinator.program.output
     assert not sleepers()
 
 
 @with_twisted
-async def test_what_is_no_run_touches_no_machine(coordinator: Running) -> None:
+async def test_requests_without_a_script_use_no_machine(coordinator: Running) -> None:
     assert (await coordinator.get("/nothing")).status == 404
     assert (await coordinator.get("/run")).status == 405
     assert (await coordinator.get("/favicon.ico")).body == b"not found\n"
@@ -228,11 +228,11 @@ async def test_what_is_no_run_touches_no_machine(coordinator: Running) -> None:
     assert (await coordinator.run(b"#" * ((1 << 20) + 1))).status == 413
 
     assert coordinator.processes() == []
-    assert b"created" not in coordinator.program.said
+    assert b"created" not in coordinator.program.output
 
 
 @with_twisted
-async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
+async def test_queue_wait_and_queue_length_are_limited() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s", MAXQUEUE="1")
     busy = await coordinator.begin(f"echo begun; sleep {NAP}")
     waiting = Deferred.fromCoroutine(coordinator.run("echo late"))
@@ -250,7 +250,7 @@ async def test_waiting_for_a_worker_has_a_limit_and_so_has_the_line() -> None:
 
 @pytest.mark.parametrize("query", ["", "?raw=1"])
 @with_twisted
-async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: str) -> None:
+async def test_a_killed_worker_is_reported_as_lost(coordinator: Running, query: str) -> None:
     pieces: list[bytes] = []
     started: Deferred[None] = Deferred()
 
@@ -276,7 +276,7 @@ async def test_a_worker_that_dies_is_told_as_lost(coordinator: Running, query: s
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @with_twisted
-async def test_a_signal_lets_running_requests_end_and_the_exit_is_0(number: signal.Signals) -> None:
+async def test_sigterm_completes_running_requests_and_exits_with_0(number: signal.Signals) -> None:
     coordinator = await start_coordinator(POOLSIZE="1")
     started: Deferred[None] = Deferred()
     pieces: list[bytes] = []
@@ -321,18 +321,18 @@ async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: 
 
 
 @with_twisted
-async def test_wrong_settings_are_told_together_before_anything_is_opened() -> None:
+async def test_invalid_settings_are_reported_together_before_a_port_is_opened() -> None:
     program, _ = start([*TWISTD, "bfaas-coord"], {"WORKER_APP": "mock", "POOLSIZE": "no"})
     status = await Deadline(reactor, PATIENCE).run(program.ended)
 
     assert status == 1
-    problems = sorted(line.split(":")[1].strip() for line in program.said.decode().splitlines())
+    problems = sorted(line.split(":")[1].strip() for line in program.output.decode().splitlines())
     assert problems == ["MAXREQTIME", "POOLSIZE"]
 
 
 @pytest.mark.parametrize("option", ["--listen", "--metrics"])
 @with_twisted
-async def test_a_port_that_is_taken_is_told_in_a_line(option: str) -> None:
+async def test_a_port_in_use_is_reported_in_one_line(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         others = [] if option == "--listen" else ["--listen", "tcp:0:interface=127.0.0.1"]
@@ -341,8 +341,8 @@ async def test_a_port_that_is_taken_is_told_in_a_line(option: str) -> None:
         status = await Deadline(reactor, PATIENCE).run(program.ended)
 
     assert status == 1
-    assert b"Traceback" not in program.said
-    assert b"bfaas-coord: Couldn't listen on 127.0.0.1:" in program.said.splitlines()[-1]
+    assert b"Traceback" not in program.output
+    assert b"bfaas-coord: Couldn't listen on 127.0.0.1:" in program.output.splitlines()[-1]
 
 
 def sleepers() -> list[str]:

@@ -78,7 +78,7 @@ async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     assert await stop(coordinator) == 0
 
 
-def test_requests_that_are_refused_do_not_fit_the_schema() -> None:
+def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
     for request in (
         {"script": "echo", "stdin": "", "env": {"A_1": ""}, "timeout": "1m2.5s"},
         {"script": "", "timeout": "0.5s"},
@@ -102,7 +102,7 @@ def test_requests_that_are_refused_do_not_fit_the_schema() -> None:
             RunRequest.from_json(json.dumps(wrong).encode())
 
 
-def test_every_key_of_a_request_is_described_and_no_other() -> None:
+def test_exactly_the_keys_of_a_request_are_described() -> None:
     examples: dict[str, Any] = {"script": ":", "stdin": "x", "env": {"A": "b"}, "timeout": "1s"}
     assert_fits(examples, SCHEMAS["Request"])
     assert examples.keys() == SCHEMAS["Request"]["properties"].keys()
@@ -116,7 +116,7 @@ def test_every_key_of_a_request_is_described_and_no_other() -> None:
         raise AssertionError(f"{name} takes a number")
 
 
-def test_every_field_of_an_exit_and_every_reason_is_described() -> None:
+def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
     full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1)
     told = json.loads(full.to_json())
     assert_fits(told, SCHEMAS["Exit"])
@@ -126,7 +126,7 @@ def test_every_field_of_an_exit_and_every_reason_is_described() -> None:
 
 
 @with_twisted
-async def test_answers_are_as_described(coordinator: Running) -> None:
+async def test_responses_match_the_schema(coordinator: Running) -> None:
     *lines, end = await ask(coordinator, script="echo out; echo err >&2")
     for line in lines:
         assert_fits(line, SCHEMAS["FairQueue"])
@@ -145,7 +145,7 @@ async def test_answers_are_as_described(coordinator: Running) -> None:
 
 
 @with_twisted
-async def test_what_it_tells_of_itself_is_as_described(coordinator: Running) -> None:
+async def test_status_and_metrics_match_the_schema(coordinator: Running) -> None:
     await coordinator.run("exit 3")
     await coordinator.get("/healthz")
     status = json.loads((await coordinator.get("/status")).body)
@@ -159,7 +159,7 @@ async def test_what_it_tells_of_itself_is_as_described(coordinator: Running) -> 
 
 
 @with_twisted
-async def test_refusals_are_as_described() -> None:
+async def test_rejections_match_the_schema() -> None:
     strict = await start_coordinator(MAXBODY="100", MAXPERCLIENT="1", MAXWAIT="10ms", POOLSIZE="1")
     seen = set()
     for body, headers in [

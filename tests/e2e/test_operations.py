@@ -78,7 +78,7 @@ async def test_each_response_has_a_run_id_and_each_run_a_log_line() -> None:
         None: await coordinator.run(b"echo \0"),
     }
     assert await stop(coordinator) == 0
-    log = coordinator.program.said.decode()
+    log = coordinator.program.output.decode()
     ids = {response.headers["run-id"] for response in responses.values()}
     assert len(ids) == len(responses)
     for outcome, response in responses.items():
@@ -95,7 +95,7 @@ async def test_log_can_be_json_lines() -> None:
     coordinator = await start_listening("bfaas-coord", free_port(), ["--log-format", "json"], settings)
     response = await coordinator.run("exit 7")
     assert await stop(coordinator) == 0
-    lines = [json.loads(line) for line in coordinator.program.said.splitlines()]
+    lines = [json.loads(line) for line in coordinator.program.output.splitlines()]
     [line] = [line for line in lines if line.get("run") == response.headers["run-id"]]
     assert (line["level"], line["outcome"], line["client"]) == ("info", "exit 7", "127.0.0.1")
     assert line["machine"] == response.headers["worker"]

@@ -16,7 +16,7 @@ with_twisted = pytest_twisted.ensureDeferred
 
 
 @with_twisted
-async def test_clients_see_their_endings_soon_after_the_deadline() -> None:
+async def test_responses_end_soon_after_the_deadline() -> None:
     measured = await measure(reactor, 24, clients=12, machines=4, max_req_time=2.0)
 
     told = measured.report().table()

@@ -83,19 +83,19 @@ CASES = [
     ("caddy", "encode gzip { match header Content-Type * }"),
 ]
 
-# Longer than what is not worth to be compressed (512 bytes in Caddy), shorter than any buffer.
+# Longer than the least size for compression (512 bytes in Caddy), shorter than any buffer.
 LONG = "printf %02000d 0; echo; echo one; sleep 8"
 
 
-class WorkerClient(ProcessProtocol):
+class Proxy(ProcessProtocol):
     """A proxy as a program."""
 
     def __init__(self) -> None:
-        self.said = b""
+        self.output = b""
         self.ended: Deferred[None] = Deferred()
 
     def childDataReceived(self, childFD: int, data: bytes) -> None:
-        self.said += data
+        self.output += data
 
     def processEnded(self, _: Failure) -> None:
         self.ended.callback(None)
@@ -103,7 +103,7 @@ class WorkerClient(ProcessProtocol):
 
 @asynccontextmanager
 async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterator[int]:
-    """Run a proxy before a port; the port that it listens on."""
+    """Run a proxy in front of a port. Yields the port of the proxy."""
     program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         assert "CI" not in os.environ, name
@@ -114,11 +114,11 @@ async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterato
         more = more.replace("{ ", "{\n").replace(" }", "\n}")
     config.write_text(template.format(home=home, port=port, origin=origin, more=more))
     words = command.format(config=config).split()
-    proxy = WorkerClient()
+    proxy = Proxy()
     process = reactor.spawnProcess(proxy, program, words, env={"HOME": str(home)})
     try:
         for _ in range(int(PATIENCE / 0.05)):
-            assert not proxy.ended.called, proxy.said.decode()
+            assert not proxy.ended.called, proxy.output.decode()
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -130,11 +130,11 @@ async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterato
             await Deadline(reactor, PATIENCE).run(proxy.ended)
 
 
-async def heard(port: int, said: bytes) -> AsyncGenerator[bytes]:
-    """Send a request; yield what comes, as it comes, to the connection's end."""
+async def receive(port: int, request: bytes) -> AsyncGenerator[bytes]:
+    """Send a request; yield data as it is received until the connection ends."""
     with socket.create_connection(("127.0.0.1", port), 10) as client:
         client.setblocking(False)
-        client.sendall(said)
+        client.sendall(request)
         for _ in range(int(PATIENCE / 0.05)):
             try:
                 piece = client.recv(1 << 16)
@@ -144,24 +144,24 @@ async def heard(port: int, said: bytes) -> AsyncGenerator[bytes]:
             if not piece:
                 return
             yield piece
-    raise AssertionError("the answer does not end")
+    raise AssertionError("the response does not end")
 
 
 async def first_lines(port: int, path: str, accept: str) -> bytes:
-    """Run a script that writes its first lines and goes on; return what has come when they have."""
-    answer = b""
-    said = post(path, LONG.encode(), "Accept-Encoding: gzip", f"Accept: {accept}")
-    async with aclosing(heard(port, said)) as pieces:
+    """Run a script that writes its first lines and continues; return the body up to those lines."""
+    response = b""
+    request = post(path, LONG.encode(), "Accept-Encoding: gzip", f"Accept: {accept}")
+    async with aclosing(receive(port, request)) as pieces:
         async for piece in pieces:
-            answer += piece
-            if b"\r\n\r\n" in answer and b"one" in (body := _decoded(answer)):
+            response += piece
+            if b"\r\n\r\n" in response and b"one" in (body := _decoded(response)):
                 return body
-    raise AssertionError(answer)
+    raise AssertionError(response)
 
 
-def _decoded(heard: bytes) -> bytes:
-    """Read what has come of an answer's body."""
-    head, _, rest = heard.partition(b"\r\n\r\n")
+def _decoded(received: bytes) -> bytes:
+    """Decode the received part of a response's body."""
+    head, _, rest = received.partition(b"\r\n\r\n")
     if b"transfer-encoding: chunked" in head.lower():
         rest = b"".join(_chunks(rest))
     if b"content-encoding: gzip" in head.lower():
@@ -181,7 +181,7 @@ def _chunks(rest: bytes) -> list[bytes]:
 
 @pytest.mark.parametrize(("name", "more"), CASES)
 @with_twisted
-async def test_a_line_arrives_while_its_script_runs(
+async def test_lines_arrive_through_proxies_while_the_script_runs(
     coordinator: Running, name: str, more: str, tmp_path: Path
 ) -> None:
     async with proxied(name, more, coordinator.port, tmp_path) as port:
@@ -192,22 +192,22 @@ async def test_a_line_arrives_while_its_script_runs(
 
 
 @with_twisted
-async def test_what_would_be_cut_on_the_way_is_a_warning_at_the_start() -> None:
+async def test_startup_warns_of_limits_longer_than_the_proxys_idle_timeout() -> None:
     coordinator = await start_coordinator(MAXREQTIME="5m", MAXWAIT="30s", PROXY_IDLE_TIMEOUT="60s")
-    assert b"MAXREQTIME is 300 s: a raw answer" in coordinator.program.said
-    assert b"MAXWAIT is" not in coordinator.program.said
+    assert b"MAXREQTIME is 300 s: a raw response" in coordinator.program.output
+    assert b"MAXWAIT is" not in coordinator.program.output
     assert await stop(coordinator) == 0
 
 
 @with_twisted
-async def test_a_silent_run_is_kept_alive_behind_a_proxy_that_waits_for_less(tmp_path: Path) -> None:
-    # Heartbeats come every 15 s; the proxy waits for 20.
+async def test_heartbeats_keep_silent_runs_alive_behind_a_proxy(tmp_path: Path) -> None:
+    # Heartbeats are sent every 15 s; the proxy waits for 18.
     coordinator = await start_coordinator(MAXREQTIME="60s")
-    more = "proxy_read_timeout 20s;"
+    more = "proxy_read_timeout 18s;"
     async with proxied("nginx", more, coordinator.port, tmp_path) as port:
-        pieces = [piece async for piece in heard(port, post("/run", b"sleep 25; echo late"))]
-    answer, body = parse_response(b"".join(pieces))
-    assert answer.status == 200
+        pieces = [piece async for piece in receive(port, post("/run", b"sleep 20; echo late"))]
+    response, body = parse_response(b"".join(pieces))
+    assert response.status == 200
     assert b"late" in body
     assert b'"code": 0' in body
     assert await stop(coordinator) == 0

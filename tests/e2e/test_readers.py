@@ -217,7 +217,7 @@ def with_go(answer: bytes, directory: Path) -> str:
         pytest.param(with_go, marks=pytest.mark.skipif(not shutil.which("go"), reason="Go is not installed")),
     ],
 )
-async def test_readers_of_lines_read_every_line(
+async def test_line_readers_read_every_line(
     coordinator: Running, tmp_path: Path, read: Callable[[bytes, Path], str]
 ) -> None:
     for accept in ("text/event-stream", "application/x-ndjson"):

@@ -139,7 +139,7 @@ async def started_by_make() -> AsyncIterator[Running]:
     command = f'exec env {recipe("run")} "$@"'
     running = await start_program(["-c", command, "bash"], free_port(), {}, ["/bin/bash"])
     yield running
-    assert await stop(running) == 0, running.program.said.decode()
+    assert await stop(running) == 0, running.program.output.decode()
 
 
 @with_twisted
@@ -170,7 +170,7 @@ async def test_status_and_log_line_have_the_documented_fields(started_by_make: R
         return re.sub(r"\d+", "N", re.sub(r"\b[0-9a-f]{14,16}\b", "ID", text))
 
     [line] = LOG_LINES
-    log = started_by_make.program.said.decode()
+    log = started_by_make.program.output.decode()
     assert numbers_masked(line.text.rstrip("\n")) in numbers_masked(log)
 
 

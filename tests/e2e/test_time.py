@@ -70,8 +70,8 @@ class Script:
         return [pid for pid in pids if command(pid).startswith(self._nap)]
 
 
-def is_told(pid: int, name: str) -> bool:
-    """Tell whether a variable is in a process's environment."""
+def has_variable(pid: int, name: str) -> bool:
+    """Return whether a variable is in the environment of a process."""
     return name.encode() in [entry.partition(b"=")[0] for entry in environment(pid)]
 
 
@@ -87,13 +87,13 @@ async def fly_on_one_host() -> AsyncIterator[Fly]:
         yield fly
     finally:
         processes = fly.machines.processes()
-        assert await stop(fly.machines) == 0, fly.machines.program.said.decode()
+        assert await stop(fly.machines) == 0, fly.machines.program.output.decode()
         assert not any(map(process_tree.is_running, processes))
 
 
 @asynccontextmanager
-async def given_up(coordinator: Running) -> AsyncIterator[Running]:
-    """Have a coordinator that nobody stops in order; at the end it is killed."""
+async def abandoned(coordinator: Running) -> AsyncIterator[Running]:
+    """Kill a coordinator at the end, unless it has ended."""
     try:
         yield coordinator
     finally:
@@ -106,20 +106,20 @@ async def given_up(coordinator: Running) -> AsyncIterator[Running]:
 
 
 @with_twisted
-async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
+async def test_the_coordinators_deadline_alone_ends_a_run() -> None:
     settings = {"WORKER_APP": "mock", "MAXREQTIME": f"{LIMIT}s", "UNTIMED": "1"}
     coordinator = await start_program(COORD_WITH_TIMING, free_port(), settings)
     script = Script()
     running = Deferred.fromCoroutine(coordinator.run(script.text))
     await wait_until(lambda: len(script.left()) >= 3)
     [worker] = coordinator.workers()
-    assert not is_told(worker, "MAXREQTIME")
+    assert not has_variable(worker, "MAXREQTIME")
 
-    answer: Response = await running
+    response: Response = await running
 
-    assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
-    assert 1000 * LIMIT <= answer.exit["wall_ms"] < 1000 * (LIMIT + CLOCK_SKEW)
-    assert answer.output("stdout") == "begun\n"
+    assert (response.exit["code"], response.exit["reason"]) == (124, "timeout")
+    assert 1000 * LIMIT <= response.exit["wall_ms"] < 1000 * (LIMIT + CLOCK_SKEW)
+    assert response.output("stdout") == "begun\n"
     await coordinator.settle()
     assert script.left() == []
     assert await stop(coordinator) == 0
@@ -130,17 +130,17 @@ async def test_the_coordinator_alone_ends_a_run_in_time() -> None:
 
 @with_twisted
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> None:
+async def test_the_workers_deadline_alone_ends_a_run(number: signal.Signals) -> None:
     async with fly_on_one_host() as fly:
         settings = fly.settings("p", 1, MAXREQTIME=f"{LIMIT}s")
-        async with given_up(await start_coordinator(**settings)) as coordinator:
+        async with abandoned(await start_coordinator(**settings)) as coordinator:
             script = Script()
             exchange = await coordinator.begin(script.text)
             started = time.monotonic()
             await wait_until(lambda: len(script.left()) >= 3)
             coordinator.kill(number)
 
-            if number is signal.SIGSTOP:  # its connections are open; nobody tells the worker that it is gone
+            if number is signal.SIGSTOP:  # the connections stay open: nothing informs the worker
                 while time.monotonic() < started + LIMIT - 1:
                     assert script.left()
                     await deferLater(reactor, 0.05)
@@ -148,7 +148,7 @@ async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> No
                 lambda: not script.left(), timeout=started + LIMIT + CLOCK_SKEW - time.monotonic()
             )
 
-            # And so the machine is stopped, which nobody asked the API for.
+            # The machine stops without a call to the API.
             end = time.monotonic() + LIMIT + CLOCK_SKEW
             while list((await fly.of_pool("p")).values()) != [State.STOPPED]:
                 assert time.monotonic() < end
@@ -159,7 +159,7 @@ async def test_the_worker_alone_ends_a_run_in_time(number: signal.Signals) -> No
 
 @with_twisted
 @pytest.mark.parametrize("reads", [True, False])
-async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) -> None:
+async def test_the_worker_ends_in_time_even_if_its_client_does_not_read(*, reads: bool) -> None:
     keys, script = genkey(), Script("echo begun" if reads else "yes & echo begun")
     settings = {"PUBLIC": keys.public, "FLY_MACHINE_ID": "m", "MAXREQTIME": f"{LIMIT}s", "HOME": "/tmp"}
     worker = await start_listening("bfaas-basher", free_port(), [], settings)
@@ -167,11 +167,11 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
     body = BodyReceiver(pieces.append)
     headers = Headers({"Authorization": [Signer(keys.private).sign("m", time.time())]})
     url, client = f"http://127.0.0.1:{worker.port}/run", HTTPClient(worker.agent)
-    response: Any = await client.post(
+    posted: Any = await client.post(
         url, data=script.text.encode(), headers=headers, unbuffered=True, reactor=reactor
     )
     started = time.monotonic()
-    response.deliverBody(body)
+    posted.deliverBody(body)
     if not reads:
         body.transport.pauseProducing()
     await wait_until(lambda: len(script.left()) >= 3)
@@ -180,10 +180,10 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
 
     if reads:
         await Deadline(reactor, PATIENCE).run(body.done)
-        answer = Response(response.code, {}, b"".join(pieces))
-        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout")
-        assert answer.output("stdout") == "begun\n"
-    # What its client does not take, it holds for it as long again, not longer.
+        response = Response(posted.code, {}, b"".join(pieces))
+        assert (response.exit["code"], response.exit["reason"]) == (124, "timeout")
+        assert response.output("stdout") == "begun\n"
+    # Output that is not read is held for as long again, not longer.
     assert await Deadline(reactor, LIMIT + CLOCK_SKEW).run(worker.program.ended) == 0
     if not reads:
         assert len(b"".join(pieces)) < 1 << 20
@@ -195,15 +195,15 @@ async def test_the_worker_ends_in_time_whatever_its_client_does(*, reads: bool) 
 
 
 @with_twisted
-async def test_the_lease_alone_ends_a_machine() -> None:
+async def test_the_end_of_the_lease_alone_ends_a_machine() -> None:
     more = {"MAXREQTIME": "2s", "LEASE": "12", "RECONCILE_INTERVAL": "4"}
     async with fly_on_one_host() as fly:
         other = await start_program(COORD_WITH_TIMING, free_port(), fly.settings("q", 1, **more))
         lost = await start_program(COORD_WITH_TIMING, free_port(), fly.settings("p", 1, UNTIMED="1", **more))
-        async with given_up(lost), given_up(other):
+        async with abandoned(lost), abandoned(other):
             script = Script()
             exchange = await lost.begin(script.text)
-            lost.kill(signal.SIGSTOP)  # with its connections open, so that its worker waits with it
+            lost.kill(signal.SIGSTOP)  # its connections stay open, and its worker waits
             await wait_until(lambda: len(script.left()) >= 3)
             [machine_id] = await fly.of_pool("p")
             lease_end = (await fly.api.get_lease(machine_id)).expires_at
@@ -215,9 +215,9 @@ async def test_the_lease_alone_ends_a_machine() -> None:
                 await deferLater(reactor, 0.1)
 
             assert time.time() >= lease_end
-            assert seen >= 10, "the other pool had no time to be wrong"
+            assert seen >= 10, "too few observations before the end of the lease"
             await wait_until(lambda: not script.left(), timeout=CLOCK_SKEW)
-            told = re.compile(rb"destroyed worker-p-\w+, whose lease had expired")
-            await wait_until(lambda: told.search(other.program.said) is not None)  # after its answer
+            message = re.compile(rb"destroyed worker-p-\w+, whose lease had expired")
+            await wait_until(lambda: message.search(other.program.output) is not None)  # after its response
             exchange.leave()
             assert await stop(other) == 0

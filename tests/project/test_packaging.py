@@ -39,7 +39,7 @@ class PackagingTests(SynchronousTestCase):
         self.addCleanup(directory.cleanup)
         self.directory = Path(directory.name)
 
-    def test_wheel_has_the_package_and_the_plugin_alone(self) -> None:
+    def test_the_wheel_contains_only_the_package_and_the_plugin(self) -> None:
         run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(self.directory), str(ROOT))
         [wheel] = self.directory.glob("*.whl")
         names = set(zipfile.ZipFile(wheel).namelist())
@@ -91,7 +91,7 @@ class PackagingTests(SynchronousTestCase):
             self.assertEqual(f"bfaas {__version__}\n", run(str(home / "bin" / "bfaas"), "--version"))
             self.assertIn("PRIVATE=", run(str(home / "bin" / "bfaas"), "genkey"))
 
-    def test_an_sdist_has_what_its_tests_read(self) -> None:
+    def test_the_sdist_contains_what_its_tests_read(self) -> None:
         run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", str(self.directory), str(ROOT))
         [sdist] = self.directory.glob("*.tar.gz")
         with tarfile.open(sdist) as archive:
@@ -109,7 +109,7 @@ class PackagingTests(SynchronousTestCase):
             needed | {"tests/project/test_packaging.py", "bfaas/py.typed", "pyproject.toml"}, names
         )
 
-    def test_the_version_stands_in_one_place(self) -> None:
+    def test_the_version_is_defined_in_one_place(self) -> None:
         self.assertIn(f"\n  version: {__version__}\n", (ROOT / "docs" / "openapi.yaml").read_text())
         self.assertNotIn(f'"{__version__}"', (ROOT / "pyproject.toml").read_text())
 
