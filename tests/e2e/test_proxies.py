@@ -84,7 +84,7 @@ CASES = [
 ]
 
 # Longer than the least size for compression (512 bytes in Caddy), shorter than any buffer.
-LONG = "printf %02000d 0; echo; echo one; sleep 8"
+LONG = "printf %02000d 0; echo; echo one; sleep 5"
 
 
 class Proxy(ProcessProtocol):
