@@ -28,13 +28,13 @@ class FairnessChecker:
         self._may_precede.setdefault(client.address, set(self._may_precede))
         self._waiting[client] = None
 
-    def on_accepted(self, client: Client, under_way: int) -> None:
-        """Check a request that was accepted or rejected while its address had `under_way` others."""
+    def on_accepted(self, client: Client, in_progress: int) -> None:
+        """Check a request that was accepted or rejected while its address had `in_progress` others."""
         quota = self._node.settings.max_per_client
-        if client.outcome is None and under_way >= quota:
-            self._world.oracle.report(f"20: {client.address} has {under_way + 1} requests under way")
-        if client.outcome == "429" and under_way < quota:
-            self._world.oracle.report(f"20: {client.address} is rejected with {under_way} under way")
+        if client.outcome is None and in_progress >= quota:
+            self._world.oracle.report(f"20: {client.address} has {in_progress + 1} requests in progress")
+        if client.outcome == "429" and in_progress < quota:
+            self._world.oracle.report(f"20: {client.address} is rejected with {in_progress} in progress")
 
     def on_served(self, client: Client) -> None:
         """Check that a served request is its address's oldest, and that it is the address's turn."""

@@ -223,13 +223,13 @@ MUTANTS = [
         "pooling.lifecycle:MachineLifecycle.create",
         "slot.known_machine is not None",
         "True",
-        "an error response makes an earlier lost create forgotten",
+        "after an error response an earlier lost create is forgotten",
     ),
     Mutation(
         "pooling.lifecycle:MachineLifecycle.create",
         "isinstance(_1, RateLimitedError) and slot.create_unknown_since is None",
         "isinstance(_1, RateLimitedError)",
-        "a rate limit makes an earlier lost create forgotten",
+        "after a rate limit an earlier lost create is forgotten",
     ),
     Mutation(
         "pooling.lifecycle:MachineLifecycle.destroy",

@@ -133,11 +133,11 @@ class Node:
 
     def submit(self, client: Client) -> None:
         """Send a request to this coordinator."""
-        under_way = sum(other.address == client.address for other in self.requests)
+        in_progress = sum(other.address == client.address for other in self.requests)
         self.requests[client] = None
         self.fairness.on_queued(client)
         client.send()
-        self.fairness.on_accepted(client, under_way)
+        self.fairness.on_accepted(client, in_progress)
 
     def on_served(self, request: str) -> None:
         """Record that a request has got a machine, even if the machine has stopped since."""
