@@ -129,7 +129,7 @@ def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
 async def test_responses_match_the_schema(coordinator: Running) -> None:
     *lines, end = await ask(coordinator, script="echo out; echo err >&2")
     for line in lines:
-        assert_fits(line, SCHEMAS["FairQueue"])
+        assert_fits(line, SCHEMAS["Line"])
     assert end.pop("event") == "exit"
     assert_fits(end, SCHEMAS["Exit"])
 
