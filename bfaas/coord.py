@@ -67,14 +67,14 @@ class CoordService(MultiService):
         pool: Pool,
         shut_down_machines: Callable[[], Awaitable[object]],
         *,
-        destroys: bool = False,
+        destroy_on_exit: bool = False,
     ) -> None:
         super().__init__()
         self._coordinator = coordinator
         self._site = site
         self._pool = pool
         self._shut_down_machines = shut_down_machines
-        self._destroys = destroys
+        self._destroy_on_exit = destroy_on_exit
         listener.setServiceParent(self)
 
     def startService(self) -> None:
@@ -89,7 +89,9 @@ class CoordService(MultiService):
     async def _stop(self) -> None:
         await MultiService.stopService(self)
         # This rejects queued requests now; the pool waits for machines that are running.
-        closing = Deferred.fromCoroutine(self._pool.destroy() if self._destroys else self._pool.close())
+        closing = Deferred.fromCoroutine(
+            self._pool.destroy() if self._destroy_on_exit else self._pool.close()
+        )
         await self._coordinator.drain()
         await self._site.drain()
         await closing
@@ -146,14 +148,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     provider = _local_provider(reactor) if fly is None else _fly_provider(reactor, random, fly)
     worker_client = WorkerClient(reactor, provider.worker_url, settings.max_output)
     metrics = Metrics()
-    pool = Pool(
-        provider.machines,
-        worker_client,
-        reactor,
-        random,
-        pool_config(settings),
-        metrics,
-    )
+    pool = Pool(provider.machines, worker_client, reactor, random, pool_config(settings), metrics)
     runs = RunTracker(reactor, time.time, random, metrics)
     coordinator = Coordinator(reactor, settings, pool, worker_client, time.time, runs)
     metrics.register_gauges(pool, coordinator)
@@ -161,7 +156,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     site = _public_site(reactor, coordinator.app, settings, has_metrics=bool(options["metrics"]))
     listener = Listener(reactor, "--listen", options["listen"] or provider.default_endpoint, site)
     service = CoordService(
-        coordinator, site, listener, pool, provider.shut_down, destroys=settings.destroy_on_exit
+        coordinator, site, listener, pool, provider.shut_down, destroy_on_exit=settings.destroy_on_exit
     )
     if options["metrics"]:
         metrics_site = BoundedSite(
