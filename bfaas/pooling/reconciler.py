@@ -51,7 +51,7 @@ class Reconciler:
     _RECHECK_FACTOR = 1.5  # times the timeout of a lease call, between which an adopted machine has no lease
     _SAMPLE_SIZE = 3  # machines
     _CONCURRENCY = 10  # machines
-    _MAX_PER_SWEEP = 300  # machines to destroy, approximately; with more, the next sweep follows at once
+    _MAX_PER_PASS = 300  # machines to destroy, approximately; with more, the next pass follows at once
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Reconciler:
         """Whether the API answered the last call of the reconciler."""
 
     def start(self) -> None:
-        """Sweep now, and periodically after that."""
+        """Reconcile now, and periodically after that."""
         self._loop = Deferred.fromCoroutine(self._run())
         self._loop.addErrback(lambda failure: failure.trap(CancelledError) and None)
         self._loop.addErrback(lambda failure: _log.failure("in the reconciler", failure))
@@ -88,12 +88,12 @@ class Reconciler:
             wakeup.callback(None)
 
     def close(self) -> None:
-        """Stop; cancel the sweep that is under way."""
+        """Stop, and cancel the pass that is under way."""
         if self._loop is not None:
             self._loop.cancel()
 
     async def _run(self) -> None:
-        """Sweep when it is due. In between, list the machines while it is uncertain that the API answers."""
+        """Reconcile when it is due. In between, list the machines while the API may be unreachable."""
         clock, interval = self._clock, self._config.reconcile_interval
         failures, checks, due = 0, 0, clock.seconds()
         while True:
@@ -101,7 +101,7 @@ class Reconciler:
             try:
                 if not is_due:
                     await self._list()
-                elif await Deadline(clock, interval).run(self.sweep()):
+                elif await Deadline(clock, interval).run(self.reconcile_once()):
                     due = clock.seconds() + interval * self._random.uniform(0.8, 1.2)
                     checks = 0
             except (MachinesError, DeadlineExceededError) as error:
@@ -116,7 +116,7 @@ class Reconciler:
                     checks += 1
 
     async def _needs_check(self, timeout: float) -> bool:
-        """Wait for `timeout` seconds, or until it is uncertain that the API answers. Return whether it is."""
+        """Wait for `timeout` seconds, or until the API may be unreachable. Return whether it may be."""
         if self.api_reachable and not self._check_requested:
             self._wakeup = Deferred()
             try:
@@ -127,7 +127,7 @@ class Reconciler:
         self._check_requested = False
         return True
 
-    async def sweep(self) -> bool:
+    async def reconcile_once(self) -> bool:
         """
         Go through all machines once. Return False if machines without a lease may be left.
 
@@ -140,7 +140,7 @@ class Reconciler:
         self._scheduler.reconcile([found for found in inspected if found is not None])
         unleased: list[Machine] = []
         for others in self._other_pools(machines):
-            if len(unleased) >= self._MAX_PER_SWEEP:
+            if len(unleased) >= self._MAX_PER_PASS:
                 break
             unleased += await self._find_unleased(others)
         if unleased:
@@ -148,7 +148,7 @@ class Reconciler:
         await self._gather_limited(
             lambda machine: self._log_failures(self._destroy_unleased(machine), machine), unleased
         )
-        return len(unleased) < self._MAX_PER_SWEEP
+        return len(unleased) < self._MAX_PER_PASS
 
     async def _inspect(self, listed: Machine) -> Inspected | None:
         """Get a listed machine with its metadata; return None if it is gone."""
@@ -165,7 +165,7 @@ class Reconciler:
         """
         Group the machines of other pools by pool, pools and machines in random order.
 
-        Each pool is thus reached in time, even if no sweep gets to the last one.
+        Each pool is thus reached in time, even if no pass gets to the last one.
         """
         pools: dict[str, list[Machine]] = {}
         for machine in machines:
@@ -202,7 +202,7 @@ class Reconciler:
             await deferLater(self._clock, self._DESTROY_INTERVAL)
 
     async def _log_failures(self, work: Coroutine[Deferred[Any], Any, T], machine: Machine) -> T | None:
-        """Return the result of work on one machine; log its failure, so that the sweep continues."""
+        """Return the result of work on one machine; log its failure, so that the pass continues."""
         try:
             return await self._within(work)
         except (MachinesError, DeadlineExceededError) as error:

@@ -335,7 +335,7 @@ MUTANTS = [
         "metadata is not checked",
     ),
     Mutation(
-        "pooling.reconciler:Reconciler.sweep",
+        "pooling.reconciler:Reconciler.reconcile_once",
         "self._destroy_unleased(_1)",
         "destroy_own(self._api, _1)",
         "another pool's machine is destroyed in spite of its lease",
@@ -347,7 +347,7 @@ MUTANTS = [
         "orphaned machines are left",
     ),
     Mutation(
-        "pooling.reconciler:Reconciler.sweep",
+        "pooling.reconciler:Reconciler.reconcile_once",
         "await deferLater(self._clock, _1)",
         "pass",
         "a machine is destroyed between two leases",

@@ -100,7 +100,7 @@ class Node:
             ),
         )
         if world.has("large"):
-            self.pool._reconciler._MAX_PER_SWEEP = 2
+            self.pool._reconciler._MAX_PER_PASS = 2
         self.pool.record = partial(world.oracle.on_inspected, self)
         self.coordinator = Coordinator(
             self.clock,

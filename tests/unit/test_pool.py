@@ -383,7 +383,7 @@ class ReadinessTests(PoolCase):
             self.successResultOf(entry)
         self.assertIsNone(self.pool.not_ready_reason)
 
-    def test_check_requested_during_a_sweep_follows_it(self) -> None:
+    def test_check_requested_during_reconciliation_follows_it(self) -> None:
         self.allocated().release()
         self.world.advance(2)
         other, others = self.world.pool("q", start=False)
@@ -397,7 +397,7 @@ class ReadinessTests(PoolCase):
         self.assertEqual(2, others.count("list"))
         self.close(other)
 
-    def test_not_ready_after_a_sweep_lost_the_api(self) -> None:
+    def test_not_ready_after_reconciliation_lost_the_api(self) -> None:
         self.allocated().release()
         self.world.advance(2)
         other, others = self.world.pool("q", start=False)
@@ -656,7 +656,7 @@ class StandbyTests(PoolCase):
         self.world.advance(2)
         [tampered] = self.machines()
         for slot in self.pool._slots:
-            slot.unusable = True  # as a sweep at this moment would set it
+            slot.unusable = True  # as a reconciliation at this moment would set it
             slot.wake(wanted=False)
         self.world.advance(10)
 
@@ -1092,7 +1092,7 @@ class ShutdownTests(PoolCase):
         self.assertEqual([], self.machines())
         self.assertEqual(3, api.count("destroy"))
 
-    def test_destroy_during_a_sweep(self) -> None:
+    def test_destroy_during_reconciliation(self) -> None:
         for method in ("list", "get", "get_lease", "release_lease", "acquire_lease", "stop", "wait"):
             world = self.world = World()
             before, _ = world.pool()
@@ -1270,7 +1270,7 @@ class ReconciliationTests(PoolCase):
         self.world.machines.set_metadata(first.machine.id, "pool_id", None)
         entry = self.pool.allocate("c")
         for slot in self.pool._slots:
-            slot.unusable = True  # as a sweep at this moment would set it
+            slot.unusable = True  # as a reconciliation at this moment would set it
         self.world.advance(10)
 
         self.assertNotEqual(first.machine.id, self.successResultOf(entry).machine.id)
@@ -1302,7 +1302,7 @@ class ReconciliationTests(PoolCase):
         self.assertEqual(1, len(self.machines()))
         self.assertEqual(1, again.count(Phase.STOPPED))
 
-    def test_failed_call_does_not_stop_a_sweep(self) -> None:
+    def test_failed_call_does_not_stop_reconciliation(self) -> None:
         crash(self.api)
         for name in ("a", "b"):
             pool, crashing = self.world.pool(name)

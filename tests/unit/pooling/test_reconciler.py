@@ -63,7 +63,7 @@ class ReconcilerTests(PartsCase):
         self.create("postgres-1")
         self.api.always["get"] = Slow(self.clock, 0.1)
         self.api.next("get", Slow(self.clock, 0.1), DOWN)
-        self.result_of(self.reconciler.sweep(), within=20)
+        self.result_of(self.reconciler.reconcile_once(), within=20)
 
         [report] = self.scheduler.reports
         self.assertEqual([own.id, failing.id], [inspected.listed.id for inspected in report])
@@ -73,11 +73,11 @@ class ReconcilerTests(PartsCase):
     def test_machine_that_is_gone_is_not_reported(self) -> None:
         machine = self.create("worker-p-1", ttl=0)
         self.api.next("get", Slow(self.clock, 1.0))
-        sweep = self.start(self.reconciler.sweep())
+        reconciling = self.start(self.reconciler.reconcile_once())
         self.result_of(self.machines.destroy(machine.id, None))
         self.advance(5)
 
-        self.assertIs(True, self.successResultOf(sweep))
+        self.assertIs(True, self.successResultOf(reconciling))
         self.assertEqual([[]], self.scheduler.reports)
 
     def test_other_pools_lose_machines_without_a_lease_only(self) -> None:
@@ -85,33 +85,33 @@ class ReconcilerTests(PartsCase):
         self.create("worker-q-2")
         self.create("worker-r-1")
         self.create("postgres-1", ttl=0)
-        self.result_of(self.reconciler.sweep(), within=20)
+        self.result_of(self.reconciler.reconcile_once(), within=20)
 
         self.assertEqual(["worker-q-2", "worker-r-1", "postgres-1"], self.names())
 
     def test_lease_that_appears_a_moment_later_protects_the_machine(self) -> None:
         machine = self.create("worker-q-1", ttl=0)
-        sweep = self.start(self.reconciler.sweep())
+        reconciling = self.start(self.reconciler.reconcile_once())
         self.advance(5)
         lease: Lease = self.result_of(self.machines.acquire_lease(machine.id, 300, "adopted"))
         self.advance(20)
 
-        self.successResultOf(sweep)
+        self.successResultOf(reconciling)
         self.assertEqual((["worker-q-1"], 12), (self.names(), len(lease.nonce)))
 
     def test_three_leased_machines_suffice_for_a_pool(self) -> None:
         for number in range(20):
             self.create(f"worker-q-{number}")
-        self.result_of(self.reconciler.sweep())
+        self.result_of(self.reconciler.reconcile_once())
 
         self.assertEqual(3, self.api.count("get_lease"))
 
-    def test_one_call_that_fails_does_not_stop_the_sweep(self) -> None:
+    def test_one_call_that_fails_does_not_stop_the_others(self) -> None:
         for number in range(5):
             self.create(f"worker-q-{number}", ttl=0)
         self.api.next("get_lease", DOWN)
         self.api.next("destroy", DOWN)
-        self.result_of(self.reconciler.sweep(), within=30)
+        self.result_of(self.reconciler.reconcile_once(), within=30)
 
         self.assertEqual(2, len(self.names()))
 
@@ -120,19 +120,19 @@ class ReconcilerTests(PartsCase):
             self.create(f"worker-p-{number}")
         self.api.always["get"] = Slow(self.clock, 0.5)
         self.api.next("get", Slow(self.clock, 10.0))
-        sweep = self.start(self.reconciler.sweep())
+        reconciling = self.start(self.reconciler.reconcile_once())
         self.advance(3)
         self.assertEqual(40, self.api.count("get"))
-        self.assertNoResult(sweep)
+        self.assertNoResult(reconciling)
         self.advance(8)
 
-        self.successResultOf(sweep)
+        self.successResultOf(reconciling)
 
     def test_ten_calls_run_at_a_time(self) -> None:
         for number in range(25):
             self.create(f"worker-p-{number}")
         self.api.always["get"] = Slow(self.clock, 1.0)
-        self.start(self.reconciler.sweep())
+        self.start(self.reconciler.reconcile_once())
         for calls in (10, 20, 25):
             self.assertEqual(calls, self.api.count("get"))
             self.advance(1.0)
@@ -141,15 +141,15 @@ class ReconcilerTests(PartsCase):
         for number in range(25):
             self.create(f"worker-p-{number}")
         self.api.always["get"] = Hang()
-        sweep = self.start(self.reconciler.sweep())
+        reconciling = self.start(self.reconciler.reconcile_once())
         self.assertEqual(10, self.api.count("get"))
-        sweep.addErrback(lambda _: None)
-        sweep.cancel()
+        reconciling.addErrback(lambda _: None)
+        reconciling.cancel()
 
-        self.successResultOf(sweep)
+        self.successResultOf(reconciling)
         self.assertEqual(10, self.api.count("get"))
 
-    def test_sweeps_follow_each_other_after_an_interval(self) -> None:
+    def test_reconciliations_follow_each_other_after_an_interval(self) -> None:
         self.reconciler.start()
         self.assertEqual(1, len(self.scheduler.reports))
         self.advance(0.8 * INTERVAL - 1)
@@ -160,7 +160,7 @@ class ReconcilerTests(PartsCase):
         self.reconciler.close()
         self.assert_no_timers()
 
-    def test_failed_sweep_is_retried_soon(self) -> None:
+    def test_failed_reconciliation_is_retried_soon(self) -> None:
         self.api.next("list", DOWN, DOWN)
         self.reconciler.start()
         self.assertEqual((False, []), (self.reconciler.api_reachable, self.scheduler.reports))
