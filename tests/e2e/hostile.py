@@ -1,8 +1,8 @@
 """
-What hostile cases are run against, from either side: a coordinator as a program, and what each case costs it.
+A coordinator as a program, for hostile clients and workers, and what each case costs it.
 
-The coordinator believes that it is on Fly. Its machines are only told of, by this process, and this process
-is the worker on each of them, too: what that answers to a script, the test says.
+The coordinator is configured as on Fly. This process emulates the Machines API, and is the worker on
+every machine: tests choose its response to each script.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
 
     Script = Iterable[bytes | Deferred[None] | End]
-    Says = Callable[[], Script]
+    ScriptFactory = Callable[[], Script]
 
 MAX_MEMORY = 8192
-"""KiB that a case may cost the coordinator, at its worst moment."""
+"""KiB of memory that a case may cost the coordinator at its peak."""
 
 MAX_LINES = 10
-"""Lines that a case may cost its log."""
+"""Log lines that a case may cost."""
 
 TOKEN = "token"
 
@@ -51,7 +51,7 @@ HONEST: Script = (HEAD + chunk(b'event: stdout\ndata: "honest\\n"\n\n' + EXIT) +
 
 @implementer(IPullProducer)
 class _Endless:
-    """Output without end."""
+    """Output that never ends."""
 
     _MORE = chunk(b'event: stdout\ndata: "' + b"x" * 8192 + b'"\n\n')
 
@@ -63,22 +63,22 @@ class _Endless:
         self._peer.transport.write(self._MORE)
 
     def stopProducing(self) -> None:
-        """The connection is gone."""
+        """The connection is closed: there is nothing to release."""
 
 
 class Worker(ScriptedServer):
     """
-    The worker of every machine: it is ready, and answers to a script what `says` has for it.
+    The worker of every machine: it is ready, and responds to a script as `responses` has it.
 
-    To an `endless` script it answers without end, as fast as that is taken. `runs` are the requests that came
-    to it to run a script: the lines of their heads, and the scripts.
+    Its response to a script in `endless` never ends, and is sent as fast as it is read. `runs` holds the
+    requests to run a script: the lines of their heads, and the scripts.
     """
 
     _READY: Script = (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n", End.CLOSE)
 
     def __init__(self) -> None:
         super().__init__(())
-        self.says: dict[bytes, Says] = {}
+        self.responses: dict[bytes, ScriptFactory] = {}
         self.endless: set[bytes] = set()
         self.runs: list[tuple[list[str], bytes]] = []
 
@@ -90,25 +90,25 @@ class Worker(ScriptedServer):
             if body in self.endless:
                 peer.transport.registerProducer(_Endless(peer), False)
                 return
-            script = self.says[body]() if body in self.says else HONEST
+            script = self.responses[body]() if body in self.responses else HONEST
         else:
             script = self._READY
         await super()._play(peer, takewhile(lambda _: peer.end is None, script))
 
 
 class Spent:
-    """What a coordinator has spent since this was made: memory at the worst moment, lines of its log."""
+    """What a coordinator has used since the creation of this object: peak memory, log lines."""
 
     def __init__(self, coordinator: Running) -> None:
         self._coordinator = coordinator
-        # From here on, the peak in VmHWM is the peak since now (proc(5)).
+        # Reset the peak in VmHWM (proc(5)).
         Path(f"/proc/{coordinator.pid}/clear_refs").write_text("5")
         self._memory = self._read("VmRSS")
         self._lines = self._count()
 
     @property
     def memory(self) -> int:
-        """Resident memory beyond what there was, in KiB."""
+        """The increase of resident memory at its peak, in KiB."""
         return self._read("VmHWM") - self._memory
 
     @property
@@ -125,30 +125,30 @@ class Spent:
 
 
 @dataclass
-class Stage:
-    """A coordinator that takes requests, and the worker that answers them."""
+class Harness:
+    """A coordinator that accepts requests, and the worker that runs them."""
 
     coordinator: Running
     worker: Worker
     _callers: list[Peer] = field(default_factory=list)
 
-    async def call(self, said: bytes) -> Peer:
-        """Connect to the coordinator, and say something."""
+    async def call(self, data: bytes) -> Peer:
+        """Connect to the coordinator, and send data."""
         endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.coordinator.port)
         peer: Peer = await connectProtocol(endpoint, Peer())
         self._callers.append(peer)
-        await peer.send(said)
+        await peer.send(data)
         return peer
 
-    async def ask(self, said: bytes) -> tuple[bytes, float]:
-        """Say something; hear all that comes until the coordinator ends it, and after how many seconds."""
+    async def request(self, data: bytes) -> tuple[bytes, float]:
+        """Send data; return all data until the connection is closed, and the seconds until then."""
         began = time.monotonic()
-        peer = await self.call(said)
-        heard = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.receive_all()))
-        return heard, time.monotonic() - began
+        peer = await self.call(data)
+        received = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.receive_all()))
+        return received, time.monotonic() - began
 
     async def hang_up(self) -> None:
-        """End every connection that is left."""
+        """Close all connections."""
         for peer in [*self._callers, *self.worker.peers]:
             if peer.end is None:
                 peer.transport.abortConnection()
@@ -156,8 +156,8 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(**settings: str) -> AsyncIterator[Stage]:
-    """Set the stage, and clear it."""
+async def start_harness(**settings: str) -> AsyncIterator[Harness]:
+    """Set the start_harness, and clear it."""
     machines = EmulatedMachines(reactor, time.time)
     api = BoundedSite(reactor, MachinesServer(machines, "workers", TOKEN).app.resource(), 1 << 20)
     worker = Worker()
@@ -175,9 +175,9 @@ async def stage(**settings: str) -> AsyncIterator[Stage]:
     }
     coordinator = await start_coordinator(**{**fly, **settings})
     try:
-        there = Stage(coordinator, worker)
-        yield there
-        await there.hang_up()
+        harness = Harness(coordinator, worker)
+        yield harness
+        await harness.hang_up()
         assert await stop(coordinator) == 0, coordinator.program.output.decode()
     finally:
         for port in ports:

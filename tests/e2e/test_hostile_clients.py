@@ -7,7 +7,6 @@ Each case also shows what it costs the coordinator, and that the next request is
 from __future__ import annotations
 
 import enum
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -21,9 +20,9 @@ from bfaas.deadline import Deadline
 from bfaas.http.channel import Channel
 from bfaas.http.media_type import FORM
 from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop, together
-from tests.e2e.hostile import MAX_LINES, MAX_MEMORY, Spent, Stage, Worker, stage
+from tests.e2e.hostile import MAX_LINES, MAX_MEMORY, Harness, Spent, Worker, start_harness
 from tests.support.hostile_worker import LAST_CHUNK, End, chunk, post
-from tests.support.responses import parse_response
+from tests.support.responses import parse_events, parse_response
 
 if TYPE_CHECKING:
     import pytest
@@ -32,7 +31,9 @@ MAX_REQ_TIME = 2.5
 CLOCK_SKEW = 15.0
 
 MALFORMED = "400 malformed request, or request head too large"
-TOO_LARGE = "413 the body is larger than 1048576 bytes"
+MAX_BODY = 256 * 1024
+"""Less than the default: on a busy host, a mebibyte in tiny chunks takes longer than a request may."""
+TOO_LARGE = f"413 the body is larger than {MAX_BODY} bytes"
 LATE = "408 the request was not complete within 15 s"
 NOT_FOUND = "404 not found"
 NOT_ALLOWED = "405 method not allowed"
@@ -46,7 +47,7 @@ CUT = "cut off"
 
 
 class Act(enum.Enum):
-    """What a client does beside saying something, and ending its connection."""
+    """What a client does beside sending data and closing its connection."""
 
     PAUSE = enum.auto()
     RESUME = enum.auto()
@@ -54,15 +55,15 @@ class Act(enum.Enum):
 
 
 Steps = Iterable["bytes | Deferred[None] | End | Act"]
-Says = Callable[[], Steps]
+ScriptFactory = Callable[[], Steps]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What a client says, how that ends, and how many scripts a worker gets to run of it."""
+    """What a client sends, its outcome, and the number of scripts that workers get to run."""
 
     name: str
-    says: Says
+    says: ScriptFactory
     ending: str
     runs: int = 0
 
@@ -75,22 +76,22 @@ RUN = post("/run", b"harmless")
 LASTING = RUN.replace(b"Connection: close\r\n", b"")
 
 
-def once(*script: bytes | Deferred[None] | End | Act) -> Says:
-    """Say this, and wait for the end."""
+def once(*script: bytes | Deferred[None] | End | Act) -> ScriptFactory:
+    """Send data, and wait for the end."""
     return lambda: script
 
 
-def with_headers(*fields: bytes, body: bytes = b"hello") -> Says:
-    """Ask for a run with these headers, and smuggle another behind it."""
+def with_headers(*fields: bytes, body: bytes = b"hello") -> ScriptFactory:
+    """Request a run with these headers, and smuggle another request behind it."""
     return once(START + b"".join(fields) + b"\r\n" + body + SMUGGLED)
 
 
-def chunks(body: bytes) -> Says:
+def chunks(body: bytes) -> ScriptFactory:
     return with_headers(CHUNKED, body=body)
 
 
-def endless(start: bytes, more: bytes) -> Says:
-    """Say something, then something else without end."""
+def endless(start: bytes, more: bytes) -> ScriptFactory:
+    """Send data, then other data without end."""
 
     def script() -> Steps:
         yield start
@@ -99,8 +100,8 @@ def endless(start: bytes, more: bytes) -> Says:
     return script
 
 
-def slowly(start: bytes, more: bytes) -> Says:
-    """Say something, then something else, again and again, a byte in each half second."""
+def slowly(start: bytes, more: bytes) -> ScriptFactory:
+    """Send data, then other data again and again, one byte each half second."""
 
     def script() -> Steps:
         yield start
@@ -111,7 +112,7 @@ def slowly(start: bytes, more: bytes) -> Says:
     return script
 
 
-def asks(method: bytes, target: bytes) -> Says:
+def asks(method: bytes, target: bytes) -> ScriptFactory:
     return once(
         b"%b %b HTTP/1.1\r\nHost: there\r\nConnection: close\r\nContent-Length: 5\r\n\r\nhello"
         % (method, target)
@@ -174,13 +175,13 @@ MANY = START + CHUNKED + b"Connection: close\r\n\r\n" + b"".join(chunk(b"#") for
 CASES = [
     *(Case(name, says, MALFORMED) for name, says in REFUSED),
     # Too much.
-    Case("a large body", once(post("/run", b"x" * (1 << 20) + b"x")), TOO_LARGE),
+    Case("a large body", once(post("/run", b"x" * MAX_BODY + b"x")), TOO_LARGE),
     Case("a large body that is announced", with_headers(b"Content-Length: 1048577\r\n", body=b""), TOO_LARGE),
     Case("a vast body that is announced", with_headers(b"Content-Length: 999999999999999999\r\n"), TOO_LARGE),
     Case("a large body that asks first",
          with_headers(b"Expect: 100-continue\r\n", b"Content-Length: 1048577\r\n", body=b""), TOO_LARGE),
-    Case("a large body in chunks", chunks(chunk(b"x" * (1 << 20)) + chunk(b"x") + LAST_CHUNK), TOO_LARGE),
-    Case("a chunk of 2**64", chunks(b"f" * 16 + b"\r\n" + b"x" * (1 << 20)), TOO_LARGE),
+    Case("a large body in chunks", chunks(chunk(b"x" * MAX_BODY) + chunk(b"x") + LAST_CHUNK), TOO_LARGE),
+    Case("a chunk of 2**64", chunks(b"f" * 16 + b"\r\n" + b"x" * MAX_BODY), TOO_LARGE),
     Case("chunks without end", endless(START + CHUNKED + b"\r\n", chunk(b"x")), TOO_LARGE),
     Case("a body without end", endless(START + b"Content-Length: 1048576000\r\n\r\n", b"x" * 1000),
          TOO_LARGE),
@@ -244,25 +245,24 @@ HEADERS = {
 }  # fmt: skip
 
 
-def read(heard: bytes, method: str = "POST") -> str:
-    """Tell what the client got. Fails on what is not one answer, whole or cut off."""
-    heard = heard.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
-    assert heard.count(b"HTTP/1.") == 1, heard[:2000]
-    assert b"evil" not in heard
-    answer, content = parse_response(heard, method)
+def read(received: bytes, method: str = "POST") -> str:
+    """Return the outcome of the only response; fail if there is not exactly one, complete or cut off."""
+    received = received.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert received.count(b"HTTP/1.") == 1, received[:2000]
+    assert b"evil" not in received
+    answer, content = parse_response(received, method)
     if answer.status != 200:
         assert answer.getheader("content-type") == "text/plain; charset=utf-8"
         return f"{answer.status} {content.decode().removesuffix(chr(10))}"
-    [name, data] = content.decode().split("\n\n")[-2].split("\n")
-    assert name == "event: exit"
-    said = json.loads(data.removeprefix("data: "))
-    return f"{said['code']} {said.get('reason', '')}".strip()
+    name, exit_ = parse_events(content)[-1]
+    assert name == "exit"
+    return f"{exit_['code']} {exit_.get('reason', '')}".strip()
 
 
-async def attack(there: Stage, case: Case) -> tuple[str, float]:
-    """Say what the case says; its ending, and after how many seconds it came."""
+async def attack(harness: Harness, case: Case) -> tuple[str, float]:
+    """Act as the case does; return the outcome, and the seconds until it."""
     began = time.monotonic()
-    peer = await there.call(b"")
+    peer = await harness.call(b"")
     for step in takewhile(lambda _: peer.end is None, case.says()):
         if isinstance(step, bytes):
             await peer.send(step)
@@ -278,14 +278,14 @@ async def attack(there: Stage, case: Case) -> tuple[str, float]:
             peer.transport.abortConnection()
         elif not isinstance(step, Act | End):
             await step
-    heard = await Deadline(reactor, PATIENCE).run(peer.receive_all())
+    received = await Deadline(reactor, PATIENCE).run(peer.receive_all())
     seconds = time.monotonic() - began
-    return CUT if case.ending == CUT else read(heard, "HEAD" if case.name == "HEAD" else "POST"), seconds
+    return CUT if case.ending == CUT else read(received, "HEAD" if case.name == "HEAD" else "POST"), seconds
 
 
-def check_runs(there: Stage, before: int, scripts: int) -> None:
-    """Assert that workers got so many scripts more, and nothing that only the clients said."""
-    runs = there.worker.runs[before:]
+def check_runs(harness: Harness, before: int, scripts: int) -> None:
+    """Assert that workers got so many more scripts, and no headers or text of the hostile client."""
+    runs = harness.worker.runs[before:]
     assert len(runs) == scripts, runs
     for lines, body in runs:
         assert {line.partition(":")[0].lower() for line in lines[1:]} == HEADERS, lines
@@ -294,51 +294,51 @@ def check_runs(there: Stage, before: int, scripts: int) -> None:
         assert b"evil" not in body
 
 
-async def serve(there: Stage) -> None:
-    heard, _ = await there.ask(post("/run", b"honest"))
-    assert read(heard) == FINE
+async def serve(harness: Harness) -> None:
+    received, _ = await harness.request(post("/run", b"honest"))
+    assert read(received) == FINE
 
 
-async def run(there: Stage, case: Case) -> None:
-    """Run one case, and assert all that is to hold of every case."""
-    before, machines = len(there.worker.runs), len(there.worker.peers)
-    spent = Spent(there.coordinator)
-    ending, seconds = await attack(there, case)
+async def run(harness: Harness, case: Case) -> None:
+    """Run one case, and check what must hold for every case."""
+    before, machines = len(harness.worker.runs), len(harness.worker.peers)
+    spent = Spent(harness.coordinator)
+    ending, seconds = await attack(harness, case)
     assert ending == case.ending
     assert seconds < MAX_REQ_TIME + CLOCK_SKEW
-    check_runs(there, before, case.runs)
-    assert case.runs or len(there.worker.peers) == machines
-    await serve(there)
+    check_runs(harness, before, case.runs)
+    assert case.runs or len(harness.worker.peers) == machines
+    await serve(harness)
     assert spent.memory <= MAX_MEMORY
-    assert spent.lines <= MAX_LINES, there.coordinator.program.output[-3000:].decode()
+    assert spent.lines <= MAX_LINES, harness.coordinator.program.output[-3000:].decode()
 
 
 @pytest_twisted.ensureDeferred
 async def test_each_hostile_request_has_one_outcome_and_a_bounded_cost(subtests: pytest.Subtests) -> None:
-    async with stage(MAXREQTIME=f"{MAX_REQ_TIME}s") as there:
-        there.worker.endless.add(b"endless")
-        # What is imported and allocated once is no case's price.
-        for body in (b"x" * (1 << 20), b"honest", b"honest"):
-            await there.ask(post("/run", body))
+    async with start_harness(MAXREQTIME=f"{MAX_REQ_TIME}s", MAXBODY=str(MAX_BODY)) as harness:
+        harness.worker.endless.add(b"endless")
+        # Imports and one-time allocations are not a case's cost.
+        for body in (b"x" * MAX_BODY, b"honest", b"honest"):
+            await harness.request(post("/run", body))
         for case in CASES:
             with subtests.test(case.name):
-                await run(there, case)
+                await run(harness, case)
 
 
 @pytest_twisted.ensureDeferred
 async def test_slow_requests_are_not_served_and_do_not_delay_others(subtests: pytest.Subtests) -> None:
-    async with stage() as there:
-        await serve(there)
-        before = len(there.worker.runs)
-        spent = Spent(there.coordinator)
+    async with start_harness() as harness:
+        await serve(harness)
+        before = len(harness.worker.runs)
+        spent = Spent(harness.coordinator)
         endings: dict[str, tuple[str, float]] = {}
 
         async def note(case: Case) -> None:
-            endings[case.name] = await attack(there, case)
+            endings[case.name] = await attack(harness, case)
 
         async def honest() -> None:
             for _ in range(10):
-                await serve(there)
+                await serve(harness)
 
         await together([*map(note, SLOW), honest()])
         for case in SLOW:
@@ -346,7 +346,7 @@ async def test_slow_requests_are_not_served_and_do_not_delay_others(subtests: py
                 ending, seconds = endings[case.name]
                 assert ending == case.ending
                 assert Channel.REQUEST_TIMEOUT - 0.5 < seconds < Channel.REQUEST_TIMEOUT + CLOCK_SKEW
-        check_runs(there, before, 10)
+        check_runs(harness, before, 10)
         assert spent.memory <= MAX_MEMORY
         assert spent.lines <= MAX_LINES + 10
 
@@ -357,7 +357,7 @@ async def test_cross_origin_requests_use_no_machine() -> None:
     here = f"127.0.0.1:{coordinator.port}"
     page = f"Host: {here}"
     try:
-        there = Stage(coordinator, Worker())
+        harness = Harness(coordinator, Worker())
         for fields, line in {
             (page, "Origin: http://evil.example"): "cross-origin requests are not allowed",
             (page, "Origin: null"): "cross-origin requests are not allowed",
@@ -365,12 +365,12 @@ async def test_cross_origin_requests_use_no_machine() -> None:
             ("Host: evil.example",): "the Host header is not a loopback name",
         }.items():
             asked = post("/run", b"echo hello", *fields[1:]).replace(b"Host: localhost", fields[0].encode())
-            heard, _ = await there.ask(asked)
-            assert read(heard) == f"403 {line}"
+            received, _ = await harness.request(asked)
+            assert read(received) == f"403 {line}"
         assert coordinator.workers() == []
         own = post("/run", b"echo hello", f"Origin: http://{here}", "Sec-Fetch-Site: same-origin")
-        heard, _ = await there.ask(own.replace(b"Host: localhost", page.encode()))
-        assert read(heard) == FINE
-        await there.hang_up()
+        received, _ = await harness.request(own.replace(b"Host: localhost", page.encode()))
+        assert read(received) == FINE
+        await harness.hang_up()
     finally:
         assert await stop(coordinator) == 0, coordinator.program.output.decode()
