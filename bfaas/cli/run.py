@@ -196,20 +196,20 @@ class _Output:
     async def write(self, response: IResponse) -> _Outcome:
         """Write everything, and return the outcome. Raise `BrokenPipeError` and `OutputError`."""
         response.deliverBody(self._body)
-        broken = ""
+        reason = ""
         try:
             await self._body.done
         except (CancelledError, BrokenPipeError, OutputError):
             raise
         except Exception as error:  # noqa: BLE001 - every error means that it broke off
-            broken = str(error)
+            reason = str(error)
         exit_ = self._reader.exit
         if exit_ is not None and self._as_json:
             self._write(formats.Stream.STDOUT, formats.write_exit(formats.Format.NDJSON, exit_))
         self._writer.finish(lambda: self._written.callback(None))
         await self._written
         if exit_ is None:
-            return _Outcome(_LOST, (f"the response broke off: {broken}".removesuffix(": "),))
+            return _Outcome(_LOST, (f"the response broke off: {reason}".removesuffix(": "),))
         return _Outcome(exit_.code, () if self._as_json else tuple(_remarks(exit_)))
 
     def _take(self, data: bytes) -> None:
