@@ -138,7 +138,7 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
         await client.ended
 
         async def left() -> bool:
-            return b": left, " in program.output
+            return b": client-disconnected, " in program.output
 
         await wait_until(left)
         plain = await getProcessOutputAndValue(

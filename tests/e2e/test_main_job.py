@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
 
 # `make soak` asks for more.
-RUNS = int(os.environ.get("BFAAS_RUNS", "60"))
+RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
 MEGABYTES = int(os.environ.get("BFAAS_MEGABYTES", "60"))
 
 MEMORY_BOUND_MB = 120
