@@ -1,8 +1,8 @@
 """
-Looks into both images, built by `make images` with buildah: what runs there, as whom, what a script can do.
+Check both images, built by `make images` with buildah: the processes, their users, and what a script can do.
 
-Needs root, since it runs them with chroot isolation, and so shares this host's network. Where no base can be
-pulled, one made by debootstrap does: `buildah from scratch`, copied into it, committed as the base's name.
+Needs root, since the images run with chroot isolation, which shares this host's network. If no base image can
+be pulled, one from debootstrap will do: `buildah from scratch`, copy it, commit it under the base's name.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 BUILDAH = os.environ.get("BUILDAH", "buildah").split()
 LIMIT = 60.0
-"""Seconds after which something is taken not to happen."""
+"""Seconds after which a step has failed."""
 
-# What a script finds in a worker's machine: a command, and what it has to print.
+# Scripts for a worker, and their expected output.
 SCRIPTS = {
     "id -u; id -G": "10001\n10001\n",
     "echo $HOME; touch ~/mine && cat ~/mine && pwd": "/home/worker\n/home/worker\n",
@@ -46,7 +46,7 @@ SCRIPTS = {
 
 
 class Running(NamedTuple):
-    """A role in its image: buildah's process, the role's own, its address, seconds until it answered."""
+    """A role in its image: buildah's process, the role's pid, its URL, and the seconds until it responded."""
 
     outer: subprocess.Popen[bytes]
     pid: int
@@ -55,21 +55,21 @@ class Running(NamedTuple):
 
 
 def buildah(*words: str) -> str:
-    """Have buildah do something, and tell what it says."""
+    """Run buildah, and return its output."""
     return subprocess.run([*BUILDAH, *words], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
 
 
-def ask(url: str, script: str | None = None, **headers: str) -> bytes:
-    """Get a path, or have a script run."""
+def fetch(url: str, script: str | None = None, **headers: str) -> bytes:
+    """GET a URL, or POST a script. Return the body of the response."""
     body = None if script is None else script.encode()
-    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=LIMIT) as answer:
-        return bytes(answer.read())
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=LIMIT) as response:
+        return bytes(response.read())
 
 
 def role_of(pid: int) -> int | None:
-    """Find the role among the processes that buildah has started."""
+    """Return the pid of the role among the processes that buildah has started."""
     try:
-        # Of all threads: whichever of buildah's it was that started it.
+        # The children of all threads, since any thread of buildah may have started it.
         children = [
             c for task in Path(f"/proc/{pid}/task").glob("*/children") for c in task.read_text().split()
         ]
@@ -83,20 +83,20 @@ def role_of(pid: int) -> int | None:
 
 @contextmanager
 def running(image: str, **env: str) -> Iterator[Running]:
-    """Run what the image's entry point names, as its user, on a free port of loopback."""
+    """Run the image's entry point, as its user, on a free port of loopback."""
     entry = json.loads(buildah("inspect", "--type", "image", image))["OCIv1"]["config"]["Entrypoint"]
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     container = buildah("from", "--pull-never", image)
     try:
-        given = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
+        options = [word for name, value in env.items() for word in ("--env", f"{name}={value}")]
         listen = ["--listen", f"tcp:{port}:interface=127.0.0.1"]
-        words = [*BUILDAH, "run", "--isolation", "chroot", *given, container, "--", *entry, *listen]
+        words = [*BUILDAH, "run", "--isolation", "chroot", *options, container, "--", *entry, *listen]
         began = time.monotonic()
         outer = subprocess.Popen(words)
         try:
             url = f"http://127.0.0.1:{port}"
-            until_it_answers(url, began)
+            wait_for_response(url, began)
             took, pid = time.monotonic() - began, role_of(outer.pid)
             assert pid, "the role is not among what buildah has started"
             yield Running(outer, pid, url, took)
@@ -108,43 +108,47 @@ def running(image: str, **env: str) -> Iterator[Running]:
         buildah("rm", container)
 
 
-def until_it_answers(url: str, began: float) -> None:
-    """Ask for its health until it tells."""
+def wait_for_response(url: str, began: float) -> None:
+    """Poll the health check until it responds."""
     while True:
         try:
-            ask(url + "/healthz")
+            fetch(url + "/healthz")
         except urllib.error.URLError:
-            assert time.monotonic() < began + LIMIT, "it does not answer"
+            assert time.monotonic() < began + LIMIT, "it does not respond"
             time.sleep(0.02)
         else:
             return
 
 
 def worker(image: str) -> float:
-    """Have a worker for each script; tell the median of the seconds until they answered."""
+    """Run each script on a worker of its own. Return the median of the seconds until they responded."""
     keys, starts = genkey(), []
     for script, expected in SCRIPTS.items():
-        # It takes one run in its life.
+        # A worker accepts one run.
         with running(image, PUBLIC=keys.public, FLY_MACHINE_ID="m1", FLY_REGION="ams") as one:
             starts.append(one.start)
-            ticket = Signer(keys.private).sign("m1", time.time())
-            said = ask(one.url + "/run?raw=1", script.replace("WORKER", str(one.pid)), Authorization=ticket)
-            assert said.decode() == f"{expected}\nexit: 0\n", (script, said)
-            assert one.outer.wait(LIMIT) == 0, "a worker whose run is over ends with 0"
+            token = Signer(keys.private).sign("m1", time.time())
+            output = fetch(
+                one.url + "/run?raw=1", script.replace("WORKER", str(one.pid)), Authorization=token
+            )
+            assert output.decode() == f"{expected}\nexit: 0\n", (script, output)
+            assert one.outer.wait(LIMIT) == 0, "a worker exits with 0 after its run"
     return sorted(starts)[len(starts) // 2]
 
 
 def coordinator(image: str) -> float:
-    """Have a coordinator with local machines run a script and end; tell the seconds until it answered."""
+    """Run a script at a coordinator with local machines. Return the seconds until it responded."""
     with running(image, WORKER_APP="mock", MAXREQTIME="10s") as one:
         user = Path(f"/proc/{one.pid}").stat().st_uid
-        assert user != 0, "a coordinator is not root"
-        said = ask(one.url + "/run?raw=1", "id -u")
-        assert said.decode() == f"{user}\n\nexit: 0\n", said
-        assert b"<html" in ask(one.url + "/"), "its page is in the image"
-        assert b"\nbfaas_queue_seconds_count 1.0\n" in ask("http://[::1]:9091/metrics"), "as fly.toml has it"
+        assert user != 0, "a coordinator does not run as root"
+        output = fetch(one.url + "/run?raw=1", "id -u")
+        assert output.decode() == f"{user}\n\nexit: 0\n", output
+        assert b"<html" in fetch(one.url + "/"), "the page is in the image"
+        assert b"\nbfaas_queue_wait_seconds_count 1.0\n" in fetch("http://[::1]:9091/metrics"), (
+            "the port in fly.toml"
+        )
         os.kill(one.pid, signal.SIGTERM)
-        assert one.outer.wait(LIMIT) == 0, "a coordinator that is told to end ends with 0"
+        assert one.outer.wait(LIMIT) == 0, "a coordinator exits with 0 after SIGTERM"
         return one.start
 
 
@@ -155,19 +159,19 @@ def trust(image: str) -> None:
     try:
         with TemporaryDirectory() as home, tls_server(authority, Path(home)) as url:
             settings = {"FLY_FLAPS_BASE_URL": url, "FLY_TOKEN": "t", "WORKER_APP": "workers"}
-            given = [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
-            words = [*BUILDAH, "run", "--isolation", "chroot", *given, container, "--", "bfaas", "machines"]
+            options = [word for name, value in settings.items() for word in ("--env", f"{name}={value}")]
+            words = [*BUILDAH, "run", "--isolation", "chroot", *options, container, "--", "bfaas", "machines"]
 
             def machines() -> str:
-                said = subprocess.run(
+                done = subprocess.run(
                     words, check=False, timeout=LIMIT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
                 )
-                return said.stdout.decode()
+                return done.stdout.decode()
 
-            assert "the certificate is not trusted" in (said := machines()), said
-            known = Path(home) / "tests.crt"
-            known.write_bytes(authority.certificate)
-            buildah("copy", container, str(known), "/usr/local/share/ca-certificates/tests.crt")
+            assert "the certificate is not trusted" in (output := machines()), output
+            trusted = Path(home) / "tests.crt"
+            trusted.write_bytes(authority.certificate)
+            buildah("copy", container, str(trusted), "/usr/local/share/ca-certificates/tests.crt")
             buildah(
                 "run", "--isolation", "chroot", "--user", "root", container, "--", "update-ca-certificates"
             )
@@ -187,10 +191,10 @@ def tls_server(authority: Authority, home: Path) -> Iterator[str]:
             self.end_headers()
             self.wfile.write(b"[]")
 
-    both = home / "server.pem"
-    both.write_bytes(b"".join(authority.issue("localhost")))
+    pem = home / "server.pem"
+    pem.write_bytes(b"".join(authority.issue("localhost")))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(both)
+    context.load_cert_chain(pem)
     with ThreadingHTTPServer(("127.0.0.1", 0), App) as server:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever)
@@ -203,11 +207,11 @@ def tls_server(authority: Authority, home: Path) -> Iterator[str]:
 
 
 def main() -> None:
-    """Look into both, and tell how long they take to start, buildah's own time included."""
-    print(f"basher: {len(SCRIPTS)} scripts as they should be; answers after {worker('bfaas-basher'):.2f} s")
-    print(f"coord: runs a script and ends in order; answers after {coordinator('bfaas-coord'):.2f} s")
+    """Check both images, and print how long they take to start, buildah's own time included."""
+    print(f"basher: {len(SCRIPTS)} scripts passed; responds after {worker('bfaas-basher'):.2f} s")
+    print(f"coord: runs a script and shuts down; responds after {coordinator('bfaas-coord'):.2f} s")
     trust("bfaas-coord")
-    print("coord: trusts what Debian's trust store has, and nothing else")
+    print("coord: trusts Debian's trust store, and nothing else")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""
-Tells what the product needs, and what that needs, at the versions that are installed: `requirements.lock`.
-"""
+"""Print `requirements.lock`: the dependencies of bfaas, and theirs, at the versions that are installed."""
 
 from __future__ import annotations
 
@@ -8,26 +6,26 @@ from importlib.metadata import distribution
 
 from packaging.requirements import Requirement
 
-HEAD = "# What the images are made of, one version each; `make lock` writes it from what is installed."
+HEAD = "# The packages of the images. `make lock` writes this file from the installed versions."
 
 
 def needed(name: str = "bfaas") -> dict[str, str]:
-    """Find all that a distribution needs, the extras that are asked for included; with versions."""
+    """Return all dependencies of a distribution, those of requested extras included, with their versions."""
     versions: dict[str, str] = {}
-    asked: set[tuple[str, frozenset[str]]] = set()
-    left: list[tuple[str, frozenset[str]]] = [(name, frozenset())]
-    while left:
-        one = left.pop()
-        if one in asked:
+    visited: set[tuple[str, frozenset[str]]] = set()
+    pending: list[tuple[str, frozenset[str]]] = [(name, frozenset())]
+    while pending:
+        node = pending.pop()
+        if node in visited:
             continue
-        asked.add(one)
-        found = distribution(one[0])
-        versions[found.metadata["Name"]] = found.version
-        for line in found.requires or []:
+        visited.add(node)
+        package = distribution(node[0])
+        versions[package.metadata["Name"]] = package.version
+        for line in package.requires or []:
             requirement = Requirement(line)
             marker = requirement.marker
-            if marker is None or any(marker.evaluate({"extra": extra}) for extra in one[1] | {""}):
-                left.append((requirement.name, frozenset(requirement.extras)))
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in node[1] | {""}):
+                pending.append((requirement.name, frozenset(requirement.extras)))
     del versions[name]
     return versions
 

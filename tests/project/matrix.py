@@ -2,7 +2,7 @@
 Run the trial cases on each supported Python, with the lowest and the newest versions of the dependencies.
 
 `python -m tests.project.matrix [PYTHON ...]`; without arguments, on each Python of the classifiers that is
-installed. Exits with 1 if a combination fails. The environments are made anew, in `build/matrix`.
+installed. Exits with 1 if a combination fails. The environments are created in `build/matrix` each time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def installed() -> list[str]:
 
 
 def is_usable(python: str) -> bool:
-    """Tell whether a Python starts (one of pyenv's may not) and can make environments (Debian's may not)."""
+    """Return whether a Python starts (pyenv's may not) and can create environments (Debian's may not)."""
     return not subprocess.run([python, "-c", "import ensurepip"], capture_output=True, check=False).returncode
 
 
@@ -61,7 +61,7 @@ def floors() -> list[str]:
 
 
 def try_one(python: str, constraints: Path | None) -> bool:
-    """Install into a new environment, and run the trial cases there; returns whether they passed."""
+    """Install into a new environment, and run the trial cases there. Return whether they passed."""
     home = HOME / "environment"
     shutil.rmtree(home, ignore_errors=True)
     limits = ["--constraint", str(constraints)] if constraints else []
