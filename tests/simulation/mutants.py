@@ -111,8 +111,8 @@ MUTANTS = [
     ),
     Mutation(
         "pool:Pool.destroy",
-        "self._reconciler.destroy_all_own()",
-        "DeferredList([])",
+        "self._destroys = True",
+        "return await self.close()",
         "destroy leaves machines",
     ),
     Mutation(
