@@ -43,7 +43,7 @@ test: $(VENV)/installed-test
 	} 2>&1 | $(BIN)/python -m tests.support.slowest
 	$(BIN)/python -m pytest --durations=10 tests/e2e
 
-# Statements and branches of bfaas/ that all tests reach, in every process that ends in order: build/coverage/html.
+# Statement and branch coverage of bfaas/ by all tests, in every process that exits normally: build/coverage/html.
 coverage: $(VENV)/installed-test
 	$(BIN)/python -m tests.project.measure_coverage
 

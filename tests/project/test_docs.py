@@ -106,6 +106,11 @@ class MentionedFileTests(SynchronousTestCase):
         for name, text in DOCS.items():
             self.assertEqual(set(), set(re.findall(r"`make ([a-z-]+)", text)) - targets, name)
 
+    def test_every_make_target_is_documented(self) -> None:
+        [targets] = re.findall(r"(?m)^\.PHONY: (.*)$", (ROOT / "Makefile").read_text())
+        documented = {word for text in code(DOCS["CONTRIBUTING.md"]) for word in text.split()}
+        self.assertEqual(set(), set(targets.split()) - documented)
+
     def test_cases_of_the_threat_model_exist(self) -> None:
         files = [
             "e2e/test_hostile_workers.py",
