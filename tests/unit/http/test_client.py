@@ -29,6 +29,23 @@ class ClientTestCase(LoopbackTestCase):
         return Deferred.fromCoroutine(read_body(response, limit))
 
 
+class SendTests(ClientTestCase):
+    async def test_url_is_sent_unchanged_and_redirects_are_not_followed(self) -> None:
+        redirect = b"HTTP/1.1 302 Found\r\nLocation: /elsewhere\r\nContent-Length: 0\r\n\r\n"
+        server, url = self.serve_script([redirect])
+        response = await send_request(self.agent, "GET", f"{url}/", "/a%2fb%zz?c=[d]")
+        self.assertEqual((302, 1), (response.code, len(server.peers)))
+        lines, _ = server.peers[0].request() or ([], b"")
+        self.assertEqual("GET /a%2fb%zz?c=[d] HTTP/1.1", lines[0])
+
+    async def test_cookies_are_not_kept(self) -> None:
+        server, url = self.serve_script([b"HTTP/1.1 204 No\r\nSet-Cookie: a=b\r\n\r\n"])
+        for _ in range(2):
+            await send_request(self.agent, "GET", url, "/")
+        lines, _ = server.peers[1].request() or ([], b"")
+        self.assertEqual([], [line for line in lines if line.lower().startswith("cookie:")])
+
+
 class CancelTests(ClientTestCase):
     async def test_while_connecting_makes_no_connection(self) -> None:
         server, url = self.serve_script([])
