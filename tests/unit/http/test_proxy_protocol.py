@@ -146,7 +146,7 @@ class ProxiedSiteTests(SiteTestCase):
             peer = await self.call(self.port, data + post("/run", b""))
             self.assertEqual(b"", await peer.receive_all())
         await wait_until(lambda: not self.site.protocols)
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
         self.assertEqual({}, dict(self.site._connections_from))
         self.assertEqual([], self.flushLoggedErrors())
         self.assert_no_timer()

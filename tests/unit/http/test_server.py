@@ -75,8 +75,8 @@ class SiteTestCase(LoopbackTestCase):
 
     def setUp(self) -> None:
         self.clock = Clock()
-        self.app_state = App()
-        self.site = BoundedSite(self.clock, self.app_state.app.resource(), **{"max_body": 10, **self.limits})
+        self.app = App()
+        self.site = BoundedSite(self.clock, self.app.app.resource(), **{"max_body": 10, **self.limits})
         self.addCleanup(lambda: Deferred.fromCoroutine(wait_until(lambda: not self.site.protocols)))
         self.port = self.listen(self.site)
 
@@ -129,7 +129,7 @@ class ErrorTests(SiteTestCase):
         }
         for request, expected in cases.items():
             self.assertEqual(expected, await self.request(request), request)
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
     async def test_errors_have_a_date_and_announce_a_closed_connection(self) -> None:
         complete = post("/missing", b"").replace(b"Connection: close\r\n", b"")
@@ -206,7 +206,7 @@ class ErrorTests(SiteTestCase):
             peer = await self.call(self.port, post("/run", b"abc", f"Expect: {value}"))
             heard = (await peer.receive_all()).replace(b"HTTP/1.1 100 Continue\r\n\r\n", b"")
             self.assertEqual(status, parse_response(heard)[0].status, value)
-        self.assertEqual(2, len(self.app_state.bodies))
+        self.assertEqual(2, len(self.app.bodies))
         waiting = post("/run", b"abc", "Expect: a-miracle")[:-3]
         self.assertEqual(417, (await self.request(waiting))[0])
         old = post("/run", b"", "Expect: a-miracle").replace(b"HTTP/1.1", b"HTTP/1.0")
@@ -230,7 +230,7 @@ class ErrorTests(SiteTestCase):
         ]
         for request in ours:
             self.assertEqual((200, "ran", {}), await self.request(request), request)
-        self.assertEqual([b"x"] * len(ours), self.app_state.bodies)
+        self.assertEqual([b"x"] * len(ours), self.app.bodies)
         self.assertEqual(404, (await self.request(to("http://there", "there")))[0])
         self.assertEqual(404, (await self.request(to("http://there?/run", "there")))[0])
         for request in (
@@ -255,7 +255,7 @@ class ErrorTests(SiteTestCase):
             to("http://there/run", ""),
         ):
             self.assertEqual(400, (await self.request(request))[0], request)
-        self.assertEqual(len(ours), len(self.app_state.bodies))
+        self.assertEqual(len(ours), len(self.app.bodies))
         self.assertEqual(200, (await self.request(to("*", "there", method="OPTIONS")))[0])
 
     async def test_data_after_a_malformed_request_is_ignored(self) -> None:
@@ -270,7 +270,7 @@ class ErrorTests(SiteTestCase):
         response, content = parse_response(await peer.receive_all())
         self.assertEqual((400, MALFORMED), (response.status, content.decode()))
         await drained
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
 
 class BodyTests(SiteTestCase):
@@ -278,7 +278,7 @@ class BodyTests(SiteTestCase):
         self.assertEqual((200, "ran", {}), await self.request(post("/run", b"0123456789")))
         peer = await self.call(self.port, CHUNKED + chunk(b"01234") + chunk(b"56789") + LAST_CHUNK)
         await peer.receive_until(b"ran")
-        self.assertEqual([b"0123456789", b"0123456789"], self.app_state.bodies)
+        self.assertEqual([b"0123456789", b"0123456789"], self.app.bodies)
 
     async def test_bodies_over_the_limit_get_413_and_are_not_dispatched(self) -> None:
         bodies = {
@@ -293,7 +293,7 @@ class BodyTests(SiteTestCase):
                     await peer.send(piece)
                 heard = await peer.receive_until(b"the body is larger than 10 bytes\n")
                 self.assertEqual(b"HTTP/1.1 413 Request Entity Too Large", heard.splitlines()[0], way)
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
     async def test_requests_after_a_rejected_body_are_ignored(self) -> None:
         peer = await self.call(
@@ -301,7 +301,7 @@ class BodyTests(SiteTestCase):
         )
         response, _ = parse_response(await peer.receive_all())
         self.assertEqual((413, "close"), (response.status, response.getheader("connection")))
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
     async def test_content_length_over_the_limit_gets_413_without_100_continue(self) -> None:
         head = b"POST /run HTTP/1.1\r\nHost: there\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
@@ -311,7 +311,7 @@ class BodyTests(SiteTestCase):
         self.assertEqual(b"HTTP/1.1 100 Continue\r\n\r\n", await peer.receive_until(b"\r\n\r\n"))
         await peer.send(b"0123456789")
         await peer.receive_until(b"ran")
-        self.assertEqual([b"0123456789"], self.app_state.bodies)
+        self.assertEqual([b"0123456789"], self.app.bodies)
 
     async def test_endless_uploads_are_aborted(self) -> None:
         for head in (CHUNKED, CHUNKED.replace(b"Transfer-Encoding: chunked", b"Content-Length: 1000000")):
@@ -325,7 +325,7 @@ class BodyTests(SiteTestCase):
                 await peer.send(chunk(b"x" * (1 << 20)))
             self.assertIn(b"413", peer.received)
             self.assertLess(sent, 64 << 20)
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
 
 class DiskTests(SiteTestCase):
@@ -340,7 +340,7 @@ class DiskTests(SiteTestCase):
         self.assertEqual(
             (503, "cannot store the request body\n", {**text, "Retry-After": "1"}), await self.request(more)
         )
-        self.assertEqual(1, len(self.app_state.bodies))
+        self.assertEqual(1, len(self.app.bodies))
 
 
 class TimeoutTests(SiteTestCase):
@@ -360,7 +360,7 @@ class TimeoutTests(SiteTestCase):
                              (response.status, content.decode()), way)  # fmt: skip
             await wait_until(lambda: not self.site.protocols)
             self.assert_no_timer()
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
     async def test_idle_connections_are_closed_after_a_minute(self) -> None:
         idle = await self.call(self.port)
@@ -385,11 +385,11 @@ class TimeoutTests(SiteTestCase):
 
     async def test_responses_have_no_timeout(self) -> None:
         peer = await self.call(self.port, post("/wait", b""))
-        await wait_until(lambda: self.app_state.bodies)
+        await wait_until(lambda: self.app.bodies)
         self.clock.advance(600)
-        self.assertEqual(0, self.app_state.cancelled)
+        self.assertEqual(0, self.app.cancelled)
         peer.transport.loseConnection()
-        await wait_until(lambda: self.app_state.cancelled)
+        await wait_until(lambda: self.app.cancelled)
 
     def channel(self) -> Channel:
         [connection] = self.site.protocols
@@ -406,16 +406,16 @@ class PipelineTests(SiteTestCase):
             peer = await self.call(self.port, first + post("/run", b"2"))
             self.assertEqual(1, (await peer.receive_all()).count(b"HTTP/1.1 200"))
             self.assertTrue(peer.closed_cleanly)
-        self.assertNotIn(b"2", self.app_state.bodies)
+        self.assertNotIn(b"2", self.app.bodies)
 
     async def test_too_much_data_during_a_response_aborts_it(self) -> None:
         peer = await self.call(self.port, post("/wait", b"1"))
-        await wait_until(lambda: self.app_state.bodies)
+        await wait_until(lambda: self.app.bodies)
         for _ in range(64):
             await peer.send(b"x" * 1024)
-        self.assertEqual(0, self.app_state.cancelled)
+        self.assertEqual(0, self.app.cancelled)
         await peer.send(b"x")
-        await wait_until(lambda: self.app_state.cancelled)
+        await wait_until(lambda: self.app.cancelled)
         await peer.receive_all()
 
 
@@ -448,10 +448,10 @@ class DisconnectTests(SiteTestCase):
     async def test_close_and_half_close_cancel_the_request(self) -> None:
         closed = await self.call(self.port, post("/wait", b"1"))
         half_closed = await self.call(self.port, post("/wait", b"2"))
-        await wait_until(lambda: len(self.app_state.bodies) == 2)
+        await wait_until(lambda: len(self.app.bodies) == 2)
         closed.transport.loseConnection()
         half_closed.transport.loseWriteConnection()
-        await wait_until(lambda: self.app_state.cancelled == 2)
+        await wait_until(lambda: self.app.cancelled == 2)
         await half_closed.receive_all()
         self.assertEqual(b"", bytes(half_closed.received))
 
@@ -460,7 +460,7 @@ class DisconnectTests(SiteTestCase):
         await wait_until(lambda: self.site.protocols)
         peer.transport.loseWriteConnection()
         await peer.receive_all()
-        self.assertEqual([], self.app_state.bodies)
+        self.assertEqual([], self.app.bodies)
 
 
 class DrainTests(SiteTestCase):
@@ -508,7 +508,7 @@ class DrainTests(SiteTestCase):
         await peer.send(post("/run", b"late"))
         await drained
         await peer.receive_all()
-        self.assertEqual([b""], self.app_state.bodies)
+        self.assertEqual([b""], self.app.bodies)
 
     async def test_drain_returns_at_once_without_connections(self) -> None:
         self.assertIsNone(self.successResultOf(self.drain(60)))
