@@ -1,8 +1,8 @@
 """
-Fly on one host with two coordinators, under load, and real signals to any of its processes.
+Fly on one host with two coordinators under load, and real signals to all of its processes.
 
-What must hold meanwhile is looked at from outside: in what clients are answered, in what coordinators send
-to workers, in the API's list, and in /proc.
+The invariants are checked from outside: in the responses to clients, in what coordinators send to workers, in
+the list of the API, and in /proc.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tests.e2e.coordinator import (
 )
 from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_emulator, start_fly
-from tests.e2e.load import CUT, SCRIPT, WORK, Ending, Witness, ending
+from tests.e2e.load import CUT, SCRIPT, WORK, DeliveryCounter, Ending, ending
 from tests.support.network import free_port
 from tests.support.responses import Response
 
@@ -51,20 +51,20 @@ LEASE = 10
 RECONCILE_INTERVAL = 4.0
 
 RECOVERY = 45.0
-"""Seconds within which all is well after a round; a pool pauses up to 30 s when starts fail in a row."""
+"""Seconds for the recovery after a round; a pool backs off up to 30 s after failed starts."""
 
 CLOCK_SKEW = 10.0
-"""Seconds that anything else may take longer than it should on such a machine."""
+"""Seconds that anything else may be late on a busy machine."""
 
 _COORDINATOR = str(Path(__file__).with_name("coord_with_timing.py"))
 
 
 class Chaos:
     """
-    The programs, what was done to them, and what came of it.
+    The programs, the faults injected into them, and the outcomes.
 
-    `chance` chooses what clients send, and when faults strike whom. `mark` is in the environment of every
-    process that comes of this, scripts too: as the region.
+    `chance` chooses the scripts, and the times and targets of faults. `mark` is in the environment of every
+    process that is started here, scripts included: as the region.
     """
 
     def __init__(self, fly: Fly, chance: random.Random, mark: str, state: Path) -> None:
@@ -72,11 +72,11 @@ class Chaos:
         self.coordinators: dict[str, Running] = {}
         self.faults: Counter[Fault] = Counter()
         self.endings: Counter[Ending] = Counter()
-        self.most: Counter[str] = Counter()
+        self.max_sizes: Counter[str] = Counter()
         self.slowest = 0.0
         self.history: list[str] = []
-        self._witness = Witness(fly.proxy_port)
-        self._listener = reactor.listenTCP(0, self._witness, interface="127.0.0.1")
+        self._deliveries = DeliveryCounter(fly.proxy_port)
+        self._listener = reactor.listenTCP(0, self._deliveries, interface="127.0.0.1")
         self._chance = chance
         self._mark = mark
         self._state = state
@@ -91,7 +91,7 @@ class Chaos:
     # Programs.
 
     async def start_coordinator(self, pool: str, size: int) -> None:
-        """Start a coordinator; one that was killed comes back under its name, at its port."""
+        """Start a coordinator, or restart a killed one with its name and port."""
         if pool not in self._settings:
             self._settings[pool] = self.fly.settings(
                 pool,
@@ -115,32 +115,34 @@ class Chaos:
         await running.program.ended
 
     async def close(self) -> None:
-        """Kill what is left, if there was trouble, and all that came of it."""
+        """Kill all programs that still run, and all processes that they started."""
         for running in self._programs:
             if not running.program.ended.called:
                 await self.kill(running)
-        for pid in self._strangers():
+        for pid in self._stray_processes():
             send(pid, signal.SIGKILL)
         await self._listener.stopListening()
 
     # Faults.
 
-    async def strike(self, fault: Fault) -> None:
-        """Let a fault strike; returns when the cause, not yet the damage, is repaired."""
+    async def inject(self, fault: Fault) -> None:
+        """Inject a fault; return when its cause, not yet its damage, is repaired."""
         await deferLater(reactor, self._chance.uniform(0.1, 1.5))
         pool = self._chance.choice(sorted(SIZES))
         coordinator = fault in COORDINATOR_FAULTS
         if fault in WORKER_FAULTS:
-            await self._strike_worker(fault)
+            await self._inject_into_worker(fault)
         else:
-            # To each program one thing after the other.
-            strike = self._strike_coordinator(fault, pool) if coordinator else self._strike_api(fault)
+            # One fault at a time for each program.
+            strike = (
+                self._inject_into_coordinator(fault, pool) if coordinator else self._inject_into_api(fault)
+            )
             lock = self._locks[pool if coordinator else "the API"]
             await lock.run(Deferred.fromCoroutine, strike)
         self.faults[fault] += 1
 
-    async def _strike_coordinator(self, fault: Fault, pool: str) -> None:
-        self._note(f"{fault.value}: {pool}")
+    async def _inject_into_coordinator(self, fault: Fault, pool: str) -> None:
+        self._record(f"{fault.value}: {pool}")
         if fault is Fault.KILL_COORDINATOR:
             await self.kill(self.coordinators[pool])
             await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
@@ -149,53 +151,53 @@ class Chaos:
             least, most = (LEASE, LEASE + RECONCILE_INTERVAL) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
             await pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
 
-    async def _strike_api(self, fault: Fault) -> None:
-        self._note(fault.value)
+    async def _inject_into_api(self, fault: Fault) -> None:
+        self._record(fault.value)
         if fault is Fault.KILL_API:
             await self.kill(self.fly.machines)
-            self._thaw_orphans()
+            self._continue_orphans()
             await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
-            # It comes back without any machines.
+            # It restarts without machines.
             port, proxy_port = self.fly.machines.port, self.fly.proxy_port
             self.fly.machines = await start_emulator(
-                port, proxy_port, **_of_stand_in(self._mark, self._state)
+                port, proxy_port, **_emulator_settings(self._mark, self._state)
             )
             self._programs.append(self.fly.machines)
         else:
             await pause(self.fly.machines.pid, self._chance.uniform(0.5, 3.5))
 
-    async def _strike_worker(self, fault: Fault) -> None:
+    async def _inject_into_worker(self, fault: Fault) -> None:
         pid = await self._busy_worker()
-        self._note(f"{fault.value}: {pid}")
+        self._record(f"{fault.value}: {pid}")
         if fault is Fault.PAUSE_WORKER:
             await pause(pid, self._chance.uniform(0.1, 1.0))
         else:
             send(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
 
-    def _thaw_orphans(self) -> None:
-        """Let workers that outlive the API go on: without a sandbox they have to notice its end."""
+    def _continue_orphans(self) -> None:
+        """Continue workers that outlive the API: without a sandbox they must detect its end."""
         if b"NO SANDBOX" in self.fly.machines.program.output:
-            for pid in self._strangers():
+            for pid in self._stray_processes():
                 send(pid, signal.SIGCONT)
 
     async def _busy_worker(self) -> int:
-        """Wait for a worker whose script runs."""
+        """Wait for a worker whose script is running."""
         for _ in range(int(PATIENCE / 0.1)):
             if busy := [worker for worker in self.fly.machines.workers() if process_tree.children(worker)]:
                 return self._chance.choice(busy)
             await deferLater(reactor, 0.1)
         raise AssertionError("no script runs")
 
-    def _note(self, what: str) -> None:
+    def _record(self, what: str) -> None:
         self.history.append(f"{reactor.seconds() - self._began:.2f} s: {what}")
 
     # Load.
 
     async def round(self, faults: Iterable[Fault]) -> None:
-        """Let faults strike under load; then all must be well again soon."""
+        """Inject faults under load; then all pools must recover soon."""
         load = self._begin_load()
         try:
-            await together(self.strike(fault) for fault in faults)
+            await together(self.inject(fault) for fault in faults)
         finally:
             self._loaded = False
             await load
@@ -211,12 +213,12 @@ class Chaos:
 
     async def _send_scripts(self, pool: str) -> None:
         while self._loaded:
-            ended = await self.ask(pool, self._chance.choice(WORK), self._chance.randrange(5))
+            ended = await self.run(pool, self._chance.choice(WORK), self._chance.randrange(5))
             if ended in (Ending.CUT, Ending.REFUSED):
                 await deferLater(reactor, self._chance.uniform(0.1, 0.4))
 
-    async def ask(self, pool: str, work: str, code: int = 0) -> Ending:
-        """Send a script; tell how that ended, which must be in one of the ways that are allowed."""
+    async def run(self, pool: str, work: str, code: int = 0) -> Ending:
+        """Send a script; return the outcome, which must be an allowed one."""
         running, number = self.coordinators[pool], next(self._numbers)
         script, pieces = SCRIPT.format(number=number, work=work, code=code), list[bytes]()
         try:
@@ -227,10 +229,10 @@ class Chaos:
                 raise AssertionError(f"request {number} was cut: {error!r}") from error
             ended = Ending.CUT
         else:
-            answer = Response(exchange.status, exchange.headers, b"".join(pieces))
-            ended = ending(answer, work, code)
+            response = Response(exchange.status, exchange.headers, b"".join(pieces))
+            ended = ending(response, work, code)
         assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
-        assert self._witness.sent[number] <= 1, f"request {number} was sent to workers twice"
+        assert self._deliveries.sent[number] <= 1, f"request {number} was sent to workers twice"
         self.endings[ended] += 1
         return ended
 
@@ -238,11 +240,11 @@ class Chaos:
 
     async def _watch(self) -> None:
         while self._loaded:
-            await self._look()
+            await self._check_sizes()
             await deferLater(reactor, 0.1)
 
-    async def _look(self) -> set[State]:
-        """Look at the API's list: no pool is ever larger than its size."""
+    async def _check_sizes(self) -> set[State]:
+        """Check in the list of the API that no pool exceeds its size; return the states of all machines."""
         try:
             machines = await self.fly.api.list()
         except MachinesError:
@@ -250,28 +252,28 @@ class Chaos:
         sizes = Counter(pool_of(machine.name) or "" for machine in machines)
         for pool, size in sizes.items():
             assert size <= SIZES.get(pool, 0), f"{pool} has {size} machines"
-        self.most |= sizes
+        self.max_sizes |= sizes
         return {machine.state for machine in machines}
 
     async def _recover(self, pool: str) -> None:
-        """Wait until it answers as if nothing had been."""
+        """Wait until a pool runs scripts again."""
         deadline = reactor.seconds() + RECOVERY
-        while (ended := await self.ask(pool, "true")) is not Ending.WHOLE:
+        while (ended := await self.run(pool, "true")) is not Ending.WHOLE:
             assert reactor.seconds() < deadline, f"{pool} does not recover: {ended.value}"
             await deferLater(reactor, 0.1)
 
     async def _settle(self) -> None:
-        """Wait until every machine is stopped, and no process is left but those that we started."""
+        """Wait until every machine is stopped, and only our own programs run."""
         deadline = reactor.seconds() + RECOVERY
-        while (left := self._strangers()) or await self._look() - {State.STOPPED}:
+        while (left := self._stray_processes()) or await self._check_sizes() - {State.STOPPED}:
             assert reactor.seconds() < deadline, f"still there: {left or 'machines'}"
             await deferLater(reactor, 0.1)
 
-    def _strangers(self) -> dict[int, str]:
+    def _stray_processes(self) -> dict[int, str]:
         """
-        Find all processes that come of this but for the programs that we started.
+        Find all processes that our programs started.
 
-        Orphans are found by their environment; what is below a program is found even if that is closed to us.
+        Orphans are found by their environment, descendants of a program in any case.
         """
         running = [running for running in self._programs if not running.program.ended.called]
         found = {process.pid for program in running for process in program.processes()}
@@ -279,8 +281,8 @@ class Chaos:
         found -= {program.pid for program in running}
         return {pid: command(pid).replace(b"\0", b" ").decode(errors="replace") for pid in found}
 
-    def story(self) -> str:
-        """Tell what was done lately, and what the programs have said to it."""
+    def history_and_output(self) -> str:
+        """Return the last faults, and the last output of the programs."""
         said = [
             b"\n".join(running.program.output.splitlines()[-40:]).decode(errors="replace")
             for running in [*self.coordinators.values(), self.fly.machines]
@@ -288,12 +290,12 @@ class Chaos:
         return "\n\n".join(["\n".join(self.history[-10:]), *said])
 
     def summary(self) -> str:
-        """Tell what happened, in lines."""
+        """Return the counts of faults and outcomes, in lines."""
         counted = [*self.faults.items(), *self.endings.items()]
         return "\n".join(
             [
                 *(f"{number:6} {kind.value}" for kind, number in counted),
-                f"all was well again after at most {self.slowest:.1f} s; most machines: {dict(self.most)}",
+                f"recovered within {self.slowest:.1f} s; largest pools: {dict(self.max_sizes)}",
             ]
         )
 
@@ -301,9 +303,9 @@ class Chaos:
 
     async def abandon(self) -> float:
         """
-        Kill all coordinators for good, under load. Another pool's destroys their machines, and not early.
+        Kill all coordinators under load. Another pool's coordinator destroys their machines, not too early.
 
-        Tells how long after its lease the last machine was gone, in seconds.
+        Returns the seconds between the end of its lease and the destruction of the last machine.
         """
         load = self._begin_load()
         await self._busy_worker()
@@ -313,17 +315,17 @@ class Chaos:
         await load
         assert await self.fly.api.list()
         await self.start_coordinator("heir", 1)
-        late = await self._outlive()
+        late = await self._wait_for_destruction()
         await self._settle()
         for running in (self.coordinators["heir"], self.fly.machines):
             assert await stop(running) == 0, running.program.output.decode()
-        assert not self._strangers()
+        assert not self._stray_processes()
         for running in self._programs:
             assert b"Traceback" not in running.program.output, running.program.output.decode()
         return late
 
-    async def _outlive(self) -> float:
-        """Wait until all machines are gone, each in its time; tell how late the last one was."""
+    async def _wait_for_destruction(self) -> float:
+        """Wait until all machines are destroyed, each in time; return the delay of the last in seconds."""
         ends: dict[str, float] = {}
         late = 0.0
         while True:
@@ -339,7 +341,7 @@ class Chaos:
                 ends[machine] = await self._lease_end(machine)
             last = max(ends.values())
             assert now < last + 1.2 * RECONCILE_INTERVAL + CLOCK_SKEW, (
-                f"{here} are there, {now - last:.1f} s late"
+                f"{here} still exist, {now - last:.1f} s late"
             )
             await deferLater(reactor, 0.1)
 
@@ -350,11 +352,11 @@ class Chaos:
             return 0.0
 
 
-def _of_stand_in(mark: str, state: Path) -> dict[str, str]:
+def _emulator_settings(mark: str, state: Path) -> dict[str, str]:
     return {"FLY_REGION": mark, "TMPDIR": str(state)}
 
 
 async def start_chaos(chance: random.Random, state: Path) -> Chaos:
     """Start the API; machines' homes are in the directory `state`."""
     mark = f"chaos-{os.getpid()}-{chance.randrange(1 << 30)}"
-    return Chaos(await start_fly(**_of_stand_in(mark, state)), chance, mark, state)
+    return Chaos(await start_fly(**_emulator_settings(mark, state)), chance, mark, state)

@@ -1,7 +1,7 @@
 """
-What every end-to-end test stands on: a coordinator, and a fixture that looks for what was left behind.
+Fixtures of all end-to-end tests: a coordinator, and a check for what a test leaves behind.
 
-pytest-twisted itself notices neither pending calls nor sockets, processes or logged errors.
+pytest-twisted itself does not detect delayed calls, sockets, processes or logged errors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def _pending() -> set[Any]:
-    """Tell what the reactor still has to do, and the processes it waits for."""
+    """Return the delayed calls and open connections of the reactor, and the processes that it waits for."""
     selectables = {*reactor.getReaders(), *reactor.getWriters()} - set(reactor._internalReaders)
     return {*reactor.getDelayedCalls(), *selectables, *twisted_process.reapProcessHandlers.values()}
 
@@ -55,7 +55,7 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest_twisted.async_yield_fixture
 async def coordinator() -> AsyncIterator[Running]:
-    """Run a coordinator with two local machines and twenty seconds a request; all clients here are one."""
+    """Run a coordinator with two local machines and 20 s for a request. All clients here have one address."""
     running = await start_coordinator(MAXPERCLIENT="100")
     yield running
     assert await stop(running) == 0, running.program.output.decode()

@@ -35,13 +35,13 @@ T = TypeVar("T")
 reactor: Any = installed_reactor
 
 PATIENCE = TIMEOUT
-"""Seconds that anything may take on a busy machine before a test gives up on it."""
+"""Seconds before a test gives up: far more than anything takes on a busy machine."""
 
 TWISTD = ["-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile="]
 
 
 class Program(ProcessProtocol):
-    """A program of ours, with what it says."""
+    """One of our programs, and its output."""
 
     def __init__(self) -> None:
         self.output = b""
@@ -59,7 +59,7 @@ class Program(ProcessProtocol):
 
 
 class Exchange:
-    """A request that was sent, and its answer as it comes."""
+    """A request that was sent, and its response, which may be incomplete."""
 
     def __init__(self, status: int, headers: dict[str, str], body: BodyReceiver) -> None:
         self.status = status
@@ -70,14 +70,14 @@ class Exchange:
         await Deadline(reactor, patience).run(self.reader.done)
 
     def leave(self) -> None:
-        """Close the connection, whatever is still to come."""
+        """Close the connection before the end of the response."""
         self.reader.done.addErrback(lambda _: None)
         self.reader.close()
 
 
 @dataclass
 class Running:
-    """A coordinator that takes requests."""
+    """A program that accepts requests, such as a coordinator."""
 
     program: Program
     port: int
@@ -92,7 +92,7 @@ class Running:
         take: Callable[[bytes], None] = lambda _: None,
         headers: Mapping[str, str] | None = None,
     ) -> Exchange:
-        """Send a request; `take` gets the answer's body as it comes."""
+        """Send a request; `take` is called with each part of the response's body."""
         client = HTTPClient(self.agent, data_to_body_producer=BytesProducer)
         url = f"http://127.0.0.1:{self.port}{path}"
         named = Headers({name: [value] for name, value in (headers or {}).items()})
@@ -100,12 +100,12 @@ class Running:
             method, url, headers=named, data=data, unbuffered=True, reactor=reactor, allow_redirects=False,
         )  # fmt: skip
         response: Any = await Deadline(reactor, PATIENCE).run(sent)
-        told = {
+        names_and_values = {
             name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
         }
         body = BodyReceiver(take)
         response.deliverBody(body)
-        return Exchange(response.code, told, body)
+        return Exchange(response.code, names_and_values, body)
 
     async def begin(
         self,
@@ -114,14 +114,14 @@ class Running:
         take: Callable[[bytes], None] = lambda _: None,
         headers: Mapping[str, str] | None = None,
     ) -> Exchange:
-        """Send a script, and return when its answer begins."""
+        """Send a script, and return when its response begins."""
         data = script.encode() if isinstance(script, str) else script
         return await self.request("POST", f"/run{query}", data, take, headers)
 
     async def run(
         self, script: str | bytes, query: str = "", headers: Mapping[str, str] | None = None
     ) -> Response:
-        """Send a script, read everything."""
+        """Send a script, and read its complete response."""
         pieces: list[bytes] = []
         exchange = await self.begin(script, query, pieces.append, headers)
         await exchange.end()
@@ -134,15 +134,15 @@ class Running:
         return Response(exchange.status, exchange.headers, b"".join(pieces))
 
     def processes(self) -> list[process_tree.Process]:
-        """Find everything below the coordinator: workers, scripts."""
+        """Return all processes below the coordinator: workers and scripts."""
         return [process for process in process_tree.descendants(self.pid) if not process.dead]
 
     def workers(self) -> list[int]:
-        """Find the worker processes."""
+        """Return the process ids of the workers."""
         return [process.pid for process in self.processes() if b"bfaas.basher" in command(process.pid)]
 
     async def settle(self) -> None:
-        """Wait until nothing is left below the coordinator: every machine is stopped."""
+        """Wait until no process is below the coordinator: every machine is stopped."""
         for _ in range(int(PATIENCE / 0.05)):
             if not self.processes():
                 return
@@ -150,7 +150,7 @@ class Running:
         raise AssertionError(f"still there: {self.processes()}")
 
     def memory_mb(self, pid: int | None = None) -> float:
-        """Tell the most memory that a process has had, in MB; 0 for one that is gone."""
+        """Return the peak memory of a process in MB; 0 if it has ended."""
         try:
             status = Path(f"/proc/{pid or self.pid}/status").read_text()
         except OSError:
@@ -173,7 +173,7 @@ def command(pid: int) -> bytes:
 
 
 def send(pid: int, number: signal.Signals) -> None:
-    """Signal a process, if it is still there."""
+    """Send a signal to a process, if it still exists."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -188,7 +188,7 @@ async def pause(pid: int, seconds: float) -> None:
 
 
 def marked(mark: str) -> set[int]:
-    """Find the processes, of this whole host, that have a setting in their environment, as NAME=VALUE."""
+    """Return the processes of this host with NAME=VALUE in their environment."""
     found = set()
     for entry in Path("/proc").glob("[0-9]*"):
         try:
@@ -201,7 +201,7 @@ def marked(mark: str) -> set[int]:
 
 
 async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> None:
-    """Do all at once, and wait until all is done, or one of them has failed."""
+    """Run coroutines concurrently; wait until all are done, or one has failed."""
     try:
         await gatherResults([Deferred.fromCoroutine(work) for work in works], consumeErrors=True)
     except FirstError as error:
@@ -211,7 +211,7 @@ async def together(works: Iterable[Coroutine[Deferred[Any], Any, object]]) -> No
 def start(
     arguments: list[str], settings: dict[str, str], leaders: Sequence[str] = (sys.executable,)
 ) -> tuple[Program, int]:
-    """Start a program of ours behind `leaders`, with nothing but these settings in its environment."""
+    """Start one of our programs behind `leaders`, with only these settings in its environment."""
     program = Program()
     environment = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "HOME": "/", **settings}
     if "PYTHONPATH" in os.environ:
@@ -227,14 +227,14 @@ async def start_listening(
     settings: dict[str, str],
     leaders: Sequence[str] = (sys.executable,),
 ) -> Running:
-    """Start one of our roles with twistd, and wait until it takes requests."""
+    """Start one of our roles with twistd, and wait until it accepts connections."""
     return await start_program([*TWISTD, role, *options], port, settings, leaders)
 
 
 async def start_program(
     arguments: list[str], port: int, settings: dict[str, str], leaders: Sequence[str] = (sys.executable,)
 ) -> Running:
-    """Start a program of ours that is told where to listen, and wait until it takes requests."""
+    """Start a program with a `--listen` option, and wait until it accepts connections."""
     endpoint = f"tcp:{port}:interface=127.0.0.1"
     program, pid = start([*arguments, "--listen", endpoint], settings, leaders)
     for _ in range(int(PATIENCE / 0.05)):
@@ -247,7 +247,7 @@ async def start_program(
 
 
 async def start_coordinator(*leaders: str, **settings: str) -> Running:
-    """Start a coordinator, over local machines where the settings do not say otherwise."""
+    """Start a coordinator, with local machines unless the settings configure others."""
     defaults = {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s"}
     return await start_listening(
         "bfaas-coord", free_port(), [], {**defaults, **settings}, leaders or (sys.executable,)
@@ -255,7 +255,7 @@ async def start_coordinator(*leaders: str, **settings: str) -> Running:
 
 
 async def stop(running: Running) -> int | None:
-    """Let a coordinator end in order."""
+    """Stop a program with SIGTERM; return its exit status."""
     if running.program.status is None:
         running.kill()
         await Deadline(reactor, PATIENCE).run(running.program.ended)

@@ -1,4 +1,4 @@
-"""What is done to a process, at a random moment."""
+"""Faults that are injected into processes at random moments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Fault(enum.Enum):
-    """One kind of it. To stop is SIGSTOP."""
+    """One kind of fault. To stop a process is to send SIGSTOP."""
 
     KILL_COORDINATOR = "a coordinator killed"
     PAUSE_COORDINATOR = "a coordinator stopped for a while"
@@ -28,6 +28,6 @@ WORKER_FAULTS = (Fault.KILL_WORKER, Fault.PAUSE_WORKER, Fault.FREEZE_WORKER)
 
 
 def deal(chance: random.Random) -> Iterator[Fault]:
-    """Deal faults like cards, so that each kind strikes once before any strikes again."""
+    """Yield faults in random order, each kind once before any is repeated."""
     while True:
         yield from chance.sample(list(Fault), k=len(Fault))

@@ -1,4 +1,4 @@
-"""What clients send, the ways in which that may end, and how often it is sent on to workers."""
+"""Scripts for clients, the outcomes of their requests, and a proxy that counts deliveries to workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 ENDLESS = "sleep 1000"
 
-# Tells which request it is of, and if it is not the first in this machine since it was wiped.
+# The script contains the number of its request, and detects files of an earlier run on its machine.
 SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2", "sleep 0.8", ENDLESS)
 
@@ -26,53 +26,53 @@ CUT = (ConnectError, ConnectionClosed, IncompleteResponseError)
 
 
 class Ending(enum.Enum):
-    """The ways in which a request may end."""
+    """The outcomes of a request."""
 
-    WHOLE = "an answer with its script's exit"
-    TIMEOUT = "an answer that ends with a timeout"
-    LOST = "an answer that ends with a lost worker"
-    REFUSED = "an error of one line"
-    CUT = "a connection that died with its coordinator"
+    WHOLE = "a response with the exit of its script"
+    TIMEOUT = "a response that ends with a timeout"
+    LOST = "a response that ends with a lost worker"
+    REFUSED = "an error in one line"
+    CUT = "a connection lost with its coordinator"
 
 
-class _Seen(portforward.ProxyServer):
-    factory: Witness
+class _CountingProxy(portforward.ProxyServer):
+    factory: DeliveryCounter
 
     def connectionMade(self) -> None:
         super().connectionMade()
-        self.read = b""
-        self.noted: set[int] = set()
+        self.received = b""
+        self.counted: set[int] = set()
 
     def dataReceived(self, data: bytes) -> None:
-        self.read += data
-        new = {int(number) for number in _NUMBER.findall(self.read)} - self.noted
+        self.received += data
+        new = {int(number) for number in _NUMBER.findall(self.received)} - self.counted
         self.factory.sent.update(new)
-        self.noted |= new
+        self.counted |= new
         super().dataReceived(data)
 
 
-class Witness(portforward.ProxyFactory):
-    """Stands between the coordinators and the workers: counts how often each script is sent."""
+class DeliveryCounter(portforward.ProxyFactory):
+    """A proxy between the coordinators and the workers that counts how often each script is sent."""
 
     noisy = False
-    protocol = _Seen
+    protocol = _CountingProxy
 
     def __init__(self, port: int) -> None:
         super().__init__("127.0.0.1", port)
         self.sent: Counter[int] = Counter()
 
 
-def ending(answer: Response, work: str, code: int) -> Ending:
-    """Tell how a request ended that was answered: with an exit, or with an error."""
-    if answer.status != 200:
-        assert answer.status in (502, 503, 504), answer
-        assert re.fullmatch(rb"[^\n]+\n", answer.body), answer
+def ending(response: Response, work: str, code: int) -> Ending:
+    """Return the outcome of a complete response."""
+    if response.status != 200:
+        assert response.status in (502, 503, 504), response
+        assert re.fullmatch(rb"[^\n]+\n", response.body), response
         return Ending.REFUSED
-    told = answer.exit
-    if "reason" not in told:
-        assert work != ENDLESS, answer
-        assert told["code"] == code, answer
-        assert answer.output("stdout").endswith("done\n"), answer
+    exit_ = response.exit
+    if "reason" not in exit_:
+        assert work != ENDLESS, response
+        assert exit_["code"] == code, response
+        assert response.output("stdout").endswith("done\n"), response
         return Ending.WHOLE
     ended = {("timeout", 124): Ending.TIMEOUT, ("worker-lost", 125): Ending.LOST}
-    return ended[told["reason"], told["code"]]
+    return ended[exit_["reason"], exit_["code"]]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-# `make chaos` asks for a hundred.
+# `make chaos` runs a hundred.
 ROUNDS = int(os.environ.get("BFAAS_ROUNDS", "4"))
 SEED = int(os.environ.get("BFAAS_SEED", "1"))
 
@@ -43,7 +43,7 @@ async def test_guarantees_hold_under_crashes_and_pauses(chaos: Chaos) -> None:
             await chaos.round(kinds)
         late = await chaos.abandon()
     except AssertionError as error:
-        error.add_note(chaos.story())
+        error.add_note(chaos.history_and_output())
         raise
 
     assert set(chaos.faults) == set(Fault)
