@@ -66,17 +66,9 @@ def try_one(python: str, constraints: Path | None) -> bool:
     shutil.rmtree(home, ignore_errors=True)
     limits = ["--constraint", str(constraints)] if constraints else []
     pip = [str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    pytest = [
-        str(home / "bin" / "python"),
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:twisted",
-        "--ignore=tests/e2e",
-        "tests",
-    ]
-    commands = [[python, "-m", "venv", str(home)], [*pip, *limits, "--editable", ".[test]"], pytest]
+    packages = ["tests.unit", "tests.integration", "tests.project", "tests.simulation"]
+    trial = [str(home / "bin" / "python"), "-m", "twisted.trial", "--reporter=text", *packages]
+    commands = [[python, "-m", "venv", str(home)], [*pip, *limits, "--editable", ".[test]"], trial]
     return all(subprocess.run(command, cwd=ROOT, check=False).returncode == 0 for command in commands)
 
 

@@ -1,4 +1,4 @@
-"""The plugin is found however the project is installed, from anywhere, and shadows nothing."""
+"""Distributions contain the package and the plugin, which is found in any kind of installation."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class PackagingTests(SynchronousTestCase):
     def test_plugin_is_found_from_a_plain_and_an_editable_install(self) -> None:
         for editable in ([], ["--editable"]):
             home = self.directory / ("editable" if editable else "plain")
-            # What it depends on comes from the environment of this test, so nothing is downloaded.
+            # Dependencies come from the environment of this test: nothing is downloaded.
             venv.create(home, with_pip=True, symlinks=True)
             [site] = home.glob("lib/python*/site-packages")
             (site / "host.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
