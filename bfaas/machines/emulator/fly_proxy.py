@@ -17,13 +17,15 @@ from twisted.web.server import NOT_DONE_YET, Request
 
 from bfaas.http.client import BodyReceiver, BytesProducer, wait_for_response
 from bfaas.http.server import error_response, read_body
-from bfaas.machines.api import MachinesAPI, NotFoundError, State
+from bfaas.machines.api import NotFoundError, State
 
 if TYPE_CHECKING:
     from twisted.web.iweb import IAgent
 
-# Not imported from bfaas.protocol.formats, where the coordinator's name of the header is defined: if that
-# name is wrong, end-to-end tests against the emulator fail.
+    from bfaas.machines.emulator.state import EmulatedMachines
+
+# Not imported from bfaas.protocol.formats: if the name is wrong in the coordinator, end-to-end tests against
+# the emulator fail.
 _FORCE_INSTANCE = "fly-force-instance-id"
 
 # Headers of one connection (RFC 9110, 7.6.1) or of its framing.
@@ -47,7 +49,7 @@ class FlyProxy(Resource):
     isLeaf = True
     _log = Logger()
 
-    def __init__(self, machines: MachinesAPI, agent: IAgent) -> None:
+    def __init__(self, machines: EmulatedMachines, agent: IAgent) -> None:
         super().__init__()
         self._machines = machines
         self._agent = agent
@@ -64,7 +66,7 @@ class FlyProxy(Resource):
         if not request.uri.startswith(b"/"):  # appended to an address, "@host/path" would lead to that host
             self._send_error(request, 400, "the request target is not a path")
             return
-        address = await self._address(request.getHeader(_FORCE_INSTANCE))
+        address = self._address(request.getHeader(_FORCE_INSTANCE))
         if address is None:
             self._send_error(request, 503, "no such machine is started")
             return
@@ -89,12 +91,12 @@ class FlyProxy(Resource):
         request.write(error_response(request, status, message))
         request.finish()
 
-    async def _address(self, machine_id: str | None) -> str | None:
+    def _address(self, machine_id: str | None) -> str | None:
         """Return the scheme and authority of a started machine's URL; None if it cannot be reached."""
         if machine_id is None:
             return None
         try:
-            machine = await self._machines.get(machine_id)
+            machine = self._machines.look_up(machine_id)
         except NotFoundError:
             return None
         if machine.state is not State.STARTED or machine.url is None:

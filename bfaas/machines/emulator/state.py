@@ -62,8 +62,8 @@ class _Entry:
     """
     A machine with its hidden state.
 
-    Everything that voids a boot in progress increases `generation`. `watchers` fire at the next change of the
-    state.
+    Everything that cancels a boot or resume in progress increases `generation`. `watchers` fire at the next
+    change of the state.
     """
 
     machine: Machine
@@ -140,9 +140,9 @@ class EmulatedMachines(MachinesAPI):
         return [entry.machine for entry in self._entries.values() if not _is_gone(entry)]
 
     async def get(self, machine_id: str) -> Machine:
-        """Return one machine; for a while also a destroyed one."""
+        """Return one machine. A destroyed machine is still found for a while."""
         self._limits.acquire("get", machine_id)
-        return self._entry(machine_id).machine
+        return self.look_up(machine_id)
 
     async def start(self, machine_id: str, nonce: str | None) -> bool:
         """Begin to boot a stopped machine, or to resume a suspended one."""
@@ -227,6 +227,10 @@ class EmulatedMachines(MachinesAPI):
 
     # Beyond the protocol `MachinesAPI`.
 
+    def look_up(self, machine_id: str) -> Machine:
+        """Return one machine, as `get` does, but without a rate limit. Raises `NotFoundError`."""
+        return self._entry(machine_id).machine
+
     def config_of(self, machine_id: str) -> MachineConfig:
         """Return the configuration that a machine was created with."""
         return self._entry(machine_id).config
@@ -239,7 +243,7 @@ class EmulatedMachines(MachinesAPI):
         entry.machine = replace(entry.machine, metadata=remaining)
 
     def migrate_at_start(self, machine_id: str) -> None:
-        """Let the next start of a machine move it to another host, which changes its version."""
+        """Schedule a migration for the next start of a machine, which changes its version."""
         self._entry(machine_id).migrates_at_start = True
 
     async def shutdown(self) -> None:
@@ -305,7 +309,7 @@ class EmulatedMachines(MachinesAPI):
             watcher.callback(None)
 
     async def _boot(self, entry: _Entry) -> None:
-        """Boot a machine. A stop, a destruction or another boot that begins meanwhile voids this one."""
+        """Boot a machine. A stop, a destruction or another boot that begins meanwhile cancels it."""
         entry.generation += 1
         generation = entry.generation
 
@@ -354,12 +358,14 @@ class EmulatedMachines(MachinesAPI):
             self._set_state(entry, State.SUSPENDED)
 
     async def _resume(self, entry: _Entry) -> None:
-        """Resume a suspended machine, or boot it if that fails."""
+        """Resume a suspended machine, or boot it if that fails. A stop or a destruction cancels this."""
         self._set_state(entry, State.STARTING)
         generation = entry.generation
         try:
             await self._backend.resume(entry.machine.id)
         except OSError as error:
+            if entry.generation != generation:
+                return
             self._log.warn("cannot resume {name}, booting it: {error}", name=entry.machine.name, error=error)
             # So that the exit of the killed process does not count as a stop of the machine.
             entry.generation = generation = generation + 1
@@ -367,7 +373,7 @@ class EmulatedMachines(MachinesAPI):
             if entry.generation == generation:
                 await self._boot(entry)
             return
-        if entry.machine.state is State.STARTING:
+        if entry.generation == generation:
             self._set_state(entry, State.STARTED)
 
     async def _destroy(self, entry: _Entry) -> None:

@@ -12,7 +12,7 @@ from zope.interface import implementer
 
 from bfaas.http.client import single_use_agent
 from bfaas.http.server import BoundedSite
-from bfaas.machines.api import MachineConfig
+from bfaas.machines.api import MachineConfig, RateLimitedError
 from bfaas.machines.emulator.backend import NullBackend
 from bfaas.machines.emulator.fly_proxy import FlyProxy
 from bfaas.machines.emulator.state import EmulatedMachines
@@ -97,6 +97,17 @@ class AddressTests(FlyProxyTestCase):
         dead, _ = await self.machine(End.RESET)
 
         self.assertEqual((502, "the machine does not respond\n"), await self.request(to(dead)))
+
+    async def test_rate_limits_of_the_api_do_not_apply(self) -> None:
+        self.machines = EmulatedMachines(Clock(), lambda: 0.0, self.backend, rate_limited=True)
+        self.port = self.serve(single_use_agent(reactor))
+        machine_id, _ = await self.machine(*OK)
+        for _ in range(10):
+            await self.machines.get(machine_id)
+        with self.assertRaises(RateLimitedError):
+            await self.machines.get(machine_id)
+
+        self.assertEqual((200, ""), await self.request(to(machine_id)))
 
     async def test_target_that_is_not_a_path_is_rejected(self) -> None:
         elsewhere, url = self.serve_script(OK)

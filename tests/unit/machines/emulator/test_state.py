@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -58,6 +58,7 @@ class RecordingBackend(NullBackend):
         self.running: dict[str, Callable[[], None]] = {}
         self.calls: list[str] = []
         self.can_resume = True
+        self.resuming: Deferred[None] = succeed(None)
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
         self.calls.append("start")
@@ -66,6 +67,7 @@ class RecordingBackend(NullBackend):
         self.running[machine.id] = exited
 
     async def resume(self, machine_id: str) -> None:
+        await self.resuming
         if not self.can_resume:
             raise OSError("no snapshot")
 
@@ -165,7 +167,7 @@ class TimingTests(EmulatorTestCase):
 
 
 class VoidedTests(EmulatorTestCase):
-    def test_stop_voids_a_boot(self) -> None:
+    def test_stop_cancels_a_boot(self) -> None:
         for seconds in (0, 0.6):
             with self.subTest(seconds=seconds):
                 machine, nonce = self.create(f"m{seconds}")
@@ -176,7 +178,7 @@ class VoidedTests(EmulatorTestCase):
                 self.assert_state(State.STOPPED, machine)
                 self.assertEqual({}, self.backend.running)
 
-    def test_stop_voids_a_start(self) -> None:
+    def test_stop_cancels_a_start(self) -> None:
         machine, nonce = self.started()
         self.result(self.machines.stop(machine.id, nonce))
         self.clock.pump([0.5, 0.5])
@@ -187,7 +189,7 @@ class VoidedTests(EmulatorTestCase):
         self.assert_state(State.STOPPED, machine)
         self.assertEqual({}, self.backend.running)
 
-    def test_destruction_voids_a_boot_and_a_stop(self) -> None:
+    def test_destruction_cancels_a_boot_and_a_stop(self) -> None:
         booting, nonce = self.create("booting")
         self.clock.advance(0.6)
         self.result(self.machines.destroy(booting.id, nonce))
@@ -239,6 +241,22 @@ class BackendTests(EmulatorTestCase):
 
         self.assert_state(State.STARTED, machine)
         self.assertEqual(["kill", "start"], self.backend.calls)
+
+    def test_destruction_cancels_a_resume(self) -> None:
+        for can_resume in (False, True):
+            machine, nonce = self.started()
+            self.result(self.machines.suspend(machine.id, nonce))
+            self.backend.can_resume = can_resume
+            self.backend.resuming = Deferred()
+            self.result(self.machines.start(machine.id, nonce))
+            self.result(self.machines.destroy(machine.id, nonce))
+            self.backend.calls.clear()
+
+            self.backend.resuming.callback(None)
+            self.clock.pump([0.5, 0.5])
+
+            self.assert_state(State.DESTROYED, machine)
+            self.assertEqual([], self.backend.calls)
 
     def test_suspended_machine_stops_if_its_process_exits(self) -> None:
         machine, nonce = self.started()
