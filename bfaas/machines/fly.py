@@ -62,16 +62,16 @@ NONCE_HEADER = "fly-machine-lease-nonce"
 _CALL_TIMEOUT = 15.0  # seconds for a call that does not wait for a machine, including its retries
 _CREATE_TIMEOUT = 60.0  # seconds; a create call waits for a host
 _MAX_WAIT = 60  # seconds; the API rejects longer waits
-# Seconds. A start whose response was lost may have changed the version of the machine, and a wait for the old
-# version does not notice that the new one starts: so look at the machine more often.
+# Seconds. A start whose response was lost may have changed the machine's version. A wait for the old version
+# does not return when the new one starts, so the machine is inspected more often.
 _MAX_START_WAIT = 10
 _NOT_REACHED = (408, 409, 412)  # statuses of a wait that did not see the state
 _GONE = (State.DESTROYING, State.DESTROYED)
 _MAX_RESPONSE = 16 << 20  # bytes; a list of ten thousand machines has about five million
 _MAX_EXCERPT = 300  # characters
 _RETRY_BACKOFF = BackoffSchedule(initial=0.1, maximum=5.0)
-# Seconds between two calls of one wait, chosen uniformly: usually the time of the first is over, and no call
-# has failed.
+# Minimum and maximum seconds between two calls of one wait, chosen at random. They do not grow, because the
+# first of the calls usually has not failed but timed out.
 _WAIT_PAUSES = (0.05, 2.5)
 
 _SCHEMES = {"flyv1": "FlyV1", "bearer": "Bearer"}
@@ -127,7 +127,7 @@ class FlyMachines(MachinesAPI):
         """
         Create a machine with a lease.
 
-        Never retried: after a lost response the machine may exist, and the caller has to find out.
+        Never retried: after a lost response the machine may exist, which the caller has to check.
         """
         payload = {"name": name, "region": region, "lease_ttl": lease_ttl, "config": encode_config(config)}
         machine, nonce = await self._call(
@@ -177,7 +177,7 @@ class FlyMachines(MachinesAPI):
 
         The API sends 408 when the time is over, when it is slow itself, and also at once when the machine has
         stopped. If the machine has another version now, no response is conclusive. So after an inconclusive
-        response, look at the machine, and continue with its current version.
+        response, inspect the machine, and continue with its current version.
         """
         deadline = Deadline(self._clock, timeout)
         path, version = f"/{machine.id}/wait", machine.instance_id
@@ -317,7 +317,7 @@ class FlyMachines(MachinesAPI):
             raise _response_error(replace(call, excerpt=_excerpt(response.body)), response.body)
         try:
             return decode(json.loads(response.body))
-        except (ValueError, DecodeError) as error:
+        except (ValueError, RecursionError, DecodeError) as error:
             # Without an excerpt of the body, which may contain a nonce.
             raise UnavailableError(f"{method} {path}: {response.status} {error}", call) from None
 
@@ -353,7 +353,7 @@ def _response_error(call: Call, body: bytes) -> MachinesError:
     """
     try:
         fields = decode_object(json.loads(body))
-    except (ValueError, DecodeError):
+    except (ValueError, RecursionError, DecodeError):
         fields = {}
     reported = fields.get("message") or fields.get("error")
     text = reported if isinstance(reported, str) else call.excerpt

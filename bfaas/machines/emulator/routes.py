@@ -39,8 +39,7 @@ if TYPE_CHECKING:
     from twisted.python.failure import Failure
     from twisted.web.server import Request
 
-# Defined here too, in place of an import from bfaas.machines.fly: if the client has one of them wrong, tests
-# against the emulator fail.
+# Not imported from bfaas.machines.fly: if a value is wrong in that client, tests against the emulator fail.
 _NONCE_HEADER = "fly-machine-lease-nonce"
 _SCHEMES = ("bearer", "flyv1")  # case-insensitive: RFC 9110, 11.1
 _ROOT = "/v1/apps/<app>/machines"
@@ -68,7 +67,7 @@ class BadRequestError(Exception):
 
 
 class MachinesServer:
-    """The API of one app. Requests need its token; without one, every token is accepted."""
+    """The API of one app. Requests need `token`; if that is None, any token is accepted."""
 
     app = Klein()
 
@@ -349,7 +348,7 @@ def _json(request: Request) -> dict[str, Any]:
     """Return the JSON object in a request's body; an empty object without a body."""
     try:
         payload = json.loads(read_body(request) or b"{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequestError(str(error)) from None
     if not isinstance(payload, dict):
         raise BadRequestError("json: cannot unmarshal into an object")

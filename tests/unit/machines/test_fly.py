@@ -160,6 +160,12 @@ class RetryTests(ScriptedServerTestCase):
         self.assertEqual(502, raised.call.status)
         self.assertTrue(5 <= self.clock.seconds() <= 15, self.clock.seconds())
 
+    async def test_response_that_is_nested_too_deeply_is_an_api_error(self) -> None:
+        nested = b"[" * 100_000
+        for status in (200, 500):
+            client = self.client(response(status, nested))
+            await self.error(UnavailableError, client.acquire_lease(M.id, 60, "mine"))
+
     async def test_acquire_is_not_retried_if_it_may_have_succeeded(self) -> None:
         client = self.client(response(429, b"slow down"), response(500, b"oops"), response(200, LEASE))
 

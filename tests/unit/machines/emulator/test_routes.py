@@ -141,6 +141,7 @@ class ErrorTests(RoutesTestCase):
         lease = f"POST /{machine_id}/lease"
         for line, payload in (
             ("POST ", b"{"),
+            ("POST ", b"[" * 100_000),
             ("POST ", []),
             ("POST ", {"name": "n"}),
             ("POST ", {"config": {"image": "i", "env": {"A": 1}}}),
