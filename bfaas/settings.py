@@ -25,7 +25,9 @@ N = TypeVar("N", int, float)
 
 _MOCK = "mock"
 
-_MAX_BODY, _MAX_OUTPUT = 1 << 20, 64 << 20
+_MAX_BODY = 1 << 20
+_MAX_OUTPUT = 64 << 20
+
 _FLY_IDLE_TIMEOUT = 60.0
 """Seconds without data after which Fly's proxy closes a connection, unless `idle_timeout` is set."""
 
@@ -34,7 +36,7 @@ _MAX_SUSPENDED_MB = 2048
 
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
-_MACHINE_ID = re.compile(r"[A-Za-z0-9_-]{1,63}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
 
 _quoted = json.dumps  # always one line of ASCII
 
@@ -59,7 +61,7 @@ class ApiSettings:
     def from_environment(cls, environ: Mapping[str, str]) -> ApiSettings:
         """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
-            return _api(read, read.required("WORKER_APP", str, "the Fly app of the machines"))
+            return _api(read, read.required("WORKER_APP", _name, "the Fly app of the machines"))
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class CoordSettings:
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
-            worker_app = read.required("WORKER_APP", str, "a Fly app, or mock for local machines")
+            worker_app = read.required("WORKER_APP", _name, "a Fly app, or mock for local machines")
             mock = worker_app == _MOCK
             pool_size = read.optional("POOLSIZE", _positive(_integer), 2)
             standby_suspended = read.optional("POOL_STANDBY_STATE", _is_suspended, default=False)
@@ -120,9 +122,9 @@ class CoordSettings:
                     else read.required("PRIVATE", Signer, "a private key from `bfaas genkey`")
                 ),
                 machine_id=(
-                    read.optional("FLY_MACHINE_ID", _machine_id, _MOCK)
+                    read.optional("FLY_MACHINE_ID", _name, _MOCK)
                     if mock
-                    else read.required("FLY_MACHINE_ID", _machine_id, "this machine's name")
+                    else read.required("FLY_MACHINE_ID", _name, "this machine's name")
                 ),
                 region=(
                     read.optional("FLY_REGION", str, "local")
@@ -145,7 +147,7 @@ class CoordSettings:
 
     @property
     def idle_timeout_warnings(self) -> tuple[str, ...]:
-        """One line for each limit that lets a response stay idle until the proxy closes its connection."""
+        """One line for each limit that allows a response to be idle until the proxy closes its connection."""
         idle_timeout = self.proxy_idle_timeout or (_FLY_IDLE_TIMEOUT if self.fly else None)
         idle_periods = (
             ("MAXWAIT", self.max_wait, "a queued request"),
@@ -185,7 +187,7 @@ class BasherSettings:
         with _Reader(environ) as read:
             return cls(
                 verifier=read.required("PUBLIC", Verifier, "the public key of the coordinator's PRIVATE"),
-                machine_id=read.required("FLY_MACHINE_ID", _machine_id, "this machine's name"),
+                machine_id=read.required("FLY_MACHINE_ID", _name, "this machine's name"),
                 region=read.optional("FLY_REGION", str, ""),
                 max_req_time=read.optional("MAXREQTIME", _positive(parse_duration), None),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
@@ -259,9 +261,10 @@ def _integer(text: str) -> int:
 
 
 def _non_negative(text: str) -> int:
-    if _integer(text) < 0:
+    number = _integer(text)
+    if number < 0:
         raise ValueError(f"{_quoted(text)} is below zero")
-    return _integer(text)
+    return number
 
 
 def _at_most(limit: int | None, limit_name: str) -> Callable[[str], int]:
@@ -304,8 +307,8 @@ def _boolean(text: str) -> bool:
     return text.lower() in ("1", "true", "on", "yes")
 
 
-def _machine_id(text: str) -> str:
-    if not _MACHINE_ID.fullmatch(text):
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
         raise ValueError(f"{_quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
     return text
 

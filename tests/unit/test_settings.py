@@ -183,6 +183,11 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, self.problems(MOCK | environ))
 
+    def test_invalid_app_name_is_a_problem(self) -> None:
+        problem = 'WORKER_APP: "a/../b" is not 1 to 63 letters, digits, dashes and underscores'
+
+        self.assertEqual((problem,), self.problems(FLY | {"WORKER_APP": "a/../b"}))
+
     def test_url_has_a_scheme_a_host_and_perhaps_a_port(self) -> None:
         for url in (
             "http://_api.internal:4280",
