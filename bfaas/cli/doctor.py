@@ -98,9 +98,7 @@ async def _check_all(reactor: Any, settings: CoordSettings) -> bool:
             if host.sandboxed:
                 _report("ok", "bubblewrap", "found")
             else:
-                _report(
-                    "warn", "bubblewrap", "not usable, scripts are not confined: apt-get install bubblewrap"
-                )
+                _report("warn", "bubblewrap", f"{host.sandbox_obstacle}: scripts are not confined")
             globalLogPublisher.addObserver(_report_worker_log)
             local = LocalMachines(reactor, time.time, sandboxed=host.sandboxed, directory=host.directory)
             try:
@@ -142,7 +140,7 @@ async def _list(api: MachinesAPI, url: str) -> list[Machine]:
         if remedy is None:
             raise
         if isinstance(root_cause(error), DNSLookupError):
-            remedy += ". The default is known on Fly only; elsewhere use https://api.machines.dev"
+            remedy += " The default exists on Fly only; elsewhere use https://api.machines.dev"
         raise CheckFailed(str(error), f"FLY_FLAPS_BASE_URL: {remedy}") from error
 
 
@@ -197,9 +195,9 @@ async def _check_machine(
         client = WorkerClient(reactor, worker_url, settings.max_output)
         ready = _wait_until_ready(reactor, client, api, machine, url, pool.timeouts.ready)
         await _check(reactor, "worker", ready, {MachinesError: "the API fails intermittently: try again"})
-        on_script = f"WORKER_URL: is {url} the workers' app? WORKER_IMAGE: is it of this version?"
+        remedy = f"WORKER_URL: is {url} the workers' app? WORKER_IMAGE: is it of this version?"
         script = _run_script(reactor, settings, machine, url)
-        await _check(reactor, "script", script, {Exception: on_script})
+        await _check(reactor, "script", script, {Exception: remedy})
         _report("ok", "worker", f"ran a script at {url}")
     finally:
         await _remove(api, name, machine)
@@ -280,7 +278,7 @@ async def _run_script(reactor: Any, settings: CoordSettings, machine: Machine, u
     if body != b"well\n\nexit: 0\n":
         raise ValueError(f"{response.code} {body[:200]!r}")
     if response.headers.getRawHeaders(formats.WORKER, [machine.id]) != [machine.id]:
-        raise ValueError("a machine other than the one that was created has run it")
+        raise ValueError("the script ran on another machine than the one that was created")
 
 
 async def _check(
@@ -310,7 +308,7 @@ async def _check(
 
 
 async def _remove(api: MachinesAPI, name: str, machine: Machine | None) -> None:
-    """Destroy the machine. Find it by name if the creation got no response but may have been performed."""
+    """Destroy the machine. Find it by name if no response to its creation was received."""
     try:
         machines = [machine] if machine else [other for other in await api.list() if other.name == name]
         for created in machines:

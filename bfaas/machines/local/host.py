@@ -1,7 +1,7 @@
 """
-Examination of this host: whether it can run workers, in which directory, and in a sandbox or not.
+Examine this host: whether it can run workers, in which directory, and whether in a sandbox.
 
-The examination runs small scripts with the commands, users and directories of real runs.
+For that, small scripts run with the commands, users and directories of real runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ exit("does not find the modules " + ", ".join(missing) if missing else 0)
 """
 _WORKER_MODULES = ("bfaas.basher", "twisted", "klein", "cryptography")
 
-_FALLBACK_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - homes are in a directory of ours there
+_FALLBACK_DIRECTORIES = ("/tmp", "/var/tmp", "/dev/shm")  # noqa: S108 - homes are in a private subdirectory
 
 _CHECK_TIMEOUT = 10.0  # seconds
 _NOT_EXECUTABLE = 99  # exit status of the check script
@@ -57,17 +57,26 @@ class HostError(Exception):
 
 @dataclass(frozen=True)
 class Host:
-    """How this host runs scripts: whether in bubblewrap, and the directory that contains their homes."""
+    """
+    How this host runs scripts.
 
-    sandboxed: bool
+    `directory` contains their homes. `sandbox_obstacle` is why bubblewrap cannot be used, or None if it can.
+    """
+
     directory: str
+    sandbox_obstacle: str | None
+
+    @property
+    def sandboxed(self) -> bool:
+        """Whether scripts run in bubblewrap."""
+        return self.sandbox_obstacle is None
 
 
 def examine_host() -> Host:
     """
     Find out how this host can run scripts.
 
-    Log a warning for each way in which scripts are not confined. Block for a moment. Raises `HostError`.
+    Logs a warning for each way in which scripts are not confined. Blocks for a moment. Raises `HostError`.
     """
     users = available_script_users()
     try:
@@ -94,7 +103,7 @@ def examine_host() -> Host:
     user_obstacle = unavailable_reason() if os.geteuid() == 0 else None
     if user_obstacle:
         _log.warn("scripts run as root: {reason}", reason=user_obstacle)
-    return Host(sandboxed=sandbox_obstacle is None, directory=directory)
+    return Host(directory, sandbox_obstacle)
 
 
 def can_sandbox() -> bool:
@@ -206,8 +215,8 @@ def worker_environment() -> dict[str, str]:
     """
     Return the variables with which a worker finds its programs and modules.
 
-    A worker can import what this process can import, although its HOME, and with it the directory of
-    packages of its user, differs.
+    A worker can import what this process can import, although its HOME differs, and with it the user's
+    packages directory.
     """
     environment = {"PATH": os.environ.get("PATH", os.defpath), "LANG": "C.UTF-8"}
     if site.ENABLE_USER_SITE:
