@@ -130,7 +130,7 @@ class Worker(Service):
         app = WorkerApp(self._reactor, self._settings, self._confinement, time.time, self._stop_reactor)
         self._app = app
         resource: Resource = app.app.resource()
-        # The first match sorts the routes and imports an encoding: do that before the run comes.
+        # The first match sorts the routes and imports an encoding: do that before the run arrives.
         app.app.url_map.bind("localhost").match(formats.HEALTH_PATH)
         return resource
 
@@ -155,12 +155,12 @@ class Worker(Service):
 
     async def _stop(self) -> None:
         super().stopService()
-        # First of all: the script may have received the same signal, and then its end is not its own.
+        # First: the script may have died from the same signal, and then its exit must report the shutdown.
         run_ended = None if self._app is None else Deferred.fromCoroutine(self._app.stop())
         await self._listener.stopService()
         if run_ended is not None:
             await run_ended
-        # A slow client still receives everything, for as long as a run may take.
+        # Slow clients have as long as a run may take to receive everything.
         await self._site.drain(self._settings.max_req_time or self._FLUSH_TIMEOUT)
 
 

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, environ: Mapping[str, str] = os.envi
     Run the command and return its exit code.
 
     The code is 1 if the command failed, 2 if an argument is invalid, 74 (`EX_IOERR`) if output cannot be
-    written. End the process by SIGPIPE if the reader of its output has left. Raise `SystemExit` for
+    written. End the process by SIGPIPE if the pipe of its output is closed. Raise `SystemExit` for
     `--help` and `--version` (0), and for unknown, missing and surplus arguments (2).
     """
     try:
@@ -127,9 +127,9 @@ def _parser() -> ArgumentParser:
         help="a variable of the script; may be repeated",
     )
     command.add_argument("--json", action="store_true", help="print events, one JSON object per line")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("-f", "--file", metavar="FILE", help="run the script in this file")
-    which.add_argument(
+    source = command.add_mutually_exclusive_group(required=True)
+    source.add_argument("-f", "--file", metavar="FILE", help="run the script in this file")
+    source.add_argument(
         "script", metavar="SCRIPT", nargs="?", help="the script; - reads it from standard input"
     )
     command.set_defaults(command=_run)

@@ -4,8 +4,8 @@
 Exit codes other than the script's (124 if it exceeded its time limit, 125 if its worker was lost):
 `EX_TEMPFAIL` (75) if the coordinator asks to try again later (429, 503), `EX_UNAVAILABLE` (69) if it rejects
 the request otherwise or cannot be reached, 125 if the response breaks off, `EX_IOERR` (74) if output cannot
-be written. After SIGINT, SIGTERM and SIGHUP the command ends by that signal, and by SIGPIPE if the reader of
-its output has left: a shell shows 130, 143, 129 and 141.
+be written. After SIGINT, SIGTERM and SIGHUP the command ends by that signal, and by SIGPIPE if the pipe of
+its output is closed: a shell shows 130, 143, 129 and 141.
 """
 
 from __future__ import annotations
@@ -70,12 +70,11 @@ class RunCommand:
         as_json: bool,
     ) -> RunCommand:
         """
-        Make the request: a plain body if possible, which coordinators of the Go original accept, or JSON.
+        Make a request to a URL from `base_url`: a plain body, as for the Go original, or JSON if needed.
 
         Raise `ValueError` for requests that a coordinator rejects: `InvalidRequestError` for invalid fields,
         `UnicodeDecodeError` for bytes that JSON cannot contain.
         """
-        url = base_url(url)
         if stdin is None and timeout is None and not env:
             return cls(url, {}, script, as_json)
         fields: dict[str, object] = {"script": script.decode()}

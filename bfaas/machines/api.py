@@ -76,7 +76,7 @@ class Machine:
 @dataclass(frozen=True)
 class Lease:
     """
-    The exclusive right to change a machine. Calls prove it by the nonce.
+    The exclusive right to change a machine. Calls prove it with the nonce.
 
     `expires_at` is in seconds since the epoch, by the API's clock.
     """
@@ -139,7 +139,7 @@ class MachinesAPI(Protocol):
         ...
 
     async def stop(self, machine_id: str, nonce: str | None) -> None:
-        """Begin to stop a machine, with SIGKILL and without a grace period. A stopped machine is no error."""
+        """Begin to stop a machine, by SIGKILL without a grace period. Stopped machines are no error."""
         ...
 
     async def suspend(self, machine_id: str, nonce: str | None) -> None:
@@ -164,7 +164,7 @@ class MachinesAPI(Protocol):
         ...
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
-        """Extend our lease to `ttl` from now; its nonce stays. Raises `LeaseHeldError` if it is not ours."""
+        """Extend our lease to `ttl` from now, with the same nonce. Raises `LeaseHeldError` if it is lost."""
         ...
 
     async def get_lease(self, machine_id: str) -> Lease:
@@ -228,7 +228,7 @@ class UnavailableError(MachinesError):
 
 
 class RateLimitedError(UnavailableError):
-    """The API received too many calls. This one took no effect."""
+    """The API received too many calls, and ignored this one."""
 
 
 class NameTakenError(MachinesError):

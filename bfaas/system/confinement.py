@@ -2,9 +2,9 @@
 What confines a script: its user, its limits, a sandbox, and its place as the first victim of low memory.
 
 All of it is done by a command prefix: a chain of programs (setsid, choom, setpriv, bwrap), each of which
-changes one thing and executes the next. Twisted is only fast at starting a process if nothing in it has to be
-changed before it executes. The last program of the chain is a bash that sets limits, reports that everything
-before it has worked, and executes the script's command.
+changes one thing and executes the next. Twisted could change the user itself, but then it cannot use
+posix_spawn(3), and starting a process is slow. The last program of the chain is a bash that sets limits,
+reports that everything before it has worked, and executes the script's command.
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ _LIMITS = (
 )
 
 _PROCESS_LIMIT = _Limit("u", resource.RLIMIT_NPROC, 512, 1)
-"""About half of what Linux allows all users of a machine with 256 MB, so that root can always fork."""
+"""About half of the limit that Linux sets for a machine with 256 MB, so that root can always fork."""
 
 
 def _last_step(limits: Sequence[_Limit]) -> str:

@@ -42,7 +42,7 @@ class Listener(Service):
             raise StartError(f"{self._name}: the endpoint does not accept connections")
 
     def privilegedStartService(self) -> None:
-        """Listen. Raises `StartError`. Twisted's own endpoints fail at once, or not at all."""
+        """Listen. Raises `StartError`, because Twisted's endpoints report failures immediately."""
         failures: list[Failure] = []
         self._listening = maybeDeferred(self._endpoint.listen, self._site).addErrback(failures.append)
         for failure in failures:

@@ -40,11 +40,11 @@ LOG_FORMAT = [
     "Format of the log: text, or json with one object per line.",
     _log_format,
 ]
-"""The command-line option of all roles."""
+"""The command-line option of the coordinator and the worker."""
 
 
 def with_logging(service: IService, options: Options, reactor: Any) -> IService:
-    """Return the service in another one that makes twistd write the log as the options say."""
+    """Wrap the service in one that sets the log observer that the options choose."""
     return _LoggingService(service, make_observer(options, reactor))
 
 
@@ -92,7 +92,7 @@ class LogStream(Protocol):
         """Write a line, including its newline."""
 
     def flush(self) -> object:
-        """Pass on what was written."""
+        """Write what is buffered."""
 
 
 def _open_stream(twistd: Mapping[str, Any], reactor: Any) -> LogStream:

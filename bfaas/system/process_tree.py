@@ -31,7 +31,7 @@ _MAX_ROUNDS = 20
 
 
 class Process(NamedTuple):
-    """A process. Its start time, in clock ticks since boot, tells it from others that had the same pid."""
+    """A process. Its start time, in clock ticks since boot, distinguishes it from others of the same pid."""
 
     pid: int
     parent: int

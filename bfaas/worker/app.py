@@ -131,8 +131,8 @@ class WorkerApp:
         return run
 
     def _start_error(self, reason: str) -> HTTPError:
-        """Log why bash did not start, and return the error response: the script has no exit of its own."""
-        reason = reason or "no message; a SANDBOX must leave open descriptors open"
+        """Log why bash did not start, and return the error response."""
+        reason = reason or "no message; a SANDBOX must not close inherited descriptors"
         self._log.error("bash cannot be started: {reason}", reason=reason)
         return HTTPError(500, "bash cannot be started")
 

@@ -1,8 +1,8 @@
 """
 One run of a script as a bash process: its command, its pipes, its descendants, its exit.
 
-A run is over when bash exits. Then all processes that it left behind are killed, in whatever session they
-are, the rest of the output is read from the pipes, and only then is the exit reported. This process must be
+A run is over when bash exits. Then all processes that it left behind are killed, whatever their session. The
+rest of the output is read from the pipes, and after that the exit is reported. This process must be
 the subreaper of its descendants (`bfaas.system.process_tree.become_subreaper`), and must start no other
 children during a run.
 """
@@ -64,11 +64,11 @@ worker may find out that it is being shut down.
 """
 
 _MAX_STARTUP_ERRORS = 1000
-"""Bytes that are kept of what the confining programs write."""
+"""Bytes of the confining programs' messages that are kept."""
 
 _RSS_MARGIN = 1.25
 """
-The factor by which a run's peak memory has to exceed the worker's to be certain: Linux counts in batches.
+A run's peak memory is reported if it exceeds the worker's by this factor: Linux counts memory in batches.
 """
 
 
@@ -118,7 +118,7 @@ class BashRun(ProcessProtocol):
         self._reason: Reason | None = None
         self._signals_are_exit_codes = False
 
-        # The run ends once all three have come, in any order.
+        # The run has ended once all three are set, in any order.
         self._status: int | None = None
         self._descendants_killed = False
         self._pipes_closed = False
@@ -183,7 +183,7 @@ class BashRun(ProcessProtocol):
         # Bash may have exited already: Twisted tries to reap a process as soon as it is started.
         if self._status is None:
             if request.stdin:
-                # Written while the script reads; what it never reads is dropped with the pipe.
+                # Written as the script reads; unread input is dropped with the pipe.
                 self.transport.write(request.stdin)
                 self.transport.closeStdin()
             self._reap_orphans()
@@ -244,7 +244,7 @@ class BashRun(ProcessProtocol):
     # ProcessProtocol, in the order of the calls
 
     def connectionMade(self) -> None:
-        """Install the pipes of `start`, in place of Twisted's own, which the script could not open again."""
+        """Install the pipes of `start`, in place of Twisted's own, which the script could not reopen."""
         for number, end in self._pipes.parent_ends.items():
             kind = ProcessWriter if number == 0 else OutputReader
             self.transport.pipes[number] = kind(self._reactor, self.transport, number, end)
@@ -280,7 +280,7 @@ class BashRun(ProcessProtocol):
             self._script_started.set(False)
         if self._reap_timer is not None:
             self._reap_timer.cancel()
-        # At any client's pace: without writers, the pipes hold no more than their capacity.
+        # Whatever the client's pace: without writers, the pipes hold no more than their capacity.
         self.transport.resumeProducing()
         killing = Deferred.fromCoroutine(self._kill_descendants())
         killing.addErrback(lambda failure: self._log.failure("cannot kill a script's processes", failure))

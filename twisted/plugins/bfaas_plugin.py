@@ -10,7 +10,7 @@ class _Role(ServiceMaker):
 
     @property
     def options(self) -> Any:
-        """Prepare the process and import the role's module: twistd reads this of the chosen command only."""
+        """Prepare the process and import the role's module: twistd reads this for the chosen command only."""
         from bfaas.system.startup import prepare_role  # noqa: PLC0415 - only for the chosen command
 
         prepare_role(self.tapname)

@@ -58,10 +58,10 @@ class MachinesService(MultiService):
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
-    """Create the emulator. Errors in the settings or of the host have messages of one line."""
+    """Create the emulator. Raises `StartError` or `HostError`, whose messages are one line."""
     if reactor is None:
         check_options(options)
-        from twisted.internet import reactor  # noqa: PLC0415 - the role was chosen, so the reactor was too
+        from twisted.internet import reactor  # noqa: PLC0415 - twistd has chosen the reactor by now
     configure_reactor(reactor)
     limited = bool(options["rate-limits"])
     host = examine_host()

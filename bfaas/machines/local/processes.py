@@ -3,7 +3,7 @@ Machines as processes of this host: each started machine is a `basher` on its ow
 
 The home is wiped at every stop, as the root file system of a Fly Machine is. Where this process is root,
 each start of a machine reserves a user for its script. Where bubblewrap works, it confines scripts; elsewhere
-they can do what their user can.
+they have all rights of their user.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class LocalProcesses(MachineBackend):
     """
     Backend that runs machines as processes: `command`, with options for its endpoint.
 
-    This process becomes the subreaper of what workers leave. Every child that appears after the first start,
-    and is not a worker, is taken for such an orphan and killed.
+    This process becomes the subreaper of processes that outlive their worker. Every child that appears after
+    the first start, and is not a worker, is treated as such an orphan and killed.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class RemovalWatch:
     """
     Calls `notify` soon after an entry of a watched directory was removed or moved, or the directory moved.
 
-    `notify` gets no arguments; it has to look for what is missing. The kernel drops the watch of a directory
+    `notify` has no arguments and has to check what is missing. The kernel drops the watch of a directory
     that is removed itself; Twisted's `INotify` would then stop altogether. Raises `OSError` if the system has
     no inotify, or no instance is left.
     """

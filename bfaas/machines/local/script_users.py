@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 # for use inside containers, which often have only ids below 65536.
 UID_RANGES = (range(1_900_000_000, 1_900_065_536), range(60_578, 61_184))
 
-# Bits of CapEff (linux/capability.h) that are needed to give a home to its user, and to remove it.
+# Bits of CapEff (linux/capability.h) that are needed to change the owner of a home, and to remove it.
 _CAPABILITIES = {"CAP_CHOWN": 0, "CAP_DAC_OVERRIDE": 1, "CAP_FOWNER": 3}
 
 _SUBORDINATE = re.compile(r"[^:]*:([0-9]{1,10}):([0-9]{1,10})")
@@ -40,12 +40,12 @@ class NoUserError(OSError):
 
 
 def unavailable_reason() -> str | None:
-    """Return why scripts cannot have users of their own here, or None if they can."""
+    """Return why scripts cannot run as users of their own, or None if they can."""
     if os.geteuid() != 0:
         return "only root can run scripts as other users"
-    lacking = missing_capabilities(_CAPABILITIES)
-    if lacking:
-        return f"cannot give homes to other users without {', '.join(lacking)}"
+    missing = missing_capabilities(_CAPABILITIES)
+    if missing:
+        return f"cannot change the owner of a home without {', '.join(missing)}"
     reasons = [User(ids[0], ids[0]).unavailable() for ids in UID_RANGES]
     return None if None in reasons else reasons[0]
 

@@ -45,7 +45,7 @@ class StateDirectory:
         for _ in range(_ATTEMPTS):
             path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             path.chmod(0o711)
-            # Before it is locked, another process may take it for abandoned and remove it.
+            # Before it is locked, another process may consider it abandoned and remove it.
             if (state := _lock(path)) is not None and state.intact:
                 return state
         raise FileNotFoundError(f"{parent}: new directories are removed at once")
