@@ -21,8 +21,10 @@ _V1_MAX_LENGTH = 107
 _V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _V2_FIXED = 16
 _V2_LOCAL, _V2_PROXY = 0x20, 0x21
+_V2_NO_IP = (0, 3)  # address families: unspecified, UNIX
+_V2_WIDTHS = {1: 4, 2: 16}  # bytes of an address, by address family: IPv4, IPv6
 _V2_MAX_LENGTH = 16 << 10
-"""Far more than a proxy sends: 216 bytes of addresses, and some hundred of other values."""
+"""Far more than a proxy sends: up to 216 bytes of addresses, and some hundred bytes of extensions."""
 
 _V1_FIELDS = 6
 _PORT_COUNT = 1 << 16
@@ -85,17 +87,15 @@ class HeaderReader:
             return None
         addresses, rest = data[_V2_FIXED:end], data[end:]
         family = family_and_transport >> 4
-        width = {1: 4, 2: 16}.get(family)
-        if version_and_command == _V2_LOCAL or width is None:
-            if family > 3:  # noqa: PLR2004 - unspecified, IPv4, IPv6, UNIX
-                raise ValueError("invalid PROXY protocol header")
+        if version_and_command == _V2_LOCAL or family in _V2_NO_IP:
             return Proxied(None, None, rest)
-        if len(addresses) < 2 * width + 4:
+        width = _V2_WIDTHS.get(family)
+        if width is None or len(addresses) < 2 * width + 4:
             raise ValueError("invalid PROXY protocol header")
         source, destination = addresses[:width], addresses[width : 2 * width]
         ports = addresses[2 * width : 2 * width + 4]
         source_port, destination_port = int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big")
-        address = _ipv4 if family == 1 else _ipv6
+        address = _ipv4 if width == _V2_WIDTHS[1] else _ipv6
         return Proxied(address(source, source_port), address(destination, destination_port), rest)
 
 

@@ -50,6 +50,8 @@ HEADERS = {
     version_2(0x21, 0x11, inet(socket.AF_INET, "198.51.100.7", "192.0.2.1"), b"\x04\0\x03abc"): FOUR,
     version_2(0x20, 0x00, b""): NONE,
     version_2(0x20, 0x11, inet(socket.AF_INET, "198.51.100.7", "192.0.2.1")): NONE,
+    # The family of a proxy's own connection is ignored.
+    version_2(0x20, 0xF1, b"abc"): NONE,
     version_2(0x21, 0x00, b"", b"\x04\0\x03abc"): NONE,
     version_2(0x21, 0x31, b"/client".ljust(108, b"\0") + b"/server".ljust(108, b"\0")): NONE,
 }
