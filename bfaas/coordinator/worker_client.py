@@ -82,8 +82,9 @@ class WorkerClient(ReadinessProbe):
         Wait until the worker responds. There is no time limit: cancel it to end the wait.
 
         Any status below 500 counts: workers of the Go original have no health check. A worker whose clock is
-        so far off that it would reject an auth token, which happens briefly after a resume, is not ready. Nor
-        is another program that has taken a local machine's port, and would get its script.
+        so far off that it would reject an auth token, which happens briefly after a resume, is not ready. A
+        response of another program, which has taken a local machine's port, does not count: it would get the
+        script.
         """
         for failures in count():
             try:
@@ -166,26 +167,26 @@ class WorkerClient(ReadinessProbe):
 
         body = BodyReceiver(forward, on_start=lambda producer: response.start(producer, headers))
         worker_response.deliverBody(body)
-        exit_: formats.Exit | None = None
-        reason = formats.Reason.WORKER_LOST
+        error: Exception | None = None
         try:
             await body.done
-            exit_ = reader.exit
         except CancelledError:
             raise
-        except OutputLimitError:
-            reason = formats.Reason.OUTPUT_LIMIT
-        except Exception as error:  # noqa: BLE001 - any other failure means that the worker is lost
-            # An exit event is final even if the body is incomplete. A raw run's exit line is not: the script
-            # may have written it.
-            if isinstance(error, IncompleteResponseError) and not reader.forwards_exit:
-                exit_ = reader.exit
-            if exit_ is None:
-                self._log.warn("lost a worker: {error!r}", error=error)
+        except Exception as failure:  # noqa: BLE001 - any failure means that the worker is lost
+            error = failure
+        # An exit event is final even if the body is incomplete. A raw run's exit line is not: the script may
+        # have written it.
+        is_final = error is None or (isinstance(error, IncompleteResponseError) and not reader.forwards_exit)
+        exit_ = reader.exit if is_final else None
         if exit_ is not None and reader.forwards_exit:
             response.finish()
             return exit_
-        exit_ = exit_ or formats.Exit.forced(reason)
+        if exit_ is None:
+            reason = formats.Reason.OUTPUT_LIMIT
+            if not isinstance(error, OutputLimitError):
+                reason = formats.Reason.WORKER_LOST
+                self._log.warn("lost a worker: {error}", error="no exit" if error is None else repr(error))
+            exit_ = formats.Exit.forced(reason)
         response.end(exit_)
         return exit_
 

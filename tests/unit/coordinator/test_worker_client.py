@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.task import Clock
+from twisted.logger import capturedLogs, formatEvent
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET
 from zope.interface import implementer
@@ -238,8 +239,10 @@ class LostWorkerTests(WorkerClientTestCase):
 
     async def test_empty_body_is_a_lost_worker(self) -> None:
         for format_ in Format:
-            body, _ = await self.run_it(format_, head_of(format_), LAST_CHUNK)
+            with capturedLogs() as logs:
+                body, _ = await self.run_it(format_, head_of(format_), LAST_CHUNK)
             self.assertEqual(LOST[format_], body)
+            self.assertIn("lost a worker: no exit", map(formatEvent, logs))
 
     async def test_body_without_framing_is_a_lost_worker(self) -> None:
         for format_, sent in ((Format.EVENTS, STDOUT), (Format.RAW, b"x")):
