@@ -1,5 +1,5 @@
 """
-Deadlines of work.
+Deadlines for asynchronous work.
 
 A deadline is a fixed time. It is created once and passed on, so that all steps of the work share it.
 """
@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine
 
     from twisted.internet.interfaces import IReactorTime
+    from twisted.python.failure import Failure
 
 T = TypeVar("T")
 
 _MIN_DELAY = 1e-6
-"""Seconds. A shorter timer may not advance the clock."""
+"""Seconds. During a shorter timer the clock may not advance."""
+
+
+def ignore_cancellation(failure: Failure) -> None:
+    """Errback of background work: ignore its cancellation, pass on any other failure."""
+    failure.trap(CancelledError)
 
 
 class DeadlineExceededError(Exception):
@@ -39,7 +45,7 @@ class Deadline:
 
     @property
     def remaining(self) -> float:
-        """Seconds until the deadline. 0 after it, and if it is closer than the resolution of a clock."""
+        """Seconds until the deadline; 0 if it has passed or is closer than the resolution of a clock."""
         remaining = self._at - self._clock.seconds()
         return remaining if remaining > _MIN_DELAY else 0.0
 
@@ -47,8 +53,8 @@ class Deadline:
         """
         Wait for the work. Cancel it at the deadline, and raise `DeadlineExceededError`.
 
-        An error that the work raises while it is cancelled is raised unchanged. Cancelling this cancels the
-        work. If the work awaits something in its cleanup, that is waited for, beyond the deadline.
+        An error that the work raises while it is cancelled is raised unchanged. Cancelling `run` cancels the
+        work. The cleanup of the work is awaited, even beyond the deadline.
         """
         task = work if isinstance(work, Deferred) else Deferred.fromCoroutine(work)
         expired = False

@@ -13,7 +13,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.deadline import Deadline, DeadlineExceededError, ignore_cancellation
 from bfaas.machines.api import (
     EndedError,
     Lease,
@@ -77,8 +77,8 @@ class MachineLifecycle:
     """
 
     _log = Logger()
-    _MIN_START_DELAY = 0.25  # a machine can start some 0.4 s after a stop; the API accepts bursts of 3 calls
-    _WATCH_DELAY = 0.5  # seconds; most workers are ready earlier, so that most starts need no second wait
+    _MIN_START_DELAY = 0.25  # seconds; a start succeeds some 0.4 s after a stop; the API allows bursts of 3
+    _WATCH_DELAY = 0.5  # seconds; most workers are ready earlier, which saves most starts an API call
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class MachineLifecycle:
         self._closing = False
 
     def close(self) -> None:
-        """Cut delays short, and end waits for readiness: no machine will be used any more."""
+        """Shorten delays, and end waits for readiness: the pool uses no further machine."""
         self._closing = True
         self._backoff.expedite()
         for wait in list(self._readiness_waits):
@@ -106,7 +106,7 @@ class MachineLifecycle:
 
     async def create(self, slot: Slot) -> None:
         """
-        Create the machine; attempt it again while the outcome is unknown.
+        Create the machine; retry while the outcome of an attempt is unknown.
 
         Names are unique, so that at most one machine results. Re-raise the API's error once the machine is
         known not to exist.
@@ -149,7 +149,7 @@ class MachineLifecycle:
         except UnavailableError:
             raise
         except MachinesError:
-            # This attempt was refused, but an earlier one with an unknown outcome may have succeeded.
+            # This attempt was rejected, but an earlier one with an unknown outcome may have succeeded.
             found = await self._find(slot) if slot.create_unknown_since is not None else None
             if found is None:
                 raise
@@ -232,8 +232,8 @@ class MachineLifecycle:
             return result
 
         watching.addCallback(give_up)
-        watching.addErrback(lambda failure: failure.trap(CancelledError) and None)
-        watching.addErrback(lambda failure: self._log.failure("in {name}", failure, name=slot.name))
+        watching.addErrback(ignore_cancellation)
+        watching.addErrback(lambda failure: self._log.failure("while {name} starts", failure, name=slot.name))
         probing.addBoth(stop_watching)
         try:
             await probing
@@ -245,7 +245,7 @@ class MachineLifecycle:
             raise EndedError(f"its worker has ended: {ended[0]}") from None
 
     async def _watch_start(self, slot: Slot) -> str | None:
-        """Return why a machine ended whose worker is not ready yet; None if it did not end in time."""
+        """Return why the machine ended before its worker was ready; None if it did not end."""
         await deferLater(self._clock, self._WATCH_DELAY)
         try:
             has_stopped = await self._stops_within(slot, self._timeouts.ready)
@@ -290,7 +290,7 @@ class MachineLifecycle:
         return min(self._config.lease_ttl / 3, (slot.lease_end - self._clock.seconds()) / 2)
 
     async def _stops_within(self, slot: Slot, seconds: float) -> bool:
-        """Return True as soon as the machine stops, and False if it does not within so many seconds."""
+        """Return True as soon as the machine stops, and False if it does not stop within `seconds`."""
         deadline = Deadline(self._clock, seconds)
         for failures in count():
             if not deadline.remaining:
@@ -354,14 +354,14 @@ class MachineLifecycle:
             await self._backoff.sleep(self._backoff.delay(failures))
         self._log.info("destroyed {name}, {id}", name=slot.name, id=slot.machine.id)
 
-    async def _other_nonce(self, slot: Slot, refused: str | None) -> str | None:
+    async def _other_nonce(self, slot: Slot, rejected: str | None) -> str | None:
         """
-        Return the nonce to try after another was refused.
+        Return the nonce to try after the API rejected one.
 
-        The first is None, because the pool's lease may have expired. The next is that of the present lease,
-        if the machine was never leased by this pool: then an earlier instance left it.
+        After the slot's own nonce, try none, because the slot's lease may have expired. A slot without a
+        lease has a machine of an earlier instance: try that instance's nonce.
         """
-        if refused is not None:
+        if rejected is not None:
             return None
         if slot.lease is not None:
             raise LeaseLostError(f"another client holds the lease of {slot.name}")
@@ -372,7 +372,7 @@ class MachineLifecycle:
 
     async def _call_start(self, slot: Slot) -> None:
         """
-        Start the machine, with repeated attempts until the effects of its last stop are over.
+        Start the machine; retry while it cannot be started yet after its last stop.
 
         A machine that is starting already was started by an earlier call whose response was lost.
         """
@@ -388,7 +388,7 @@ class MachineLifecycle:
                     slot.known_machine = machine
                     return
             except RateLimitedError:
-                pass  # the waits for the last stop used up the limit
+                pass  # earlier attempts used up the limit
             else:
                 return
             await self._backoff.sleep(max(self._MIN_START_DELAY, self._backoff.delay(failures + 2)))
@@ -408,7 +408,7 @@ class MachineLifecycle:
         self._record_lease(slot, await self._within(self._timeouts.lease, refresh), requested_at)
 
     def _record_lease(self, slot: Slot, lease: Lease, requested_at: float) -> None:
-        """Record a lease: it lasts its TTL from a moment between its request and now."""
+        """Record a lease, which began after it was requested. Its end is computed from the request."""
         slot.lease = lease
         slot.lease_end = requested_at + self._config.safe_lease_ttl
 

@@ -1,5 +1,5 @@
 """
-Warm standby: what a machine that is ready does until a request comes.
+Warm standby: keeps ready machines, started or suspended, until requests need them.
 
 The pool decides which machines remain in standby, and how many.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from bfaas.deadline import ignore_cancellation
 from bfaas.pooling.scheduler import StandbyAction
 from bfaas.pooling.slot import Phase, Slot
 
@@ -73,7 +74,7 @@ class Standby:
     async def _wait_for_wakeup(self, slot: Slot) -> bool:
         """Park the slot while its machine is monitored. Return whether the machine is wanted."""
         monitoring = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
-        monitoring.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        monitoring.addErrback(ignore_cancellation)
         monitoring.addErrback(
             lambda failure: self._log.failure("while monitoring {name}", failure, name=slot.name)
         )

@@ -15,6 +15,7 @@ from twisted.web.http_headers import Headers
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
+from bfaas.deadline import ignore_cancellation
 from bfaas.http.client import BodyReceiver, BytesProducer, wait_for_response
 from bfaas.http.server import error_response, read_body
 from bfaas.machines.api import NotFoundError, State
@@ -58,7 +59,7 @@ class FlyProxy(Resource):
         """Forward a request, until its client disconnects."""
         forwarding = Deferred.fromCoroutine(self._forward(request))
         request.notifyFinish().addErrback(lambda _: forwarding.cancel())
-        forwarding.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        forwarding.addErrback(ignore_cancellation)
         forwarding.addErrback(lambda failure: self._log.failure("while forwarding a request", failure))
         return NOT_DONE_YET
 

@@ -11,11 +11,11 @@ from datetime import UTC, datetime
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError
+from bfaas.deadline import Deadline, DeadlineExceededError, ignore_cancellation
 from bfaas.machines.api import (
     EndedError,
     Lease,
@@ -296,7 +296,7 @@ class EmulatedMachines(MachinesAPI):
     def _run_in_background(self, work: Coroutine[Deferred[Any], Any, None]) -> None:
         deferred = Deferred.fromCoroutine(work)
         self._tasks.add(deferred)
-        deferred.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        deferred.addErrback(ignore_cancellation)
         deferred.addErrback(
             lambda failure: self._log.failure("while changing the state of a machine", failure)
         )
