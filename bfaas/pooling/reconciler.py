@@ -13,12 +13,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore, FirstError, gatherResults
+from twisted.internet.defer import Deferred, DeferredSemaphore, FirstError, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
-from bfaas.deadline import Deadline, DeadlineExceededError
-from bfaas.machines.api import LeaseHeldError, MachinesError, NotFoundError, State, UnavailableError
+from bfaas.deadline import Deadline, DeadlineExceededError, ignore_cancellation
+from bfaas.machines.api import (
+    LeaseHeldError,
+    MachinesError,
+    NotFoundError,
+    RateLimitedError,
+    State,
+    UnavailableError,
+)
 from bfaas.pooling.config import pool_of
 from bfaas.pooling.scheduler import Inspected
 
@@ -48,7 +55,7 @@ class Reconciler:
     """
 
     _DESTROY_INTERVAL = 1.0  # seconds between two attempts to destroy all machines of this pool
-    _RECHECK_FACTOR = 1.5  # times the timeout of a lease call, between which an adopted machine has no lease
+    _RECHECK_FACTOR = 1.5  # of the timeout of a lease call; an adopted machine has no lease between two calls
     _SAMPLE_SIZE = 3  # machines
     _CONCURRENCY = 10  # machines
     _MAX_PER_PASS = 300  # machines to destroy, approximately; with more, the next pass follows at once
@@ -72,16 +79,16 @@ class Reconciler:
         self._wakeup: Deferred[None] | None = None
         self._check_requested = False
         self.api_reachable = True
-        """Whether the API answered the last call of the reconciler."""
+        """Whether the API responded to the reconciler's last call."""
 
     def start(self) -> None:
         """Reconcile now, and periodically after that."""
         self._loop = Deferred.fromCoroutine(self._run())
-        self._loop.addErrback(lambda failure: failure.trap(CancelledError) and None)
+        self._loop.addErrback(ignore_cancellation)
         self._loop.addErrback(lambda failure: _log.failure("in the reconciler", failure))
 
     def check_soon(self) -> None:
-        """Check soon whether the API answers, because a call of the pool's was not answered."""
+        """Check soon whether the API responds: a call of the pool got no response."""
         self._check_requested = True
         if self._wakeup is not None:
             wakeup, self._wakeup = self._wakeup, None
@@ -131,8 +138,8 @@ class Reconciler:
         """
         Go through all machines once. Return False if machines without a lease may be left.
 
-        A machine of another pool is destroyed if it has no lease, and has none a moment later either: between
-        the two leases of an adoption there is none.
+        A machine of another pool is destroyed if it has no lease at two checks in a row: one check may fall
+        between the two leases of an adoption.
         """
         machines = await self._list()
         own = [machine for machine in machines if self._config.owns(machine)]
@@ -165,7 +172,7 @@ class Reconciler:
         """
         Group the machines of other pools by pool, pools and machines in random order.
 
-        Each pool is thus reached in time, even if no pass gets to the last one.
+        Every pool is thus reached eventually, even if no pass reaches all of them.
         """
         pools: dict[str, list[Machine]] = {}
         for machine in machines:
@@ -213,11 +220,12 @@ class Reconciler:
         return [machine for machine in await self._within(self._api.list()) if machine.state not in _GONE]
 
     async def _within(self, work: Coroutine[Deferred[Any], Any, T]) -> T:
-        """Do work within its timeout, and record whether the API answers, be it with an error."""
+        """Do work within its timeout, and record whether the API responds, even with an error."""
         try:
             result = await Deadline(self._clock, self._config.timeouts.inspect).run(work)
         except (MachinesError, DeadlineExceededError) as error:
-            self.api_reachable = not isinstance(error, (UnavailableError, DeadlineExceededError))
+            no_response = isinstance(error, (UnavailableError, DeadlineExceededError))
+            self.api_reachable = isinstance(error, RateLimitedError) or not no_response
             raise
         self.api_reachable = True
         return result
@@ -232,7 +240,7 @@ class Reconciler:
         tasks.reverse()
         try:
             results = await gatherResults(tasks, consumeErrors=True)
-        except FirstError as error:  # cancellation is one too
+        except FirstError as error:  # raised for a cancellation too
             for task in tasks:
                 task.cancel()
             error.subFailure.raiseException()

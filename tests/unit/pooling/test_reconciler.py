@@ -4,7 +4,7 @@ from dataclasses import replace
 from random import Random
 from typing import TYPE_CHECKING
 
-from bfaas.machines.api import MachineConfig, UnavailableError
+from bfaas.machines.api import MachineConfig, RateLimitedError, UnavailableError
 from bfaas.pooling.reconciler import Reconciler, destroy_own
 from bfaas.pooling.scheduler import Inspected, Scheduler, StandbyAction
 from tests.support.faults import Hang, Refuse, Slow
@@ -168,6 +168,13 @@ class ReconcilerTests(PartsCase):
 
         self.assertEqual((True, 1), (self.reconciler.api_reachable, len(self.scheduler.reports)))
         self.reconciler.close()
+
+    def test_rate_limited_api_is_reachable(self) -> None:
+        self.create("worker-q-1")
+        self.api.next("get_lease", Refuse(RateLimitedError("429")))
+        self.result_of(self.reconciler.reconcile_once())
+
+        self.assertTrue(self.reconciler.api_reachable)
 
     def test_check_lists_the_machines_and_nothing_more(self) -> None:
         self.reconciler.start()
