@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from random import Random
 
-_MAX_EXPONENT = 100  # keeps the power below what a float holds
+_MAX_EXPONENT = 100  # avoids an OverflowError
 
 
 @dataclass(frozen=True)

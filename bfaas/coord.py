@@ -135,13 +135,13 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     """Compose the coordinator from the environment. Raise `StartError` or exit if it cannot start."""
     if reactor is None:
         check_options(options)
-        from twisted.internet import reactor  # noqa: PLC0415 - which reactor is known by now
+        from twisted.internet import reactor  # noqa: PLC0415 - twistd has installed it by now
     settings = settings_or_exit("bfaas-coord", CoordSettings.from_environment)
     for warning in settings.idle_timeout_warnings:
         _log.warn("{warning}", warning=warning)
     configure_reactor(reactor)
-    # Objects made during start-up live on. Frozen, they are not traversed by each garbage collection, which
-    # would delay deadlines.
+    # Objects made during start-up are permanent. Frozen, they do not slow down garbage collections, which
+    # delay deadlines.
     reactor.callWhenRunning(gc.freeze)
 
     random, fly = SystemRandom(), settings.fly
@@ -181,7 +181,8 @@ def _public_site(reactor: Any, app: Klein, settings: CoordSettings, *, has_metri
         app.resource(),
         settings.max_body,
         max_connections=connections,
-        # On Fly all connections come from its proxy. Elsewhere web pages in a browser can open some.
+        # On Fly all connections come from its proxy. Elsewhere no address gets all of them: a web page can
+        # open many from its reader's browser.
         max_per_address=connections if on_fly else connections // 2,
         request_filter=None if on_fly else cross_origin_reason,
     )

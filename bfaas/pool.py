@@ -1,12 +1,12 @@
 """
-The pool: machines on demand, each for one request at a time, and wiped by a stop in between.
+The pool: machines on demand. Each serves one request at a time, and is wiped by a stop after it.
 
 Requests wait for machines in a fair queue. Only the pool creates, starts, stops and destroys machines, so
 that a cancelled request leaves none behind. Each slot has one coroutine, `_run_lifecycle`, which manages its
 machine from creation to destruction. A request gets an `Allocation`, and releases it exactly once.
 
-A machine belongs to the pool in its name, because a name cannot be changed from inside a machine. Its
-metadata names the pool as well, for people, but proves nothing.
+A machine's name contains the name of its pool, and alone decides which pool it belongs to: it cannot be
+changed from inside the machine. The metadata names the pool too, for people, but can be changed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _OCCUPIED = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
 """Phases of slots that cannot serve a request before their present use is over."""
 
 _TURNAROUND_WINDOW = 5
-"""The latest turnaround counts for a fifth of the mean, and the first ones for more."""
+"""The weight of the latest turnaround in the mean is 1/5, or more while there are fewer than five."""
 
 
 class PoolClosedError(Exception):
@@ -91,7 +91,7 @@ class Pool(Scheduler):
         self._rebalancing = False
         self._rebalance_again = False
         self._closing = False
-        self._destroys = False
+        self._destroying = False
         delays = JitteredBackoff(clock, random)
         self._create_backoff = Backoff(clock, delays, self.rebalance)
         self._standby_backoff = Backoff(clock, delays, self.rebalance)
@@ -118,9 +118,9 @@ class Pool(Scheduler):
         The estimated seconds until `queue_depth_ahead` machines are free; 0 while there is no estimate.
 
         A turnaround is the time from the start of a machine to the confirmed stop after its run, without the
-        time in standby. It is estimated as a moving average. A machine that has been in use for longer than
-        that counts with this time instead, so that there is an estimate before the first turnaround. No
-        turnaround counts for more than a run of full length and a stop.
+        time in standby. The estimate is a moving average. For a machine that has been in its present phase
+        for longer than that, this longer time is used, so that there is an estimate before the first
+        turnaround. The upper bound of a turnaround is a run of full length and a stop.
         """
         occupied = self._in_phase(*_OCCUPIED)
         now = self._clock.seconds()
@@ -186,7 +186,7 @@ class Pool(Scheduler):
 
         Waits for running requests, but returns after `max_req_time` and `timeouts.exit` in any case.
         """
-        self._destroys = True
+        self._destroying = True
         timeouts = self._config.timeouts
         close_timeout = self._config.max_req_time + timeouts.exit - timeouts.destroy
         # When the timeout cancels `close`, the slots' coroutines continue.
@@ -222,6 +222,7 @@ class Pool(Scheduler):
             listed.name: details is not None and self._config.metadata_matches(details)
             for listed, details in machines
         }
+        # Usable machines come first: they take the free slots.
         for listed, details in sorted(machines, key=lambda machine: not usable[machine.listed.name]):
             slot = known.get(listed.name)
             if slot is None:
@@ -281,8 +282,9 @@ class Pool(Scheduler):
 
     def _add(self, *slots: Slot) -> None:
         """Add all slots before the lifecycle of the first one begins, so that it sees them."""
-        self._slots |= (done := {slot: Deferred[None]() for slot in slots})
-        for slot, removed in done.items():
+        added = {slot: Deferred[None]() for slot in slots}
+        self._slots |= added
+        for slot, removed in added.items():
             self._begin(slot, removed)
 
     def _begin(self, slot: Slot, removed: Deferred[None]) -> None:
@@ -319,7 +321,7 @@ class Pool(Scheduler):
             elif isinstance(error, (UnavailableError, DeadlineExceededError)):
                 self._reconciler.check_soon()
         else:
-            if self._closing and not self._destroys and not slot.unusable:
+            if self._closing and not self._destroying and not slot.unusable:
                 return
         await self._retire(slot)
 
@@ -338,7 +340,7 @@ class Pool(Scheduler):
             released: Deferred[None] = Deferred()
             self._queue.assign(Allocation(slot.machine, released))
             await released
-        if self._destroys:
+        if self._destroying:
             return
         slot.transition_to(Phase.STOPPING)
         self.rebalance()
@@ -356,7 +358,7 @@ class Pool(Scheduler):
         return self._config.max_req_time + self._config.timeouts.stop
 
     def _is_leased(self, slot: Slot, seconds: float) -> bool:
-        """Return whether the lease lasts so long. After a suspension of this process, leases have expired."""
+        """Return whether the lease lasts for `seconds`. It may have expired while the process was stopped."""
         return slot.lease_end - self._clock.seconds() >= seconds
 
     async def _wait_until_wanted(self, slot: Slot) -> bool:
@@ -396,7 +398,7 @@ class Pool(Scheduler):
 
 
 def _state(slot: Slot) -> SlotState:
-    # Arguments by position: this is called for every slot several times per request.
+    # Positional arguments are faster, and this is called for every slot several times per request.
     return SlotState(
         slot.name,
         slot.phase,

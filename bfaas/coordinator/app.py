@@ -55,14 +55,14 @@ redundant; HTTP clients accept it as such.
 
 MAX_GRACE = 5.0
 """
-Upper bound, in seconds, on a worker's time to start its response where the run's limit is shorter.
+Seconds that a worker has to start its response if the run's limit is shorter, but at most `MAXREQTIME`.
 
 A run that exceeds its limit is a timeout, however short the limit: a worker needs some milliseconds to start
 bash, more on a busy host. Only a worker that does not respond at all is a failure (504).
 """
 
 MIN_GRACE = 2.0
-"""Least time, in seconds, that a worker has to start its response, even if `MAXREQTIME` is shorter."""
+"""Seconds that a worker has to start its response even if `MAXREQTIME` is shorter."""
 
 STARVATION_WINDOW = 60.0
 """Seconds after a queue timeout during which `/readyz` reports 503, unless a request gets a machine."""
@@ -229,8 +229,8 @@ class Coordinator:
         """
         Raise a `RejectedError` that has Fly's proxy send the request to another coordinator, if configured.
 
-        Only where the request would have to wait here, and only once: the proxy passes on the state that this
-        coordinator sets, in `fly-replay-src`. If the proxy reaches no other machine within `REPLAY_TIMEOUT`,
+        A request is replayed only if it would have to wait here, and only once: the proxy returns the state
+        set here in `fly-replay-src`. If the proxy reaches no other machine within `REPLAY_TIMEOUT`,
         it returns the request with `fly-replay-failed`, and the request waits here. Without that fallback the
         client would get an empty 502
         (https://fly.io/docs/networking/dynamic-request-routing/#replay-timeout-and-fallback).
@@ -262,9 +262,8 @@ class Coordinator:
         """
         The value of `Retry-After`: whole seconds, at least 1.
 
-        By then all queued requests should have been served, by the pool's estimate. The upper bound holds
-        whatever the estimate: they have timed out after `MAXWAIT`, and the last one served has had its
-        `MAXREQTIME`.
+        This is the pool's estimate of when all queued requests have been served, but at most `MAXWAIT` plus
+        `MAXREQTIME`: by then each of them has timed out in the queue or has been served.
         """
         max_delay = self._settings.max_wait + self._settings.max_req_time
         return str(max(1, ceil(min(self._pool.expected_wait, max_delay))))
@@ -273,7 +272,7 @@ class Coordinator:
         """
         Run the script on a machine, and stream its output to the client, within the run's time limit.
 
-        Sets the outcome, the times and the size of `run`. Raise `RejectedError` if no response was started.
+        Set the outcome, the times and the size of `run`. Raise `RejectedError` if no response was started.
         """
         settings = self._settings
         started_at = self._clock.seconds()

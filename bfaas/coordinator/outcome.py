@@ -16,10 +16,10 @@ class OutcomeKind(enum.StrEnum):
     """
     How a request for a run ended.
 
-    Kinds in `RUN_OUTCOMES` are outcomes of runs that had a machine: the label `outcome` of
-    `bfaas_run_duration_seconds`. Kinds in `REJECTIONS` are requests answered with an HTTP error: the label
-    `reason` of `bfaas_requests_rejected_total`. `NOT_STARTED` is both: a worker reports it by an HTTP error
-    or, once the response has started, by the exit.
+    `RUN_OUTCOMES` are the values of the label `outcome` of `bfaas_run_duration_seconds`. `REJECTIONS`, the
+    values of the label `reason` of `bfaas_requests_rejected_total`, are requests answered with an HTTP error.
+    `NOT_STARTED` is both: a worker reports it by an HTTP error or, once the response has started, by the
+    exit.
     """
 
     EXIT = "exit"
@@ -79,5 +79,5 @@ class Outcome:
         return cls(OutcomeKind.EXIT, exit_.code) if kind is None else cls(kind)
 
     def __str__(self) -> str:
-        """Return the outcome for people: `exit 3`, `timeout`, `queue-full`."""
+        """Return the outcome as text: `exit 3`, `timeout`, `queue-full`."""
         return self.kind if self.exit_code is None else f"{self.kind} {self.exit_code}"

@@ -29,8 +29,8 @@ class Run:
     A request for a run. Times are those of the coordinator's clock, in seconds; None before they are known.
 
     `queued_at` is the arrival of the request, `started_at` the allocation of a ready machine, `response_at`
-    the start of the worker's response, `first_byte_at` the first byte of that response's body. `done` fires
-    at the end.
+    the start of the worker's response, `first_byte_at` the first byte of that response's body (heartbeats
+    do not count). `done` fires at the end.
     """
 
     id: str

@@ -1,8 +1,8 @@
 """
 HTTP/1.1 server channel with size and time limits and without pipelining.
 
-Twisted parses. This is stricter wherever two parsers could read different requests from the same bytes: it
-sends 400 and closes the connection, so that no second request can be smuggled in.
+The parser is Twisted's. This channel is stricter wherever two parsers could read different requests from the
+same bytes: it sends 400 and closes the connection, so that no second request can be smuggled in.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Channel(HTTPChannel):
     """
     HTTP/1.1 and 1.0 on one connection, with request bodies of at most `max_body` bytes.
 
-    An incomplete request takes some 50 KiB of memory at most: a head (16 KiB), and either trailers (1 KiB,
-    which take thirty times that) or the beginning of a body (16 KiB; the rest is in a file).
+    An incomplete request takes some 50 KiB of memory at most: a head (16 KiB), and either trailers (30 KiB
+    for 1 KiB of data) or the beginning of a body (16 KiB; the rest is in a file).
     """
 
     maxHeaders = 64

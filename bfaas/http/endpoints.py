@@ -100,7 +100,7 @@ class Resolver:
 
 
 class _Race:
-    """Connects to the first endpoint that accepts, starting the next one if an attempt is slow (RFC 8305)."""
+    """Connects to the first endpoint that accepts; tries the next if one fails or is slow (RFC 8305)."""
 
     def __init__(
         self, clock: Any, endpoints: Sequence[IStreamClientEndpoint], factory: IProtocolFactory

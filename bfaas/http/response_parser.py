@@ -1,9 +1,9 @@
 """
 Strict parser for HTTP/1.1 responses (RFC 9112) with bounds on every part.
 
-A worker may be under the control of the script that it ran. Twisted's client accepts much that no honest
-server sends: heads without end, floods of interim responses, folded lines, contradictory framing. This parser
-rejects all of that, and buffers no more than the current piece and one incomplete line.
+A worker may be under the control of the script that it ran. Twisted's client accepts responses that no honest
+server sends: endless heads, floods of interim responses, folded lines, contradictory framing. This parser
+rejects all of those, and buffers no more than the current piece and one incomplete line.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     LineSteps = Generator[None, None, bytes]
 
 MAX_HEAD = 16 * 1024
-"""Bytes of a response's head with its interim responses; and, again, of chunk extensions and trailers."""
+"""Limit, in bytes, of head and interim responses together, and of chunk extensions and trailers together."""
 
 MAX_FIELDS = 64
-"""Header fields of a response, including those of interim responses and trailers."""
+"""Limit of a response's header fields, including those of interim responses and trailers."""
 
 MAX_INTERIM = 5
-"""Interim (1xx) responses before the final one."""
+"""Limit of interim (1xx) responses before the final one."""
 
 _STATUS = re.compile(rb"HTTP/1\.1 ([1-5][0-9]{2}) [\t -~\x80-\xff]*")
 _FIELD = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([\t -~\x80-\xff]*)")
@@ -45,7 +45,7 @@ class ResponseHead:
     """
     The head of a final response.
 
-    A body that is neither chunked nor of a known length would end with the connection.
+    A body that is neither chunked nor of a known `length` has no explicit end: it is never `complete`.
     """
 
     code: int
@@ -85,7 +85,7 @@ class ResponseParser:
         except StopIteration:
             self.complete = True
         except MalformedResponseError as error:
-            self.error = error.with_traceback(None)  # its frames refer to the piece
+            self.error = error.with_traceback(None)  # its frames would keep the data in memory
         if self.complete or self.error:
             self._data = b""
         body, self._body = self._body, []
@@ -154,7 +154,7 @@ class ResponseParser:
         return line
 
     def _line(self, limit: int) -> LineSteps:
-        """Return the next line, of at most `limit` bytes, without its CRLF. A bare CR or LF ends no line."""
+        """Return the next line, of at most `limit` bytes, without its CRLF. A bare CR or LF is data."""
         while (end := self._data.find(b"\r\n", self._position)) < 0:
             # The last byte may be the CR.
             if len(self._data) - self._position > limit + 1:

@@ -130,7 +130,7 @@ class BoundedRequest(Request):
         if self._is_ambiguous():
             self.channel.reject_malformed()
             return
-        # Methods are case-sensitive; the router's are not.
+        # Methods are case-sensitive, but the router ignores case.
         if self.method == b"CONNECT" or not self.method.isupper():
             self.channel.send_error(501, "method not supported")
             return
@@ -193,7 +193,7 @@ def _without_default_port(authority: bytes, scheme: bytes) -> bytes:
 
 
 def _is_routable(path: bytes) -> bool:
-    """Return whether Klein may get this path: it routes `//run` to `/run`, and fails on invalid UTF-8."""
+    """Return whether Klein can route this path: it routes `//run` to `/run`, and fails on invalid UTF-8."""
     try:
         return "//" not in unquote_to_bytes(path).decode()
     except UnicodeDecodeError:
@@ -315,7 +315,7 @@ class _Site(Site):
 
 
 class _Rejected(Protocol):
-    """Closes a connection at once; wrappers of a site, such as TLS, accept no None in its place."""
+    """Closes a connection at once. Wrappers of a site, such as TLS, do not support None as a protocol."""
 
     transport: Any
 

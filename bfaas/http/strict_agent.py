@@ -71,7 +71,7 @@ class _ClientProtocol(Protocol):
             self._response.callback(_Response(parser.head, self))
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
-        """Fail unless the response is complete: a lost connection ends no response in order."""
+        """Fail unless the response is complete: no response ends with its connection."""
         self._end(IncompleteResponseError(reason.getErrorMessage()))
 
     def deliver(self, receiver: IProtocol) -> None:

@@ -36,7 +36,7 @@ class JitteredBackoff:
         return self._SCHEDULE.delay(failures, self._random)
 
     async def sleep(self, seconds: float) -> None:
-        """Wait for so many seconds, or until `expedite`; at most half a second after that."""
+        """Wait for `seconds`, or until `expedite`; after `expedite`, for at most half a second."""
         done: Deferred[None] = Deferred()
         timer = self._clock.callLater(
             min(seconds, self._MAX_EXPEDITED_DELAY) if self._expedited else seconds, done.callback, None
@@ -58,7 +58,7 @@ class JitteredBackoff:
 
 class Backoff:
     """
-    A pause in an activity of the pool after a failure, such as in creating machines.
+    Pauses an activity of the pool, such as the creation of machines, after a failure.
 
     `callback` is called when the pause is over.
     """
@@ -87,7 +87,7 @@ class Backoff:
         self._failures = 0
 
     def close(self) -> None:
-        """Cancel the pause, and start no other; the callback is not called any more."""
+        """Cancel the pause and start no more; the callback is not called again."""
         self._closed = True
         if self._timer is not None and self._timer.active():
             self._timer.cancel()

@@ -28,8 +28,9 @@ class StepTimeouts:
     Timeouts of the steps of a machine's lifecycle, in seconds. A machine whose step times out is destroyed.
 
     `create` bounds one attempt to create it, and its first start, which waits for the image; attempts
-    continue while it is not known whether the machine exists. `inspect` bounds what the reconciler does with
-    one machine, and its list. `exit` is how much longer than `max_req_time` `Pool.destroy` may take.
+    continue while it is not known whether the machine exists. `inspect` bounds the reconciler's work on one
+    machine, and its request for the list. `exit` is how much longer than `max_req_time` `Pool.destroy` may
+    take.
     """
 
     create: float = 90.0
@@ -47,8 +48,8 @@ class PoolConfig:
     """
     Which machines a pool creates, and how many. Durations are in seconds.
 
-    `template` is what machines are created from; the pool adds its own metadata. `standby` machines are kept
-    ready ahead of requests, suspended if `suspend_standby` is true.
+    Machines are created from `template`, to which the pool adds its own metadata. `standby` machines are
+    started in advance of requests, and then suspended if `suspend_standby` is true.
     """
 
     name: str
@@ -77,7 +78,7 @@ class PoolConfig:
         """
         The metadata that identifies this pool's machines: the pool's id and a digest of the template.
 
-        The digest covers all that a machine is created from. A machine from before a change of key, limits or
+        The digest covers the whole template. A machine that was created before a change of key, limits or
         size therefore does not match, and is replaced.
         """
         template = self.template
@@ -93,15 +94,15 @@ class PoolConfig:
 
     @property
     def machine_config(self) -> MachineConfig:
-        """The template with the pool's metadata: what machines are created with."""
+        """The configuration of new machines: the template with the pool's metadata."""
         return replace(self.template, metadata={**self.template.metadata, **self.metadata})
 
     def owns(self, machine: Machine) -> bool:
-        """Return whether a machine is this pool's, by its name, which cannot be changed."""
+        """Return whether a machine belongs to this pool: its name says so, and cannot be changed."""
         return pool_of(machine.name) == self.name
 
     def metadata_matches(self, machine: Machine) -> bool:
-        """Return whether a machine's metadata is what this pool gave it: same template, not tampered with."""
+        """Return whether a machine has this pool's metadata: from the same template, and unchanged since."""
         return all(machine.metadata.get(key) == value for key, value in self.metadata.items())
 
 
@@ -123,14 +124,14 @@ def pool_of(name: str) -> str | None:
 
 
 IDLE_MARGIN = 60
-"""Seconds that the workers' proxy keeps a silent connection beyond the longest silence of a run."""
+"""Seconds by which the idle timeout of the workers' proxy exceeds the longest silence of a run."""
 
 
 def pool_config(settings: CoordSettings) -> PoolConfig:
     """
     Return the pool's configuration for a coordinator's settings.
 
-    The environment in the template gives workers the key that they trust, and their limits.
+    Workers read the public key that they trust, and their limits, from the template's environment.
     """
     environment = {
         "PUBLIC": settings.signer.public,
@@ -147,7 +148,7 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
             env=environment,
             cpus=settings.worker_cpus,
             memory_mb=settings.worker_memory_mb,
-            # A raw run may be silent for all of its time, on this side of the coordinator too.
+            # A raw run may be silent for all of its time, on the connection to the worker too.
             idle_timeout=ceil(max(settings.max_req_time, settings.max_wait)) + IDLE_MARGIN,
         ),
         max_req_time=settings.max_req_time,

@@ -1,7 +1,7 @@
 """
 The queue of requests: round-robin by client, first in, first out within a client.
 
-A new entry therefore waits for at most one request of each other waiting client, however many those have.
+A new entry therefore waits for at most one request of each other client, however many that one has queued.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ class FairQueue(Generic[T]):
     """
     Queue entries, grouped by client. All operations take constant time.
 
-    The next client is the first one in `_clients`. After an entry of its is assigned, the client moves to the
-    end if it has more entries. A client that was not waiting is appended at the end.
+    The next client is the first one in `_clients`. When one of its entries gets a resource, the client moves
+    to the end if it has more entries. A client without entries is appended when it enqueues one.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class FairQueue(Generic[T]):
 
     def enqueue(self, client: str) -> Deferred[T]:
         """
-        Add an entry, which fires with what is assigned to it. Cancellation removes the entry.
+        Add an entry: a Deferred that fires with the assigned resource. Cancellation removes it.
 
         When the queue is closed, now or later, the entry fails with the exception passed to `close`.
         """

@@ -21,7 +21,7 @@ _NOT_AVAILABLE = (Phase.STOPPED, Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING
 
 class SlotState(NamedTuple):
     """
-    What a plan depends on of a slot.
+    The properties of a slot that a plan depends on.
 
     `parked` is False while a `SUSPENDED` slot is still being suspended. `create_pending` matters while a slot
     is `CREATING`: the first attempt to create its machine has not returned.
@@ -36,7 +36,7 @@ class SlotState(NamedTuple):
 
 class Constraints(NamedTuple):
     """
-    What keeps a pool from creating and starting machines for now.
+    Reasons for a pool not to create or start machines now.
 
     `machines_known` is False until the machines of the pool's earlier instances are known. `create_backoff`
     and `standby_backoff` are True during the pauses after failures. `rate_limited` means that the app reached
@@ -63,7 +63,7 @@ Action = Wake | Create
 
 
 class Plan(NamedTuple):
-    """Actions to carry out in order; `shortage` is how many more machines would be created if they could."""
+    """Actions to carry out in order; `shortage` is how many more machines are needed, but not created now."""
 
     actions: tuple[Action, ...]
     shortage: int
@@ -73,10 +73,10 @@ def plan(slots: Sequence[SlotState], queue_length: int, config: PoolConfig, cons
     """
     Return what to do so that every queued request gets a machine, and `config.standby` more are ready.
 
-    Ready machines serve queued requests at once. What is then missing is made up for by suspended machines
-    first, by stopped machines next, and by new ones last, as far as the pool's size and constraints allow.
-    Machines on their way to being ready count as ready. After a failed creation or standby, none is started
-    for standby until the pause is over.
+    Ready machines serve queued requests at once. If more are needed, suspended machines are resumed first,
+    then stopped machines are started, then new ones are created, as far as the pool's size and constraints
+    allow. Machines that are about to be ready count as ready. After a failed creation or standby, no machine
+    is started for standby until the pause is over.
     """
     ready = _in_phase(slots, Phase.READY)[:queue_length]
     unserved = queue_length - len(ready)
@@ -89,7 +89,7 @@ def plan(slots: Sequence[SlotState], queue_length: int, config: PoolConfig, cons
     available = sum(slot.phase not in _NOT_AVAILABLE for slot in slots)
     shortage = max(0, queue_length + (0 if paused else config.standby) - available)
 
-    # The longest lease first, so that the others expire, and the pool shrinks when it is less busy.
+    # The longest lease first. The other leases then expire, and the pool shrinks when it is less busy.
     stopped = sorted(_in_phase(slots, Phase.STOPPED), key=lambda slot: -slot.lease_end)
     started = stopped[:shortage]
     shortage -= len(started)

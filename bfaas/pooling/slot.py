@@ -48,8 +48,8 @@ class Slot:
     """
     One of the pool's `size` slots, and its machine.
 
-    Times are seconds on `clock`. `phase_since` is when the phase began. `lease_end` is when the lease may end
-    at the earliest: it is counted from before the lease was requested. `create_unknown_since` is when an
+    Times are seconds on `clock`. `phase_since` is when the phase began. `lease_end` is the earliest possible
+    end of the lease, computed from the time of its request. `create_unknown_since` is when an
     attempt to create the machine ended with an unknown outcome. A machine that is `unusable` must not serve.
     `wakeup` is set while the slot is parked: it fires with True when the machine is wanted, and with False
     when it is to be retired.

@@ -104,7 +104,7 @@ class EventReader:
                     output.append(self._parse(event))
             self._append(rest)
         except WireError as error:
-            self.error = error.with_traceback(None)  # its frames refer to the piece
+            self.error = error.with_traceback(None)  # its frames would keep the data in memory
             self._event, self._line = [], bytearray()
         return b"".join(output)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MAX_ENV = 128 * 1024 - 1
-"""Bytes of all variables together, as Linux counts them. So each fits into one argument, too."""
+"""Limit, in bytes, of all variables together, as Linux counts them; below Linux's limit for a single one."""
 
 _BYTE_ORDER_MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
@@ -37,8 +37,8 @@ class RunRequest:
     """
     A requested run; `timeout` is in seconds, or None.
 
-    `body` and `content_type` are what the worker gets. `content_type` is None for a script alone, which
-    workers of the Go original accept, too. `size` is that of the client's body, in bytes.
+    `body` and `content_type` are sent to the worker. `content_type` is None for a script alone, which workers
+    of the Go original accept, too. `size` is the size of the client's body, in bytes.
     """
 
     script: bytes

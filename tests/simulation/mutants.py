@@ -111,7 +111,7 @@ MUTANTS = [
     ),
     Mutation(
         "pool:Pool.destroy",
-        "self._destroys = True",
+        "self._destroying = True",
         "return await self.close()",
         "destroy leaves machines",
     ),
