@@ -212,7 +212,8 @@ class FlyMachines(MachinesAPI):
                 inconclusive = True
             if inconclusive and deadline.remaining:
                 version = await self._inspect(machine.id, state, deadline) or version
-            await deferLater(self._clock, self._random.uniform(*_WAIT_PAUSES))
+            pause = min(self._random.uniform(*_WAIT_PAUSES), deadline.remaining)
+            await deferLater(self._clock, pause)
         raise WaitTimeoutError(f"machine {machine.id} is not {state} after {timeout:g} s")
 
     async def _inspect(self, machine_id: str, wanted: State, deadline: Deadline) -> str:

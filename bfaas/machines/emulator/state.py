@@ -178,7 +178,11 @@ class EmulatedMachines(MachinesAPI):
         self._run_in_background(self._suspend(entry))
 
     async def wait(self, machine: Machine, state: State, timeout: float) -> None:
-        """Wait for a state of the version that `machine` names; states of other versions do not count."""
+        """
+        Wait for a state of the version that `machine` names; states of other versions do not count.
+
+        Only a wait for `STARTED` raises `EndedError`; the others time out.
+        """
         deadline = Deadline(self._clock, timeout)
         entry = self._entries.get(machine.id)
         while entry is not None and not self._has_reached(entry, machine, state) and not _is_gone(entry):
