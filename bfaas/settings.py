@@ -108,7 +108,9 @@ class CoordSettings:
             worker_app = read.required("WORKER_APP", _name, "a Fly app, or mock for local machines")
             mock = worker_app == _MOCK
             pool_size = read.optional("POOLSIZE", _positive(_integer), 2)
-            standby_suspended = read.optional("POOL_STANDBY_STATE", _is_suspended, default=False)
+            standby_suspended = read.optional(
+                "POOL_STANDBY_STATE", _choice("started", "suspended"), default=False
+            )
             parse_memory: Callable[[str], int] = _integer
             if standby_suspended and not mock:
                 parse_memory = _at_most(_MAX_SUSPENDED_MB, "the maximum for suspended machines on Fly")
@@ -141,7 +143,7 @@ class CoordSettings:
                 max_per_client=read.optional("MAXPERCLIENT", _positive(_integer), 20),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
-                destroy_on_exit=read.optional("POOL_ON_EXIT", _is_destroy, default=False),
+                destroy_on_exit=read.optional("POOL_ON_EXIT", _choice("stop", "destroy"), default=False),
                 proxy_idle_timeout=read.optional("PROXY_IDLE_TIMEOUT", _positive(parse_duration), None),
             )
 
@@ -289,16 +291,15 @@ def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:
     return parse_positive
 
 
-def _is_suspended(text: str) -> bool:
-    if text in ("started", "suspended"):
-        return text == "suspended"
-    raise ValueError(f"{_quoted(text)} is neither started nor suspended")
+def _choice(first: str, second: str) -> Callable[[str], bool]:
+    """Return a parser that accepts two words, and returns whether it is the second."""
 
+    def parse(text: str) -> bool:
+        if text in (first, second):
+            return text == second
+        raise ValueError(f"{_quoted(text)} is neither {first} nor {second}")
 
-def _is_destroy(text: str) -> bool:
-    if text in ("stop", "destroy"):
-        return text == "destroy"
-    raise ValueError(f"{_quoted(text)} is neither stop nor destroy")
+    return parse
 
 
 def _boolean(text: str) -> bool:
