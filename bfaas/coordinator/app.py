@@ -80,7 +80,7 @@ class Coordinator:
     """
     The coordinator's HTTP application.
 
-    `wall` returns the time in seconds since the epoch, for auth tokens.
+    `wall_clock` returns the time in seconds since the epoch, for auth tokens.
     """
 
     app = Klein()
@@ -94,14 +94,14 @@ class Coordinator:
         settings: CoordSettings,
         pool: Pool,
         worker_client: WorkerClient,
-        wall: Callable[[], float],
+        wall_clock: Callable[[], float],
         runs: RunTracker,
     ) -> None:
         self._clock = clock
         self._settings = settings
         self._pool = pool
         self._worker_client = worker_client
-        self._wall = wall
+        self._wall_clock = wall_clock
         self._runs = runs
         self._draining = False
         self._last_queue_timeout: float | None = None
@@ -283,7 +283,7 @@ class Coordinator:
         format_ = formats.requested_format(request.args, request.getHeader("Accept") or "")
         response = RunResponse(request, format_, self._clock)
         headers = {formats.WORKER: machine.id, formats.COORD: settings.machine_id, **UNCOMPRESSED}
-        auth_token = settings.signer.sign(machine.id, self._wall())
+        auth_token = settings.signer.sign(machine.id, self._wall_clock())
         client = self._worker_client
         try:
             worker_response = await response_deadline.run(

@@ -68,7 +68,7 @@ class RunTracker:
     """
     Tracks runs from request to end.
 
-    `wall` returns the time in seconds since the epoch. `random` is the source of identifiers, each of 16 hex
+    `wall_clock` returns the time in seconds since the epoch. `random` generates identifiers, each of 16 hex
     digits.
     """
 
@@ -77,12 +77,12 @@ class RunTracker:
     def __init__(
         self,
         clock: IReactorTime,
-        wall: Callable[[], float],
+        wall_clock: Callable[[], float],
         random: Random,
         observer: RunObserver | None = None,
     ) -> None:
         self._clock = clock
-        self._wall = wall
+        self._wall_clock = wall_clock
         self._random = random
         self._observer = observer or _NullObserver()
         self._active: set[Run] = set()
@@ -117,7 +117,9 @@ class RunTracker:
             "run_ms": _ms(run.ended_at - started_at),
         }
         outcome = str(run.outcome)
-        self._recent.append({"id": run.id, "ended_at": round(self._wall()), **times, "outcome": outcome})
+        self._recent.append(
+            {"id": run.id, "ended_at": round(self._wall_clock()), **times, "outcome": outcome}
+        )
         if run.machine is not None:
             self._log.info(
                 "run {run} of {client} on {machine}: {outcome}, {bytes} bytes; waited {wait_ms} ms, "

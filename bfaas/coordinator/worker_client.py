@@ -69,10 +69,10 @@ class WorkerClient(ReadinessProbe):
         worker_url: str | None,
         max_output: int,
         agent: IAgent | None = None,
-        wall: Callable[[], float] = time.time,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._reactor = reactor
-        self._wall = wall
+        self._wall_clock = wall_clock
         self._worker_url = worker_url
         self._max_output = max_output
         self._agent = agent or single_use_agent(reactor)
@@ -107,7 +107,7 @@ class WorkerClient(ReadinessProbe):
             worker_time = parsedate_to_datetime(response.headers.getRawHeaders("date", [""])[0]).timestamp()
         except (ValueError, OverflowError):
             return True
-        return -CLOCK_SKEW < worker_time - self._wall() < self._MAX_CLOCK_AHEAD
+        return -CLOCK_SKEW < worker_time - self._wall_clock() < self._MAX_CLOCK_AHEAD
 
     async def start_run(
         self,

@@ -72,14 +72,14 @@ class MachineBackend(NullBackend):
 
     def __init__(self) -> None:
         self.url: str | None = None
-        self.lasts: float | None = None
+        self.exits_after: float | None = None
 
     def allocate_url(self) -> str | None:
         return self.url
 
     async def start(self, machine: Machine, config: MachineConfig, exited: Callable[[], None]) -> None:
-        if self.lasts is not None:
-            reactor.callLater(self.lasts, exited)
+        if self.exits_after is not None:
+            reactor.callLater(self.exits_after, exited)
 
 
 class ReportState(Fault):
@@ -108,8 +108,8 @@ class FaultyFly:
     """An API and a proxy like Fly's, whose machines fail in ways that a test chooses."""
 
     def __init__(self) -> None:
-        self.bodies = MachineBackend()
-        self.machines = EmulatedMachines(reactor, time.time, self.bodies, Timing(boot=0.05))
+        self.backend = MachineBackend()
+        self.machines = EmulatedMachines(reactor, time.time, self.backend, Timing(boot=0.05))
         self.faulty = Hosted(self.machines)
         self._ports: list[Any] = []
         self._sites: list[BoundedSite] = []
@@ -280,7 +280,7 @@ async def test_machine_that_does_not_run() -> None:
         assert fly.faulty.count("destroy") == 1
 
     async with faulty_fly() as fly:
-        fly.bodies.lasts = 0.0
+        fly.backend.exits_after = 0.0
         await fly.check_doctor("is stopped", DEAD)
         assert fly.faulty.count("destroy") == 1
 
@@ -306,11 +306,11 @@ async def test_worker_that_cannot_be_reached() -> None:
             assert fly.faulty.count("destroy") == 1
 
     def unreachable(fly: FaultyFly) -> str:
-        fly.bodies.url = closed
+        fly.backend.url = closed
         return fly.proxy
 
     def short_lived(fly: FaultyFly) -> str:
-        fly.bodies.lasts = 3.0
+        fly.backend.exits_after = 3.0
         return fly.proxy
 
     closed = f"http://127.0.0.1:{free_port()}"

@@ -79,7 +79,7 @@ class EmulatedMachines(MachinesAPI):
     """
     Machines of one app, in memory.
 
-    `clock` schedules what takes time. `wall` returns the time that leases use, in seconds since the epoch.
+    `clock` schedules what takes time. `wall_clock` returns the time for leases, in seconds since the epoch.
     `random` generates ids and nonces. With `rate_limited`, calls have Fly's rate limits.
     """
 
@@ -88,7 +88,7 @@ class EmulatedMachines(MachinesAPI):
     def __init__(
         self,
         clock: IReactorTime,
-        wall: Callable[[], float],
+        wall_clock: Callable[[], float],
         backend: MachineBackend | None = None,
         timing: Timing | None = None,
         random: Random | None = None,
@@ -96,7 +96,7 @@ class EmulatedMachines(MachinesAPI):
         rate_limited: bool = False,
     ) -> None:
         self._clock = clock
-        self._wall = wall
+        self._wall_clock = wall_clock
         self._backend: MachineBackend = backend or NullBackend()
         self._timing = timing or Timing()
         self._random = random or SystemRandom()
@@ -125,11 +125,11 @@ class EmulatedMachines(MachinesAPI):
             image=config.image,
             metadata=dict(config.metadata),
             instance_id=self._ulid(),
-            created_at=self._wall(),
+            created_at=self._wall_clock(),
             url=self._backend.allocate_url(),
         )
         entry = self._entries[machine.id] = _Entry(machine, config)
-        lease = Lease(self._hex(12), self._wall() + lease_ttl, _OWNER)
+        lease = Lease(self._hex(12), self._wall_clock() + lease_ttl, _OWNER)
         entry.lease = lease if lease_ttl > 0 else None
         self._run_in_background(self._boot(entry))
         return machine, lease
@@ -205,7 +205,7 @@ class EmulatedMachines(MachinesAPI):
     async def acquire_lease(self, machine_id: str, ttl: int, description: str) -> Lease:
         """Acquire the lease on a machine."""
         entry = self._require_lease("lease", machine_id, None)
-        entry.lease = Lease(self._hex(12), self._wall() + ttl, _OWNER, description)
+        entry.lease = Lease(self._hex(12), self._wall_clock() + ttl, _OWNER, description)
         return entry.lease
 
     async def refresh_lease(self, machine_id: str, nonce: str, ttl: int) -> Lease:
@@ -214,7 +214,7 @@ class EmulatedMachines(MachinesAPI):
         lease = self._current_lease(entry)
         if lease is None:
             raise LeaseHeldError(f"machine ID {machine_id} has no lease with this nonce")
-        entry.lease = replace(lease, expires_at=self._wall() + ttl)
+        entry.lease = replace(lease, expires_at=self._wall_clock() + ttl)
         return entry.lease
 
     async def get_lease(self, machine_id: str) -> Lease:
@@ -266,7 +266,7 @@ class EmulatedMachines(MachinesAPI):
 
     def _current_lease(self, entry: _Entry) -> Lease | None:
         """Return the lease in force; None if there is none or it has expired."""
-        return entry.lease if entry.lease and entry.lease.expires_at > self._wall() else None
+        return entry.lease if entry.lease and entry.lease.expires_at > self._wall_clock() else None
 
     def _has_reached(self, entry: _Entry, known: Machine, state: State) -> bool:
         return entry.machine.state is state and known.instance_id in ("", entry.machine.instance_id)

@@ -246,7 +246,7 @@ class LocalProcesses(MachineBackend):
         return self._state.path
 
     def _watch_for_removal(self, directory: Path) -> None:
-        """Watch for the removal of a directory of ours, or of its entries."""
+        """Watch for the removal of a directory, or of its entries."""
         try:
             if self._watch is None:
                 self._watch = RemovalWatch(self._reactor, self._schedule_restore)
@@ -288,7 +288,7 @@ class LocalMachines(EmulatedMachines):
     def __init__(
         self,
         reactor: Any,
-        wall: Callable[[], float],
+        wall_clock: Callable[[], float],
         *,
         sandboxed: bool,
         directory: str | None = None,
@@ -297,7 +297,7 @@ class LocalMachines(EmulatedMachines):
     ) -> None:
         self._processes = LocalProcesses(reactor, sandboxed=sandboxed, directory=directory, command=command)
         reactor.callWhenRunning(self._processes.remove_abandoned)
-        super().__init__(reactor, wall, self._processes, rate_limited=rate_limited)
+        super().__init__(reactor, wall_clock, self._processes, rate_limited=rate_limited)
 
     async def shutdown(self) -> None:
         """Kill all workers and remove all directories."""
