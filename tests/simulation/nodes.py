@@ -107,14 +107,14 @@ class Node:
             self.settings,
             self.pool,
             worker_client,
-            self._wall,
-            RunTracker(self.clock, self._wall, Random(0)),
+            self._wall_clock,
+            RunTracker(self.clock, self._wall_clock, Random(0)),
         )
 
     def __str__(self) -> str:
         return self._name
 
-    def _wall(self) -> float:
+    def _wall_clock(self) -> float:
         return self._world.wall() + self._skew
 
     @property

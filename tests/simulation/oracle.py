@@ -263,7 +263,7 @@ class SimulatedMachines(EmulatedMachines):
 
     def lease_to_operator(self, machine_id: str, seconds: float) -> None:
         """Lease a machine with a nonce that no coordinator knows."""
-        self._entries[machine_id].lease = Lease(self._hex(12), self._wall() + seconds)
+        self._entries[machine_id].lease = Lease(self._hex(12), self._wall_clock() + seconds)
 
     def vanish(self, machine_id: str) -> None:
         """Destroy a machine as a failing host does."""
