@@ -119,7 +119,7 @@ function resultText(exit, good, ran) {
 function cancelled(run) {
   showState("cancelled", `Cancelled after ${duration(performance.now() - run.sentAt)}`);
   if (run.startedAt !== null) showDetails(run, []);
-  announce("Cancelled. The script was stopped.");
+  announce(run.startedAt === null ? "Cancelled." : "Cancelled. The script was stopped.");
 }
 
 function failed(run, error) {
