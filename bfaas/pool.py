@@ -148,8 +148,9 @@ class Pool(Scheduler):
             return None
         # A slot is kept while a creation's outcome is unknown, and until a failed machine is destroyed.
         uncertain = any(slot.create_unknown_since is not None for slot in self._in_phase(Phase.CREATING))
-        overdue = self._clock.seconds() - self._config.timeouts.inspect
-        stuck = sum(slot.phase_since < overdue for slot in self._in_phase(Phase.DESTROYING))
+        now = self._clock.seconds()
+        timeout = self._config.timeouts.inspect
+        stuck = sum(now - slot.phase_since > timeout for slot in self._in_phase(Phase.DESTROYING))
         if self._create_backoff.active or uncertain or stuck >= self._config.size:
             return "machines cannot be started"
         return None

@@ -1,1 +1,1 @@
-"""The coordinator's HTTP application and what it is made of."""
+"""The coordinator: its HTTP application, client of the workers, run log, metrics and web page."""

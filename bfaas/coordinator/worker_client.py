@@ -52,14 +52,15 @@ class WorkerClient(ReadinessProbe):
     the header `fly-force-instance-id` directs to the machine
     (https://fly.io/docs/networking/dynamic-request-routing/). `max_output` limits a run's output, in bytes.
 
-    Memory that a worker can make this hold: one piece as it was read (64 KiB), an unfinished line
-    (`MAX_HEAD`) and an unfinished event (`MAX_EVENT`; nine times that while it is decoded).
+    The memory that a response takes is bounded, whatever the worker sends: one piece as it was read (64 KiB),
+    an unfinished line (`MAX_HEAD`) and an unfinished event (`MAX_EVENT`; nine times that while it is
+    decoded).
     """
 
     _log = Logger()
     _PROBE_TIMEOUT = 2.0
-    # Each delay is at most a fifth of the time waited so far (from 25 ms on), which bounds how late readiness
-    # is noticed.
+    # Each delay is at most a fifth of: 25 ms plus the time waited so far. This bounds how late readiness is
+    # noticed.
     _PROBE_BACKOFF = BackoffSchedule(initial=0.005, maximum=0.25, factor=1.2)
     _MAX_CLOCK_AHEAD = 30.0  # seconds that a worker's clock may be ahead: half of an auth token's lifetime
 

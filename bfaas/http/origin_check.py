@@ -25,20 +25,20 @@ def cross_origin_reason(request: Request) -> str | None:
     then of that domain's origin. So a request to a loopback address must have a loopback name in `Host`. At
     other addresses, where the user chose to be reachable, any name is allowed.
     """
-    host = _only(request, "Host")
+    host = _joined_header(request, "Host")
     arrived_at = getattr(request.getHost(), "host", "")
     if _is_loopback(arrived_at) and host is not None and not _names_loopback(host):
         return "the Host header is not a loopback name"
-    origin = _only(request, "Origin")
-    if origin is not None and not _is_same(origin, host):
+    origin = _joined_header(request, "Origin")
+    if origin is not None and not _is_same_origin(origin, host):
         return "cross-origin requests are not allowed"
-    site = _only(request, "Sec-Fetch-Site")
+    site = _joined_header(request, "Sec-Fetch-Site")
     if site not in (None, "none", "same-origin", "same-site"):
         return "cross-site requests are not allowed"
     return None
 
 
-def _only(request: Request, name: str) -> str | None:
+def _joined_header(request: Request, name: str) -> str | None:
     """Return a header in lower case; repeated headers are joined into a value that nothing matches."""
     values = request.requestHeaders.getRawHeaders(name)
     return None if values is None else ",".join(values).strip().lower()
@@ -59,7 +59,7 @@ def _names_loopback(host: str) -> bool:
     return name is not None and (name["name"] == "localhost" or _is_loopback(name["six"] or name["name"]))
 
 
-def _is_same(origin: str, host: str | None) -> bool:
+def _is_same_origin(origin: str, host: str | None) -> bool:
     """Return whether an origin is that of `Host`. Browsers omit the default port in both headers."""
     scheme, separator, authority = origin.partition("://")
     return bool(separator) and scheme in ("http", "https") and authority == host

@@ -30,9 +30,9 @@ _V1_FIELDS = 6
 _PORT_COUNT = 1 << 16
 
 
-class Proxied(NamedTuple):
+class ProxyHeader(NamedTuple):
     """
-    The content of a PROXY header; `rest` is the data after it.
+    The content of a PROXY header, and the data after it in `rest`.
 
     `source` is the client, `destination` the address that it connected to. Both are None if the header has
     no IP addresses: for the proxy's own connections (health checks) and for UNIX sockets.
@@ -43,13 +43,13 @@ class Proxied(NamedTuple):
     rest: bytes
 
 
-class HeaderReader:
+class ProxyHeaderReader:
     """Parses a header incrementally."""
 
     def __init__(self) -> None:
         self._data = b""
 
-    def feed(self, data: bytes) -> Proxied | None:
+    def feed(self, data: bytes) -> ProxyHeader | None:
         """Return the parsed header, None while incomplete. Raises `ValueError` for an invalid header."""
         self._data += data
         if _V2.startswith(self._data[: len(_V2)]):
@@ -58,7 +58,7 @@ class HeaderReader:
             return self._version_1()
         raise ValueError("not a PROXY protocol header")
 
-    def _version_1(self) -> Proxied | None:
+    def _version_1(self) -> ProxyHeader | None:
         line, end, rest = self._data.partition(b"\r\n")
         if not end and len(line) < _V1_MAX_LENGTH:
             return None
@@ -66,16 +66,16 @@ class HeaderReader:
             raise ValueError("PROXY protocol header too long")
         fields = line.decode("ascii").split(" ")
         if fields[1] == "UNKNOWN":
-            return Proxied(None, None, rest)
+            return ProxyHeader(None, None, rest)
         if len(fields) != _V1_FIELDS or fields[1] not in ("TCP4", "TCP6"):
             raise ValueError("invalid PROXY protocol header")
         _, family, source, destination, *ports = fields
         source_port, destination_port = map(_port, ports)
         if family == "TCP4":
-            return Proxied(_ipv4(source, source_port), _ipv4(destination, destination_port), rest)
-        return Proxied(_ipv6(source, source_port), _ipv6(destination, destination_port), rest)
+            return ProxyHeader(_ipv4(source, source_port), _ipv4(destination, destination_port), rest)
+        return ProxyHeader(_ipv6(source, source_port), _ipv6(destination, destination_port), rest)
 
-    def _version_2(self) -> Proxied | None:
+    def _version_2(self) -> ProxyHeader | None:
         data = self._data
         if len(data) < _V2_FIXED:
             return None
@@ -88,7 +88,7 @@ class HeaderReader:
         addresses, rest = data[_V2_FIXED:end], data[end:]
         family = family_and_transport >> 4
         if version_and_command == _V2_LOCAL or family in _V2_NO_IP:
-            return Proxied(None, None, rest)
+            return ProxyHeader(None, None, rest)
         width = _V2_WIDTHS.get(family)
         if width is None or len(addresses) < 2 * width + 4:
             raise ValueError("invalid PROXY protocol header")
@@ -96,7 +96,7 @@ class HeaderReader:
         ports = addresses[2 * width : 2 * width + 4]
         source_port, destination_port = int.from_bytes(ports[:2], "big"), int.from_bytes(ports[2:], "big")
         address = _ipv4 if width == _V2_WIDTHS[1] else _ipv6
-        return Proxied(address(source, source_port), address(destination, destination_port), rest)
+        return ProxyHeader(address(source, source_port), address(destination, destination_port), rest)
 
 
 def _ipv4(address: str | bytes, port: int) -> IPv4Address:

@@ -21,7 +21,7 @@ from zope.interface import implementer
 from bfaas.http.channel import RETRY_AFTER, Channel
 from bfaas.http.client_address import address_key
 from bfaas.http.errors import HTTPError
-from bfaas.http.proxy_protocol import HeaderReader
+from bfaas.http.proxy_protocol import ProxyHeaderReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,7 +223,7 @@ class _Connection(ProtocolWrapper):
         self.closed: Deferred[None] = Deferred()
         self._lingering: IDelayedCall | None = None
         self._ignored = 0
-        self._header = HeaderReader() if self.factory.proxied else None
+        self._header = ProxyHeaderReader() if self.factory.proxied else None
         self._peer: IAddress | None = None
         self._host: IAddress | None = None
         self.counted_as: str | None = None
@@ -261,12 +261,12 @@ class _Connection(ProtocolWrapper):
         if self._ignored > self.MAX_IGNORED:
             self.transport.abortConnection()
 
-    def _without_header(self, header: HeaderReader, data: bytes) -> bytes:
+    def _without_header(self, header: ProxyHeaderReader, data: bytes) -> bytes:
         """Parse the PROXY header and return the data after it. Abort if it is invalid, or over the limit."""
         try:
             parsed = header.feed(data)
         except ValueError as error:
-            self.factory.report_header(error)
+            self.factory.report_invalid_header(error)
             self._abort()
             return b""
         if parsed is None:
@@ -404,7 +404,7 @@ class BoundedSite(WrappingFactory):
     def _has_room(self, key: str) -> bool:
         return not key or self._connections_from[key] < self._max_per_address
 
-    def report_header(self, error: ValueError) -> None:
+    def report_invalid_header(self, error: ValueError) -> None:
         """Log the first invalid PROXY header only: any client could cause many."""
         if not self._header_reported:
             self._header_reported = True

@@ -19,7 +19,7 @@ class JitteredBackoff:
     """
     The delays between attempts of one pool.
 
-    After `expedite`, delays are short: the pool closes, and waits for what is under way.
+    After `expedite`, sleeps are short, because a closing pool waits for them.
     """
 
     _SCHEDULE = BackoffSchedule(initial=0.05, maximum=30.0)

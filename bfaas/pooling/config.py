@@ -1,4 +1,4 @@
-"""The configuration of a pool, and the names of its machines."""
+"""The configuration of a pool; the names and metadata of its machines."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class PoolConfig:
         """
         The metadata that identifies this pool's machines: the pool's id and a digest of the template.
 
-        The digest covers the whole template. A machine that was created before a change of key, limits or
-        size therefore does not match, and is replaced.
+        The digest covers the template except its metadata. A machine that was created before a change of key,
+        limits or size therefore does not match, and is replaced.
         """
         template = self.template
         spec = [

@@ -44,8 +44,8 @@ T = TypeVar("T")
 API_SETTLE_TIME = 60.0
 """Seconds after which a call to the API has taken effect or never will, and its lists show the effect."""
 
-_PAST_STARTING = (State.DESTROYING, State.DESTROYED, State.FAILED, State.LAUNCH_FAILED)
-_HAS_STARTED = (State.STARTING, State.STARTED)
+_CANNOT_START = (State.DESTROYING, State.DESTROYED, State.FAILED, State.LAUNCH_FAILED)
+_START_REQUESTED = (State.STARTING, State.STARTED)
 
 
 class WorkerUnresponsiveError(MachinesError):
@@ -382,9 +382,9 @@ class MachineLifecycle:
                     slot.known_machine = await self._api.get(slot.machine.id)
             except NotReadyError:
                 machine = await self._api.get(slot.machine.id)
-                if machine.state in _PAST_STARTING:
+                if machine.state in _CANNOT_START:
                     raise
-                if machine.state in _HAS_STARTED:
+                if machine.state in _START_REQUESTED:
                     slot.known_machine = machine
                     return
             except RateLimitedError:

@@ -1,4 +1,4 @@
-"""The interface between the pool and its parts: what they report to it, and what it decides for them."""
+"""The interface that the pool provides to its parts: reports to the pool, and decisions of the pool."""
 
 from __future__ import annotations
 

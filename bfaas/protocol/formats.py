@@ -194,7 +194,7 @@ class RunWriter(Protocol):
         ...
 
     def end(self, exit_: Exit) -> bytes:
-        """Encode the output that was held back, then the exit."""
+        """Encode any incomplete character at the end of the output, then the exit."""
         ...
 
 
@@ -280,7 +280,7 @@ class EventWriter:
         return self._event(stream, self._decoders[stream].decode(data))
 
     def end(self, exit_: Exit) -> bytes:
-        """Encode what was held back, then the `exit` event."""
+        """Encode incomplete characters as U+FFFD, then the `exit` event."""
         rest = [
             self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
         ]

@@ -22,7 +22,7 @@ from bfaas.protocol.formats import (
 )
 
 MAX_EVENT = 512 * 1024
-"""Bytes of one event that a reader accepts: 64 KiB of output, with six bytes of JSON for each."""
+"""Bytes of one event that a reader accepts: enough for 64 KiB of output, with six bytes of JSON for each."""
 
 MAX_COMMENTS = 64 * 1024
 """Bytes of comments that a reader accepts: one every 15 s for two days."""
@@ -58,7 +58,7 @@ class RunReader(Protocol):
         ...
 
 
-_NAMES = {
+_EVENT_NAMES = {
     b"event:%b%b" % (space, name): name for space in (b"", b" ") for name in (b"stdout", b"stderr", b"exit")
 }
 
@@ -121,7 +121,7 @@ class EventReader:
             if self._comments_left < 0:
                 raise WireError("too many comments")
             return b""
-        name = _NAMES.get(event[0]) if len(event) == 2 else None  # noqa: PLR2004 - as above
+        name = _EVENT_NAMES.get(event[0]) if len(event) == 2 else None  # noqa: PLR2004 - as above
         line = event[-1] if event else b""
         if name is None or not line.startswith(b"data:") or b"\r" in line:
             raise WireError("invalid event")

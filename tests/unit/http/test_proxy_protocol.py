@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address, IPv6Address
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.http.proxy_protocol import HeaderReader, Proxied
+from bfaas.http.proxy_protocol import ProxyHeader, ProxyHeaderReader
 from tests.support.hostile_worker import Peer, post
 from tests.support.waiting import wait_until
 from tests.unit.http.test_server import SiteTestCase
@@ -35,9 +35,9 @@ def inet(family: socket.AddressFamily, source: str, destination: str) -> bytes:
     return socket.inet_pton(family, source) + socket.inet_pton(family, destination) + b"\xdc\x04\x01\xbb"
 
 
-FOUR = Proxied(IPv4Address("TCP", "198.51.100.7", 56324), IPv4Address("TCP", "192.0.2.1", 443), b"")
-SIX = Proxied(IPv6Address("TCP", "2001:db8::7", 56324), IPv6Address("TCP", "2001:db8::1", 443), b"")
-NONE = Proxied(None, None, b"")
+FOUR = ProxyHeader(IPv4Address("TCP", "198.51.100.7", 56324), IPv4Address("TCP", "192.0.2.1", 443), b"")
+SIX = ProxyHeader(IPv6Address("TCP", "2001:db8::7", 56324), IPv6Address("TCP", "2001:db8::1", 443), b"")
+NONE = ProxyHeader(None, None, b"")
 
 HEADERS = {
     version_1("198.51.100.7"): FOUR,
@@ -87,19 +87,19 @@ class HeaderTests(SynchronousTestCase):
     def test_headers_are_parsed_wherever_they_are_split(self) -> None:
         for header, proxied in HEADERS.items():
             expected = proxied._replace(rest=b"GET")
-            self.assertEqual(expected, HeaderReader().feed(header + b"GET"), header)
-            reader = HeaderReader()
+            self.assertEqual(expected, ProxyHeaderReader().feed(header + b"GET"), header)
+            reader = ProxyHeaderReader()
             pieces = [header[at : at + 1] for at in range(len(header) - 1)]
             self.assertEqual({None}, set(map(reader.feed, pieces)), header)
             self.assertEqual(expected, reader.feed(header[-1:] + b"GET"), header)
 
     def test_invalid_headers_raise_value_error(self) -> None:
         for data in NO_HEADERS:
-            self.assertRaises(ValueError, HeaderReader().feed, data)
+            self.assertRaises(ValueError, ProxyHeaderReader().feed, data)
 
     @given(st.sampled_from([b"PROXY ", b"PROXY TCP4 ", SIGNATURE, b""]), st.binary(), st.binary())
     def test_any_input_is_parsed_or_raises_value_error(self, start: bytes, one: bytes, other: bytes) -> None:
-        reader = HeaderReader()
+        reader = ProxyHeaderReader()
         for data in (start + one, other):
             try:
                 proxied = reader.feed(data)
