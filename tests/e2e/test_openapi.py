@@ -1,4 +1,4 @@
-"""docs/openapi.yaml against a real coordinator: what it says of requests and answers is so."""
+"""Compare docs/openapi.yaml with the requests and responses of a real coordinator."""
 
 from __future__ import annotations
 
@@ -18,50 +18,55 @@ from twisted.internet.utils import getProcessOutputAndValue
 from bfaas.protocol.formats import Exit, Format, Reason
 from bfaas.protocol.request import InvalidRequestError, RunRequest
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
-from tests.e2e.test_ask import LINES, ask, post
+from tests.e2e.test_run_requests import ACCEPT_NDJSON, post, run_json
 from tests.support.paths import ROOT
 
-DOCUMENT = ROOT / "docs" / "openapi.yaml"
-TOLD: dict[str, Any] = yaml.safe_load(DOCUMENT.read_text())
-RUN = TOLD["paths"]["/run"]["post"]
-SCHEMAS = TOLD["components"]["schemas"]
+DOCUMENT_PATH = ROOT / "docs" / "openapi.yaml"
+DOCUMENT: dict[str, Any] = yaml.safe_load(DOCUMENT_PATH.read_text())
+RUN = DOCUMENT["paths"]["/run"]["post"]
+SCHEMAS = DOCUMENT["components"]["schemas"]
 
 with_twisted = pytest_twisted.ensureDeferred
 
-KINDS = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
+JSON_TYPES = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
 
 
-def documented(status: int) -> dict[str, Any]:
-    answer: dict[str, Any] = RUN["responses"][str(status)]
-    return TOLD["components"]["responses"][answer["$ref"].rpartition("/")[2]] if "$ref" in answer else answer
+def documented_response(status: int) -> dict[str, Any]:
+    """Return the description of a status of `POST /run`, with its reference resolved."""
+    response: dict[str, Any] = RUN["responses"][str(status)]
+    if "$ref" not in response:
+        return response
+    resolved: dict[str, Any] = DOCUMENT["components"]["responses"][response["$ref"].rpartition("/")[2]]
+    return resolved
 
 
-def assert_fits(value: dict[str, Any], schema: dict[str, Any]) -> None:
+def assert_matches(value: dict[str, Any], schema: dict[str, Any]) -> None:
+    """Check the keys, types and enumerated values of an object; undocumented keys fail."""
     assert set(schema["required"]) <= set(value) <= set(schema["properties"]), value
     for name, item in value.items():
-        told = schema["properties"][name]
-        if "$ref" in told:
-            told = SCHEMAS[told["$ref"].rpartition("/")[2]]
-        if "properties" in told:
-            assert_fits(item, told)
+        described = schema["properties"][name]
+        if "$ref" in described:
+            described = SCHEMAS[described["$ref"].rpartition("/")[2]]
+        if "properties" in described:
+            assert_matches(item, described)
             continue
-        assert type(item) is KINDS[told["type"]], (name, item)
-        assert item in told.get("enum", [item]), (name, item)
+        assert type(item) is JSON_TYPES[described["type"]], (name, item)
+        assert item in described.get("enum", [item]), (name, item)
 
 
 def validate(value: object, name: str) -> None:
-    """Raise `jsonschema.ValidationError` unless the value is as the document's schema of this name has it."""
-    schema = {"$ref": f"#/components/schemas/{name}", "components": TOLD["components"]}
+    """Raise `jsonschema.ValidationError` unless the value matches the named schema of the document."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]}
     jsonschema.Draft202012Validator(schema).validate(value)
 
 
 def test_the_document_is_valid() -> None:
-    openapi_spec_validator.validate(TOLD)
+    openapi_spec_validator.validate(DOCUMENT)
 
 
 @with_twisted
 async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
-    # The long form: make api.
+    # `make api` sets more examples.
     examples = os.environ.get("BFAAS_EXAMPLES", "5")
     program = Path(sys.executable).parent / "schemathesis"
     coordinator = await start_coordinator(POOL_STANDBY="2", MAXPERCLIENT="100")
@@ -69,7 +74,7 @@ async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     options = ["--checks", "all", "--max-examples", examples, "--no-color", "--generation-database", "none"]
     if examples == "5":
         options += ["--seed", "1"]
-    arguments = ["run", str(DOCUMENT), "--url", url, *options]
+    arguments = ["run", str(DOCUMENT_PATH), "--url", url, *options]
     output, _, code = await getProcessOutputAndValue(
         str(program), arguments, env=os.environ, path=str(tmp_path), reactor=reactor
     )
@@ -85,7 +90,7 @@ def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
     ):
         validate(request, "Request")
         RunRequest.from_json(json.dumps(request).encode())
-    for wrong in (
+    for invalid in (
         {"script": "a\0b"},
         {"script": "\ufeffecho"},
         {"script": "", "env": {"1A": ""}},
@@ -93,55 +98,55 @@ def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
         {"script": "", "timeout": "0s"},
         {"script": "", "timeout": "5"},
         {"script": "", "timeout": "-1s"},
-        {"script": "", "more": ""},
+        {"script": "", "unknown": ""},
         {"stdin": ""},
     ):
         with pytest.raises(jsonschema.ValidationError):
-            validate(wrong, "Request")
+            validate(invalid, "Request")
         with pytest.raises(InvalidRequestError):
-            RunRequest.from_json(json.dumps(wrong).encode())
+            RunRequest.from_json(json.dumps(invalid).encode())
 
 
 def test_exactly_the_keys_of_a_request_are_described() -> None:
     examples: dict[str, Any] = {"script": ":", "stdin": "x", "env": {"A": "b"}, "timeout": "1s"}
-    assert_fits(examples, SCHEMAS["Request"])
+    assert_matches(examples, SCHEMAS["Request"])
     assert examples.keys() == SCHEMAS["Request"]["properties"].keys()
     RunRequest.from_json(json.dumps(examples).encode())
     for name in examples:
-        wrong = {"script": ":", name: 1}
+        invalid = {"script": ":", name: 1}
         try:
-            RunRequest.from_json(json.dumps(wrong).encode())
+            RunRequest.from_json(json.dumps(invalid).encode())
         except InvalidRequestError:
             continue
-        raise AssertionError(f"{name} takes a number")
+        raise AssertionError(f"{name} accepts a number")
 
 
 def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
     full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1)
-    told = json.loads(full.to_json())
-    assert_fits(told, SCHEMAS["Exit"])
-    assert told.keys() == SCHEMAS["Exit"]["properties"].keys()
+    fields = json.loads(full.to_json())
+    assert_matches(fields, SCHEMAS["Exit"])
+    assert fields.keys() == SCHEMAS["Exit"]["properties"].keys()
     assert set(SCHEMAS["Exit"]["properties"]["reason"]["enum"]) == {str(reason) for reason in Reason}
     assert RUN["responses"]["200"]["content"].keys() == {format_.media_type for format_ in Format}
 
 
 @with_twisted
 async def test_responses_match_the_schema(coordinator: Running) -> None:
-    *lines, end = await ask(coordinator, script="echo out; echo err >&2")
-    for line in lines:
-        assert_fits(line, SCHEMAS["Line"])
+    *events, end = await run_json(coordinator, script="echo out; echo err >&2")
+    for event in events:
+        assert_matches(event, SCHEMAS["Line"])
     assert end.pop("event") == "exit"
-    assert_fits(end, SCHEMAS["Exit"])
+    assert_matches(end, SCHEMAS["Exit"])
 
     raw = await coordinator.run("echo out", "?raw=1")
-    events = await coordinator.run("echo out")
-    for answer in (raw, events):
-        assert answer.headers["content-type"].partition(";")[0] in documented(200)["content"]
-        assert {name.lower() for name in documented(200)["headers"]} <= answer.headers.keys()
-    for name, told in events.events:
-        validate({"event": name, "data": json.dumps(told)}, "Event")
-    validate(events.exit, "Exit")
-    assert events.exit.keys() <= SCHEMAS["Exit"]["properties"].keys()
+    streamed = await coordinator.run("echo out")
+    for response in (raw, streamed):
+        assert response.headers["content-type"].partition(";")[0] in documented_response(200)["content"]
+        assert {name.lower() for name in documented_response(200)["headers"]} <= response.headers.keys()
+    for name, value in streamed.events:
+        validate({"event": name, "data": json.dumps(value)}, "Event")
+    validate(streamed.exit, "Exit")
+    assert streamed.exit.keys() <= SCHEMAS["Exit"]["properties"].keys()
 
 
 @with_twisted
@@ -149,34 +154,34 @@ async def test_status_and_metrics_match_the_schema(coordinator: Running) -> None
     await coordinator.run("exit 3")
     await coordinator.get("/healthz")
     status = json.loads((await coordinator.get("/status")).body)
-    assert_fits(status, SCHEMAS["Status"])
+    assert_matches(status, SCHEMAS["Status"])
     for run in status["runs"]["recent"]:
-        assert_fits(run, SCHEMAS["Run"])
-    for path, told in TOLD["paths"].items():
-        if "get" in told:
-            answer = await coordinator.get(path)
-            assert str(answer.status) in told["get"]["responses"]
+        assert_matches(run, SCHEMAS["Run"])
+    for path, methods in DOCUMENT["paths"].items():
+        if "get" in methods:
+            response = await coordinator.get(path)
+            assert str(response.status) in methods["get"]["responses"]
 
 
 @with_twisted
 async def test_rejections_match_the_schema() -> None:
-    strict = await start_coordinator(MAXBODY="100", MAXPERCLIENT="1", MAXWAIT="10ms", POOLSIZE="1")
+    coordinator = await start_coordinator(MAXBODY="100", MAXPERCLIENT="1", MAXWAIT="10ms", POOLSIZE="1")
     seen = set()
     for body, headers in [
         (b"{", {"Content_Type": "application/json"}),
         (b":", {"Content_Encoding": "gzip"}),
-        (b":", {"Expect": "a-miracle"}),
-        (b":", {"Origin": "http://elsewhere.example"}),
+        (b":", {"Expect": "unsupported"}),
+        (b":", {"Origin": "http://other.example"}),
         (b"x" * 101, {}),
-        (b":", {}),  # no machine starts in ten milliseconds
+        (b":", {}),  # no machine starts within MAXWAIT
     ]:
-        status, kind, text = await post(strict, body, **headers, **LINES)
-        assert kind.partition(";")[0] in documented(status)["content"], text
+        status, content_type, text = await post(coordinator, body, **headers, **ACCEPT_NDJSON)
+        assert content_type.partition(";")[0] in documented_response(status)["content"], text
         assert text.count("\n") == 1
         seen.add(status)
     assert seen == {400, 403, 413, 415, 417, 503}
-    refused = await strict.run(":")
-    assert refused.status == 503
-    for name in documented(503)["headers"]:
-        assert int(refused.headers[name.lower()]) >= 1
-    assert await stop(strict) == 0
+    rejected = await coordinator.run(":")
+    assert rejected.status == 503
+    for name in documented_response(503)["headers"]:
+        assert int(rejected.headers[name.lower()]) >= 1
+    assert await stop(coordinator) == 0
