@@ -20,7 +20,7 @@ from bfaas.http.server import register_error_handlers, text_response
 from bfaas.pool import PoolClosedError
 from bfaas.pooling.slot import Phase
 from bfaas.protocol import formats
-from bfaas.protocol.http_request import parse_run_request
+from bfaas.protocol.http_request import parse_run_request, response_format
 from bfaas.protocol.response import RunResponse
 
 if TYPE_CHECKING:
@@ -280,7 +280,7 @@ class Coordinator:
         deadline = Deadline(self._clock, limit)
         response_limit = max(limit, min(settings.max_req_time, MAX_GRACE), MIN_GRACE)
         response_deadline = Deadline(self._clock, response_limit)
-        format_ = formats.requested_format(request.args, request.getHeader("Accept") or "")
+        format_ = response_format(request)
         response = RunResponse(request, format_, self._clock)
         headers = {formats.WORKER: machine.id, formats.COORD: settings.machine_id, **UNCOMPRESSED}
         auth_token = settings.signer.sign(machine.id, self._wall_clock())

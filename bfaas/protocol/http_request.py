@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from bfaas.http.errors import HTTPError
 from bfaas.http.media_type import body_is_json
 from bfaas.http.server import read_body
+from bfaas.protocol.formats import Format, requested_format
 from bfaas.protocol.request import InvalidRequestError, RunRequest
 
 if TYPE_CHECKING:
@@ -25,3 +26,8 @@ def parse_run_request(request: Request) -> RunRequest:
         return RunRequest.from_json(body) if is_json else RunRequest.plain(body)
     except InvalidRequestError as error:
         raise HTTPError(400, str(error)) from None
+
+
+def response_format(request: Request) -> Format:
+    """Return the response format that an HTTP request selects. Repeated `Accept` headers are one list."""
+    return requested_format(request.args, ",".join(request.requestHeaders.getRawHeaders("Accept", [])))

@@ -19,7 +19,7 @@ from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.errors import HTTPError
 from bfaas.http.server import register_error_handlers, text_response
 from bfaas.protocol import formats
-from bfaas.protocol.http_request import parse_run_request
+from bfaas.protocol.http_request import parse_run_request, response_format
 from bfaas.protocol.response import RunResponse
 from bfaas.tokens import AuthError
 from bfaas.worker.bash_process import BashRun, script_environment
@@ -78,7 +78,7 @@ class WorkerApp:
         if self._used:
             raise HTTPError(409, "this worker has already run a script")
         run_request = parse_run_request(request)
-        format_ = formats.requested_format(request.args, request.getHeader("Accept") or "")
+        format_ = response_format(request)
         response = RunResponse(request, format_, self._reactor)
         run_id = _run_id(request)
         self._used = True

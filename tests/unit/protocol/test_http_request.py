@@ -9,7 +9,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.test.requesthelper import DummyRequest
 
 from bfaas.http.errors import HTTPError
-from bfaas.protocol.http_request import parse_run_request
+from bfaas.protocol.formats import Format
+from bfaas.protocol.http_request import parse_run_request, response_format
 
 if TYPE_CHECKING:
     from bfaas.protocol.request import RunRequest
@@ -38,3 +39,16 @@ class ParseRunRequestTests(SynchronousTestCase):
         ):
             error = self.assertRaises(HTTPError, parse, body, content_type)
             self.assertEqual((status, message), (error.code, error.message))
+
+
+class ResponseFormatTests(SynchronousTestCase):
+    def test_repeated_accept_headers_are_one_list(self) -> None:
+        for values in (["application/x-ndjson", "*/*"], ["*/*", "application/x-ndjson"]):
+            request: Any = DummyRequest([b"run"])
+            request.requestHeaders.setRawHeaders("Accept", values)
+            self.assertIs(Format.NDJSON, response_format(request))
+
+    def test_query_selects_raw(self) -> None:
+        request: Any = DummyRequest([b"run"])
+        request.args = {b"raw": [b"1"]}
+        self.assertIs(Format.RAW, response_format(request))
