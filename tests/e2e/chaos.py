@@ -53,7 +53,7 @@ RECONCILE_INTERVAL = 4.0
 RECOVERY = 45.0
 """Seconds for the recovery after a round; a pool backs off up to 30 s after failed starts."""
 
-CLOCK_SKEW = 10.0
+TOLERANCE = 10.0
 """Seconds that anything else may be late on a busy machine."""
 
 _COORDINATOR = str(Path(__file__).with_name("coord_with_timing.py"))
@@ -81,7 +81,7 @@ class Chaos:
         self._mark = mark
         self._state = state
         self._settings: dict[str, dict[str, str]] = {}
-        self._programs = [fly.machines]
+        self._programs = [fly.emulator]
         self._killed: list[Running] = []
         self._locks: defaultdict[str, DeferredLock] = defaultdict(DeferredLock)
         self._numbers = count()
@@ -154,17 +154,17 @@ class Chaos:
     async def _inject_into_api(self, fault: Fault) -> None:
         self._record(fault.value)
         if fault is Fault.KILL_API:
-            await self.kill(self.fly.machines)
+            await self.kill(self.fly.emulator)
             self._continue_orphans()
             await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
             # It restarts without machines.
-            port, proxy_port = self.fly.machines.port, self.fly.proxy_port
-            self.fly.machines = await start_emulator(
+            port, proxy_port = self.fly.emulator.port, self.fly.proxy_port
+            self.fly.emulator = await start_emulator(
                 port, proxy_port, **_emulator_settings(self._mark, self._state)
             )
-            self._programs.append(self.fly.machines)
+            self._programs.append(self.fly.emulator)
         else:
-            await pause(self.fly.machines.pid, self._chance.uniform(0.5, 3.5))
+            await pause(self.fly.emulator.pid, self._chance.uniform(0.5, 3.5))
 
     async def _inject_into_worker(self, fault: Fault) -> None:
         pid = await self._busy_worker()
@@ -176,14 +176,14 @@ class Chaos:
 
     def _continue_orphans(self) -> None:
         """Continue workers that outlive the API: without a sandbox they must detect its end."""
-        if b"NO SANDBOX" in self.fly.machines.program.output:
+        if b"NO SANDBOX" in self.fly.emulator.program.output:
             for pid in self._stray_processes():
                 send(pid, signal.SIGCONT)
 
     async def _busy_worker(self) -> int:
         """Wait for a worker whose script is running."""
         for _ in range(int(PATIENCE / 0.1)):
-            if busy := [worker for worker in self.fly.machines.workers() if process_tree.children(worker)]:
+            if busy := [worker for worker in self.fly.emulator.workers() if process_tree.children(worker)]:
                 return self._chance.choice(busy)
             await deferLater(reactor, 0.1)
         raise AssertionError("no script runs")
@@ -283,11 +283,11 @@ class Chaos:
 
     def history_and_output(self) -> str:
         """Return the last faults, and the last output of the programs."""
-        said = [
+        outputs = [
             b"\n".join(running.program.output.splitlines()[-40:]).decode(errors="replace")
-            for running in [*self.coordinators.values(), self.fly.machines]
+            for running in [*self.coordinators.values(), self.fly.emulator]
         ]
-        return "\n\n".join(["\n".join(self.history[-10:]), *said])
+        return "\n\n".join(["\n".join(self.history[-10:]), *outputs])
 
     def summary(self) -> str:
         """Return the counts of faults and outcomes, in lines."""
@@ -317,7 +317,7 @@ class Chaos:
         await self.start_coordinator("heir", 1)
         late = await self._wait_for_destruction()
         await self._settle()
-        for running in (self.coordinators["heir"], self.fly.machines):
+        for running in (self.coordinators["heir"], self.fly.emulator):
             assert await stop(running) == 0, running.program.output.decode()
         assert not self._stray_processes()
         for running in self._programs:
@@ -340,7 +340,7 @@ class Chaos:
             for machine in here - ends.keys():
                 ends[machine] = await self._lease_end(machine)
             last = max(ends.values())
-            assert now < last + 1.2 * RECONCILE_INTERVAL + CLOCK_SKEW, (
+            assert now < last + 1.2 * RECONCILE_INTERVAL + TOLERANCE, (
                 f"{here} still exist, {now - last:.1f} s late"
             )
             await deferLater(reactor, 0.1)

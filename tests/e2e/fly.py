@@ -1,4 +1,4 @@
-"""The emulator of the Machines API as a program, and its clients."""
+"""The emulator of the Machines API as a separate program, and a client of it."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ if TYPE_CHECKING:
 class Fly:
     """The emulator, and a client of it."""
 
-    machines: Running
+    emulator: Running
     proxy_port: int
     api: FlyMachines
 
     def settings(self, pool: str, size: int = 2, **more: str) -> dict[str, str]:
-        """Tell a coordinator what it has to know."""
+        """Return the settings of a coordinator that uses the emulator."""
         return {
             "WORKER_APP": "workers",
             "WORKER_IMAGE": "basher:1",
             "FLY_TOKEN": "secret",
             "FLY_REGION": "ams",
             "FLY_MACHINE_ID": pool,
-            "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.machines.port}",
+            "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.emulator.port}",
             "WORKER_URL": f"http://127.0.0.1:{self.proxy_port}",
             "PRIVATE": genkey().private,
             "POOLSIZE": str(size),
             **more,
         }
 
-    async def of_pool(self, pool: str) -> dict[str, State]:
-        """Tell a pool's machines."""
+    async def machines_of_pool(self, pool: str) -> dict[str, State]:
+        """Return the state of each machine of a pool, by machine id."""
         return {
             machine.id: machine.state for machine in await self.api.list() if pool_of(machine.name) == pool
         }
@@ -54,9 +54,9 @@ async def start_emulator(port: int, proxy_port: int, **settings: str) -> Running
 
 
 async def start_fly(**settings: str) -> Fly:
-    """Start the emulator."""
+    """Start the emulator on free ports, and create a client."""
     proxy_port = free_port()
-    machines = await start_emulator(free_port(), proxy_port, **settings)
-    url = f"http://127.0.0.1:{machines.port}"
-    api = FlyMachines(reactor, machines.agent, random.Random(1), url, "workers", "secret")
-    return Fly(machines, proxy_port, api)
+    emulator = await start_emulator(free_port(), proxy_port, **settings)
+    url = f"http://127.0.0.1:{emulator.port}"
+    api = FlyMachines(reactor, emulator.agent, random.Random(1), url, "workers", "secret")
+    return Fly(emulator, proxy_port, api)

@@ -237,7 +237,7 @@ async def test_each_failure_on_fly_has_a_remedy() -> None:
         assert code == 1
         assert failure in output
         assert remedy in output, output
-    assert await stop(fly.machines) == 0
+    assert await stop(fly.emulator) == 0
 
 
 @with_twisted

@@ -41,9 +41,9 @@ async def fly() -> AsyncIterator[Fly]:
     """Run the emulator, which leaves no process when it ends."""
     fly = await start_fly()
     yield fly
-    processes = fly.machines.processes()
-    assert await stop(fly.machines) == 0, fly.machines.program.output.decode()
-    assert b"Traceback" not in fly.machines.program.output
+    processes = fly.emulator.processes()
+    assert await stop(fly.emulator) == 0, fly.emulator.program.output.decode()
+    assert b"Traceback" not in fly.emulator.program.output
     assert not any(map(process_tree.is_running, processes))
 
 
@@ -58,7 +58,7 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
 
     async def look() -> None:
         for pool in seen:
-            machines = await fly.of_pool(pool)
+            machines = await fly.machines_of_pool(pool)
             most[pool] = max(most[pool], len(machines))
             seen[pool] |= set(machines)
 
@@ -85,7 +85,7 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
     for pool, coordinator in coordinators.items():
         assert used[pool] <= seen[pool]
         assert await stop(coordinator) == 0
-        assert set((await fly.of_pool(pool)).values()) == {State.STOPPED}
+        assert set((await fly.machines_of_pool(pool)).values()) == {State.STOPPED}
 
 
 @with_twisted
@@ -96,7 +96,7 @@ async def test_a_warm_standby_serves_once_and_is_wiped_before_it_serves_again(fl
     )
 
     async def standbys() -> list[str]:
-        return [machine for machine, current in (await fly.of_pool("s")).items() if current is state]
+        return [machine for machine, current in (await fly.machines_of_pool("s")).items() if current is state]
 
     for code in (3, 4, 5):
         machine = (await wait_until(standbys))[0]
@@ -108,7 +108,7 @@ async def test_a_warm_standby_serves_once_and_is_wiped_before_it_serves_again(fl
     processes = coordinator.processes()
     assert await stop(coordinator) == 0
     assert not any(map(process_tree.is_running, processes))
-    assert set((await fly.of_pool("s")).values()) == {State.STOPPED}
+    assert set((await fly.machines_of_pool("s")).values()) == {State.STOPPED}
 
 
 @with_twisted
@@ -116,9 +116,9 @@ async def test_a_restarted_coordinator_adopts_its_machines(fly: Fly) -> None:
     settings = fly.settings("p", 2)
     first = await start_coordinator(**settings)
     interrupted = [Deferred.fromCoroutine(first.run("sleep 1000")) for _ in range(2)]
-    while list((await fly.of_pool("p")).values()) != [State.STARTED, State.STARTED]:
+    while list((await fly.machines_of_pool("p")).values()) != [State.STARTED, State.STARTED]:
         await deferLater(reactor, 0.05)
-    left = await fly.of_pool("p")
+    left = await fly.machines_of_pool("p")
     first.kill(signal.SIGKILL)
     await first.program.ended
     for run in interrupted:
@@ -132,7 +132,7 @@ async def test_a_restarted_coordinator_adopts_its_machines(fly: Fly) -> None:
 
     assert all(response.output("stdout") == "done\n" for response in responses)
     assert {response.headers["worker"] for response in responses} <= set(left)
-    assert set(await fly.of_pool("p")) == set(left)
+    assert set(await fly.machines_of_pool("p")) == set(left)
     assert await stop(second) == 0
 
 
@@ -153,10 +153,10 @@ async def test_pool_on_exit_destroy_destroys_the_machines(fly: Fly) -> None:
 
     await busy.end()
     assert b"done" in b"".join(output)
-    assert await fly.of_pool("p") == {}
-    assert len(await fly.of_pool("q")) == 1
+    assert await fly.machines_of_pool("p") == {}
+    assert len(await fly.machines_of_pool("q")) == 1
     assert await stop(other) == 0
-    assert set((await fly.of_pool("q")).values()) == {State.STOPPED}
+    assert set((await fly.machines_of_pool("q")).values()) == {State.STOPPED}
 
 
 @with_twisted
@@ -172,15 +172,15 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
         status = await Deadline(reactor, PATIENCE).run(program.ended)
         return status, program.output.decode()
 
-    [listed] = await fly.of_pool("p")
+    [listed] = await fly.machines_of_pool("p")
     status, table = await bfaas("machines")
     assert status == 0
     assert re.search(rf"^{listed} +p +stopped +\d+s +\d+m\d+s +worker-p-[0-9a-f]+$", table, re.MULTILINE)
 
     status, output = await bfaas("destroy", "--yes")
     assert (status, output.splitlines()[-1]) == (0, "destroyed 1 machines of p")
-    assert await fly.of_pool("p") == {}
-    assert len(await fly.of_pool("q")) == 1
+    assert await fly.machines_of_pool("p") == {}
+    assert len(await fly.machines_of_pool("q")) == 1
 
     settings["FLY_MACHINE_ID"] = "q"
     closed = ["-c", "import os; os.close(0); from bfaas.cli.main import program; program()", "destroy"]
@@ -194,7 +194,7 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
         await Deadline(reactor, PATIENCE).run(program.ended)
         assert program.signal == number
         assert b"Traceback" not in program.output
-    assert len(await fly.of_pool("q")) == 1
+    assert len(await fly.machines_of_pool("q")) == 1
 
     settings["FLY_TOKEN"] = "another"
     status, output = await bfaas("machines")
@@ -292,11 +292,11 @@ async def test_very_short_timeouts_are_reported_as_timeouts_behind_the_proxy(fly
 async def test_an_unresponsive_api_is_reported_in_time_and_used_again_once_it_responds(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1, MAXWAIT="5s"))
     assert (await coordinator.run("echo fine")).output("stdout") == "fine\n"
-    os.kill(fly.machines.pid, signal.SIGSTOP)
+    os.kill(fly.emulator.pid, signal.SIGSTOP)
     try:
         refused = await coordinator.run("echo fine")
     finally:
-        os.kill(fly.machines.pid, signal.SIGCONT)
+        os.kill(fly.emulator.pid, signal.SIGCONT)
 
     assert (refused.status, refused.body) == (503, b"no worker available within 5 s\n")
     for _ in range(int(PATIENCE)):

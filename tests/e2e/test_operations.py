@@ -115,7 +115,7 @@ async def test_coordinator_is_healthy_but_not_ready_while_the_api_is_down(used: 
             return bool((await status(coordinator))["pool"]["machines"] == {"stopped": 1})
 
         await wait_until(is_stopped)
-    os.kill(fly.machines.pid, signal.SIGKILL)
+    os.kill(fly.emulator.pid, signal.SIGKILL)
     for _ in range(2):
         assert (await coordinator.run("echo fine")).status == 503
         response = await coordinator.get("/readyz")

@@ -181,16 +181,16 @@ async def test_machines_of_the_emulator_are_listed_and_destroyed() -> None:
     await coordinator.run("true")
 
     async def is_stopped() -> bool:
-        return list((await fly.of_pool("coord-1")).values()) == [State.STOPPED]
+        return list((await fly.machines_of_pool("coord-1")).values()) == [State.STOPPED]
 
     await wait_until(is_stopped)
     [block] = EMULATOR
     commands, outputs = zip(*examples(block), strict=True)
-    script = "".join(commands).replace("=local", "=secret").replace("4280", str(fly.machines.port))
+    script = "".join(commands).replace("=local", "=secret").replace("4280", str(fly.emulator.port))
     output = await shell(f"exec <<< y\n{script}", 0)
     assert masked(output) == masked("".join(outputs).replace("[y/N] y\n", "[y/N] "))
     assert await stop(coordinator) == 0
-    assert await stop(fly.machines) == 0
+    assert await stop(fly.emulator) == 0
 
 
 RECORDER = """#!/bin/bash
