@@ -1,5 +1,5 @@
 """
-Fixtures of all end-to-end tests: a coordinator, and a check for what a test leaves behind.
+Fixtures of the end-to-end tests: a coordinator, and a check that tests clean up.
 
 pytest-twisted itself does not detect delayed calls, sockets, processes or logged errors.
 """
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def _pending() -> set[Any]:
-    """Return the delayed calls and open connections of the reactor, and the processes that it waits for."""
+    """Return the delayed calls, selectables and child processes of the reactor."""
     selectables = {*reactor.getReaders(), *reactor.getWriters()} - set(reactor._internalReaders)
     return {*reactor.getDelayedCalls(), *selectables, *twisted_process.reapProcessHandlers.values()}
 
 
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def clean_reactor() -> Iterator[None]:
     """Fail a test that leaves delayed calls, sockets, processes or logged errors."""
     errors: list[LogEvent] = []
 
@@ -55,7 +55,11 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest_twisted.async_yield_fixture
 async def coordinator() -> AsyncIterator[Running]:
-    """Run a coordinator with two local machines and 20 s for a request. All clients here have one address."""
+    """
+    Run a coordinator with two local machines and a `MAXREQTIME` of 20 s.
+
+    MAXPERCLIENT is high because all clients of a test have the same address.
+    """
     running = await start_coordinator(MAXPERCLIENT="100")
     yield running
     assert await stop(running) == 0, running.program.output.decode()

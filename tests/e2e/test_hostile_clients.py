@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import pytest
     from twisted.internet.defer import Deferred
 MAX_REQ_TIME = 2.5
-CLOCK_SKEW = 15.0
+TOLERANCE = 15.0
+"""Tolerated delay on a busy machine, in seconds."""
 
 MALFORMED = "400 malformed request, or request head too large"
 MAX_BODY = 256 * 1024
@@ -306,7 +307,7 @@ async def run(harness: Harness, case: Case) -> None:
     spent = Spent(harness.coordinator)
     ending, seconds = await attack(harness, case)
     assert ending == case.ending
-    assert seconds < MAX_REQ_TIME + CLOCK_SKEW
+    assert seconds < MAX_REQ_TIME + TOLERANCE
     check_runs(harness, before, case.runs)
     assert case.runs or len(harness.worker.peers) == machines
     await serve(harness)
@@ -346,7 +347,7 @@ async def test_slow_requests_are_not_served_and_do_not_delay_others(subtests: py
             with subtests.test(case.name):
                 ending, seconds = endings[case.name]
                 assert ending == case.ending
-                assert Channel.REQUEST_TIMEOUT - 0.5 < seconds < Channel.REQUEST_TIMEOUT + CLOCK_SKEW
+                assert Channel.REQUEST_TIMEOUT - 0.5 < seconds < Channel.REQUEST_TIMEOUT + TOLERANCE
         check_runs(harness, before, 10)
         assert spent.memory <= MAX_MEMORY
         assert spent.lines <= MAX_LINES + 10
@@ -365,8 +366,8 @@ async def test_cross_origin_requests_use_no_machine() -> None:
             (page, "Sec-Fetch-Site: cross-site"): "cross-site requests are not allowed",
             ("Host: evil.example",): "the Host header is not a loopback name",
         }.items():
-            asked = post("/run", b"echo hello", *fields[1:]).replace(b"Host: localhost", fields[0].encode())
-            received, _ = await harness.request(asked)
+            request = post("/run", b"echo hello", *fields[1:]).replace(b"Host: localhost", fields[0].encode())
+            received, _ = await harness.request(request)
             assert read(received) == f"403 {line}"
         assert coordinator.workers() == []
         own = post("/run", b"echo hello", f"Origin: http://{here}", "Sec-Fetch-Site: same-origin")

@@ -1,4 +1,4 @@
-"""Endpoints that users give to `--listen`, met by others' programs: curl, openssl, haproxy, Python's ssl."""
+"""Endpoints of `--listen`, tested with independent programs: curl, openssl, haproxy, Python's ssl."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_haproxy = pytest.mark.skipif(
 )
 
 SETTINGS = {"WORKER_APP": "mock", "MAXREQTIME": "20s", "MAXWAIT": "60s"}
-ACTIVATE = """
+SOCKET_ACTIVATION = """
 import os, socket, sys
 server = socket.create_server(("127.0.0.1", int(sys.argv[1])))
 os.dup2(server.fileno(), 3)
@@ -51,7 +51,7 @@ os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 
 @asynccontextmanager
 async def listening(endpoint: str, leader: list[str] | None = None) -> AsyncIterator[Program]:
-    """Run a coordinator that listens on an endpoint; at its end it must have logged no error."""
+    """Run a coordinator that listens on an endpoint; check that it exits with 0 and has logged no error."""
     arguments = [*(leader or []), *TWISTD, "bfaas-coord", "--listen", endpoint]
     program, pid = start(arguments, SETTINGS)
 
@@ -71,7 +71,7 @@ async def listening(endpoint: str, leader: list[str] | None = None) -> AsyncIter
 
 
 async def curl(*arguments: str) -> str:
-    """Run curl; return what it wrote."""
+    """Run curl; return its standard output."""
     out, err, code = await getProcessOutputAndValue(
         "curl", ["-sSN", "-m", str(PATIENCE), *arguments], env=os.environ, reactor=reactor
     )
@@ -80,12 +80,12 @@ async def curl(*arguments: str) -> str:
 
 
 def certificate(directory: Path) -> Path:
-    """Make a key and a certificate that it signs, for localhost, in one file."""
+    """Write a key and a self-signed certificate for localhost to one file; return its path."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
     names = [x509.DNSName("localhost"), x509.IPAddress(IPv4Address("127.0.0.1"))]
     now = dt.datetime.now(dt.UTC)
-    made = (
+    self_signed = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -102,12 +102,12 @@ def certificate(directory: Path) -> Path:
         key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )
-        + made.public_bytes(serialization.Encoding.PEM)
+        + self_signed.public_bytes(serialization.Encoding.PEM)
     )
     return path
 
 
-# What a client that speaks TLS finds.
+# TLS.
 
 
 @with_twisted
@@ -123,66 +123,66 @@ async def test_curl_runs_scripts_over_tls(tmp_path: Path) -> None:
         for options in ((), ("--limit-rate", "16M")):
             out = await curl(*trust, *options, url, "-d", "head -c 33554432 /dev/zero | tr '\\0' x")
             assert len(out) == (32 << 20) + len("\nexit: 0\n")
-        for options in ((), ("-H", "Expect:")):  # the latter sends all of it before it reads
+        for options in ((), ("-H", "Expect:")):  # the second sends the whole body before it reads
             out = await curl(*trust, *options, "-w", "%{http_code}", url, "--data-binary", f"@{large}")
             assert out == "the body is larger than 1048576 bytes\n413"
         client = Program()
-        arguments = ["curl", "-sN", *trust, url, "-d", "echo begun; sleep 15"]
-        leaving = reactor.spawnProcess(client, "curl", arguments, env=os.environ)
+        arguments = ["curl", "-sN", *trust, url, "-d", "echo started; sleep 15"]
+        process = reactor.spawnProcess(client, "curl", arguments, env=os.environ)
 
         async def started() -> bool:
-            return b"begun" in client.output
+            return b"started" in client.output
 
         await wait_until(started)
-        leaving.signalProcess("KILL")
+        process.signalProcess("KILL")
         await client.ended
 
-        async def left() -> bool:
+        async def disconnected() -> bool:
             return b": client-disconnected, " in program.output
 
-        await wait_until(left)
+        await wait_until(disconnected)
         plain = await getProcessOutputAndValue(
             "curl", ["-s", f"http://localhost:{port}/"], env=os.environ, reactor=reactor
         )
-        assert plain[2] in (52, 56)  # no answer
+        assert plain[2] in (52, 56)  # no response
 
 
 @with_twisted
 async def test_responses_over_tls_end_with_close_notify(tmp_path: Path) -> None:
     pem, port = certificate(tmp_path), free_port()
 
-    def talk(protocols: list[str]) -> tuple[str | None, bytes]:
+    def get_health(protocols: list[str]) -> tuple[str | None, bytes]:
         context = ssl.create_default_context(cafile=pem)
         context.set_alpn_protocols(protocols)
         with (
             socket.create_connection(("127.0.0.1", port), PATIENCE) as plain,
-            # It raises where a connection ends without close_notify.
+            # recv raises if the connection ends without close_notify.
             context.wrap_socket(plain, server_hostname="localhost", suppress_ragged_eofs=False) as secure,
         ):
-            agreed = secure.selected_alpn_protocol()
+            negotiated = secure.selected_alpn_protocol()
             secure.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-            heard = b""
+            received = b""
             while data := secure.recv(65536):
-                heard += data
+                received += data
             secure.unwrap()
-            return agreed, heard
+            return negotiated, received
 
     async with listening(f"ssl:{port}:interface=127.0.0.1:privateKey={pem}:certKey={pem}"):
         for protocols in (["h2", "http/1.1"], ["http/1.1"]):
-            agreed, heard = await deferToThread(talk, protocols)
-            assert agreed == "http/1.1"
-            assert heard.startswith(b"HTTP/1.1 200 OK\r\n")
+            negotiated, received = await deferToThread(get_health, protocols)
+            assert negotiated == "http/1.1"
+            assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         with pytest.raises(ssl.SSLError):
-            await deferToThread(talk, ["h2"])
-        ask = "printf 'GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n'"
-        command = f"{ask} | openssl s_client -connect localhost:{port} -CAfile {pem} -quiet -ign_eof"
+            await deferToThread(get_health, ["h2"])
+        request = "printf 'GET /healthz HTTP/1.1\\r\\nHost: localhost\\r\\nConnection: close\\r\\n\\r\\n'"
+        command = f"{request} | openssl s_client -connect localhost:{port} -CAfile {pem} -quiet -ign_eof"
         out, err, code = await getProcessOutputAndValue(
             "bash", ["-c", command], env=os.environ, reactor=reactor
         )
         assert (code, out.partition(b"\r\n")[0]) == (0, b"HTTP/1.1 200 OK"), err
 
 
-# Behind a proxy that names its clients.
+# The PROXY protocol.
 
 HAPROXY = """
 global
@@ -194,13 +194,13 @@ defaults
   timeout server 60s
 {}
 """
-FRONT = """
+FRONTEND = """
 frontend from{port}
   bind 127.0.0.1:{port}
   default_backend to{port}
 backend to{port}
   option httpchk GET /healthz
-  server coordinator {server} {how} check check-send-proxy inter 100ms
+  server coordinator {server} {option} check check-send-proxy inter 100ms
 """
 
 
@@ -208,18 +208,18 @@ backend to{port}
 @with_twisted
 async def test_client_addresses_are_known_behind_haproxy(tmp_path: Path) -> None:
     port, pieces, ports = free_port(), [], []
-    for how in ("send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options unique-id"):
+    for option in ("send-proxy", "send-proxy-v2", "send-proxy-v2 proxy-v2-options unique-id"):
         ports.append(free_port())
-        pieces.append(FRONT.format(port=ports[-1], server=f"127.0.0.1:{port}", how=how))
+        pieces.append(FRONTEND.format(port=ports[-1], server=f"127.0.0.1:{port}", option=option))
     configuration = tmp_path / "haproxy.cfg"
     configuration.write_text(HAPROXY.format("".join(pieces)))
     async with listening(f"haproxy:tcp:{port}:interface=127.0.0.1") as program:
         proxy, path = Program(), {"PATH": SYSTEM}
         running = reactor.spawnProcess(proxy, "env", ["env", "haproxy", "-f", str(configuration)], env=path)
         try:
-            for number, front in enumerate(ports):
+            for number, frontend in enumerate(ports):
                 client = f"127.0.0.{7 + number}"
-                url = f"http://127.0.0.1:{front}/run?raw=1"
+                url = f"http://127.0.0.1:{frontend}/run?raw=1"
 
                 async def served(client: str = client, url: str = url) -> bool:
                     retry = ("--retry", "20", "--retry-connrefused", "--retry-delay", "1")
@@ -229,7 +229,7 @@ async def test_client_addresses_are_known_behind_haproxy(tmp_path: Path) -> None
 
                 await wait_until(served)
                 assert f" of {client} on ".encode() in program.output
-            # Its checks of the server come from nobody but itself, and are answered.
+            # Health checks of haproxy carry no client address; they are answered too.
             assert b"is DOWN" not in proxy.output
         finally:
             running.signalProcess("KILL")
@@ -237,28 +237,28 @@ async def test_client_addresses_are_known_behind_haproxy(tmp_path: Path) -> None
 
 
 @with_twisted
-async def test_a_proxy_may_connect_thousands_of_times() -> None:
+async def test_a_proxy_can_connect_thousands_of_times() -> None:
     port = free_port()
 
-    def knock(number: int) -> bytes:
+    def connect(number: int) -> bytes:
         with socket.create_connection(("127.0.0.1", port), PATIENCE) as connection:
             header = f"PROXY TCP4 10.0.{number >> 8}.{number & 255} 192.0.2.1 56324 443\r\n"
             connection.sendall(f"{header}GET /healthz HTTP/1.0\r\n\r\n".encode())
             return connection.recv(4096)
 
-    def knock_often() -> None:
+    def connect_often() -> None:
         for number in range(3000):
-            assert b" 200 OK\r\n" in knock(number), number
+            assert b" 200 OK\r\n" in connect(number), number
 
     async with listening(f"haproxy:tcp:{port}:interface=127.0.0.1"):
-        await deferToThread(knock_often)
+        await deferToThread(connect_often)
 
 
 @with_twisted
-async def test_the_proxy_protocol_within_tls(tmp_path: Path) -> None:
+async def test_the_proxy_protocol_header_is_read_inside_tls(tmp_path: Path) -> None:
     pem, port = certificate(tmp_path), free_port()
 
-    def talk() -> bytes:
+    def run_script() -> bytes:
         context = ssl.create_default_context(cafile=pem)
         with (
             socket.create_connection(("127.0.0.1", port), PATIENCE) as plain,
@@ -268,13 +268,13 @@ async def test_the_proxy_protocol_within_tls(tmp_path: Path) -> None:
             secure.sendall(
                 b"POST /run HTTP/1.1\r\nHost: a\r\nContent-Length: 7\r\nConnection: close\r\n\r\necho hi"
             )
-            heard = b""
+            received = b""
             while data := secure.recv(65536):
-                heard += data
-            return heard
+                received += data
+            return received
 
     async with listening(f"haproxy:ssl:{port}:interface=127.0.0.1:privateKey={pem}:certKey={pem}") as program:
-        assert b'data: "hi\\n"' in await deferToThread(talk)
+        assert b'data: "hi\\n"' in await deferToThread(run_script)
         assert b" of 198.51.100.7 on " in program.output
 
 
@@ -284,38 +284,38 @@ async def test_the_proxy_protocol_within_tls(tmp_path: Path) -> None:
 @with_twisted
 async def test_a_unix_socket_is_reused_after_a_crash(tmp_path: Path) -> None:
     path = tmp_path / "socket"
-    asked = ("--unix-socket", str(path), "http://localhost/run?raw=1", "-d", "echo hi")
-    dead, pid = start([*TWISTD, "bfaas-coord", "--listen", f"unix:{path}"], SETTINGS)
+    arguments = ("--unix-socket", str(path), "http://localhost/run?raw=1", "-d", "echo hi")
+    killed, pid = start([*TWISTD, "bfaas-coord", "--listen", f"unix:{path}"], SETTINGS)
 
-    async def there() -> bool:
+    async def exists() -> bool:
         return path.exists()
 
-    await wait_until(there)
+    await wait_until(exists)
     os.kill(pid, signal.SIGKILL)
-    await dead.ended
+    await killed.ended
     assert path.exists()
     async with listening(f"unix:{path}:mode=600") as program:
         assert path.stat().st_mode & 0o777 == 0o600
         for _ in range(3):
-            assert await curl(*asked) == "hi\n\nexit: 0\n"
+            assert await curl(*arguments) == "hi\n\nexit: 0\n"
         assert b" of no address on " in program.output
     assert not path.exists()
     async with listening(f"haproxy:unix:{path}") as program:
-        assert await curl("--haproxy-protocol", *asked) == "hi\n\nexit: 0\n"
+        assert await curl("--haproxy-protocol", *arguments) == "hi\n\nexit: 0\n"
 
 
 @with_twisted
-async def test_a_socket_opened_by_systemd() -> None:
+async def test_a_socket_of_systemd_is_used() -> None:
     port = free_port()
     for endpoint in ("systemd:domain=INET:index=0", "systemd:domain=INET:name=bfaas.socket"):
-        async with listening(endpoint, ["-c", ACTIVATE, str(port)]):
+        async with listening(endpoint, ["-c", SOCKET_ACTIVATION, str(port)]):
             url = f"http://127.0.0.1:{port}/run?raw=1"
             assert await curl(url, "-d", "echo hi; ls /proc/self/fd | wc -l") == "hi\n4\n\nexit: 0\n"
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this host has no IPv6")
 @with_twisted
-async def test_ipv6_serves() -> None:
+async def test_requests_over_ipv6_are_served() -> None:
     for endpoint in ("tcp6:{}:interface=\\:\\:1", "tcp:{}:interface=\\:\\:1"):
         port = free_port()
         async with listening(endpoint.format(port)) as program:

@@ -1,4 +1,4 @@
-"""The main job: scripts in, output out, whole and in time, and nothing left."""
+"""The main function: run scripts, stream their complete output, end them in time, leave no process."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from tests.support.responses import Response
 if TYPE_CHECKING:
     from tests.e2e.coordinator import Running
 
-# `make soak` asks for more.
+# `make load` sets larger values.
 RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
 MEGABYTES = int(os.environ.get("BFAAS_MEGABYTES", "60"))
 
 MEMORY_BOUND_MB = 120
 
 NAP = 100_000 + os.getpid()
-"""Seconds that scripts sleep to be found by: nobody else on this machine sleeps just as long."""
+"""Seconds that scripts sleep; unique on this host, so that `sleepers` finds their processes."""
 
 with_twisted = pytest_twisted.ensureDeferred
 
 
 @with_twisted
 async def test_standard_output_and_standard_error_are_separate_events(coordinator: Running) -> None:
-    answer = await coordinator.run("echo out; echo err >&2; exit 3")
+    response = await coordinator.run("echo out; echo err >&2; exit 3")
 
-    assert answer.status == 200
-    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
-    assert answer.headers["coord"] == "mock"
-    assert len(answer.headers["worker"]) == 14
-    assert ("stdout", "out\n") in answer.events
-    assert ("stderr", "err\n") in answer.events
-    assert answer.exit["code"] == 3
-    assert {"wall_ms", "cpu_ms"} <= set(answer.exit)
+    assert response.status == 200
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["coord"] == "mock"
+    assert len(response.headers["worker"]) == 14
+    assert ("stdout", "out\n") in response.events
+    assert ("stderr", "err\n") in response.events
+    assert response.exit["code"] == 3
+    assert {"wall_ms", "cpu_ms"} <= set(response.exit)
 
     raw = await coordinator.run("printf 'a\\0b'; kill -9 $$", "?raw=1")
     assert raw.body == b"a\0b\nexit: 137\n"
@@ -67,16 +67,16 @@ async def test_output_is_streamed_as_it_is_produced(coordinator: Running) -> Non
 
 @with_twisted
 async def test_concurrent_runs_are_complete(coordinator: Running) -> None:
-    eight = DeferredSemaphore(8)
+    semaphore = DeferredSemaphore(8)
 
     def run() -> Deferred[Response]:
         return Deferred.fromCoroutine(coordinator.run("echo out; echo err >&2; exit 3"))
 
-    answers = await gatherResults([eight.run(run) for _ in range(RUNS)], consumeErrors=True)
+    responses = await gatherResults([semaphore.run(run) for _ in range(RUNS)], consumeErrors=True)
 
-    assert len(answers) == RUNS
-    for answer in answers:
-        assert (answer.output("stdout"), answer.output("stderr"), answer.exit["code"]) == (
+    assert len(responses) == RUNS
+    for response in responses:
+        assert (response.output("stdout"), response.output("stderr"), response.exit["code"]) == (
             "out\n",
             "err\n",
             3,
@@ -87,7 +87,7 @@ async def test_concurrent_runs_are_complete(coordinator: Running) -> None:
 async def test_large_output_is_complete_in_constant_memory() -> None:
     coordinator = await start_coordinator(MAXREQTIME="200s", MAXOUTPUT="1GiB")
     output = f"seq 1 100000000 | head -c {MEGABYTES}M"
-    script = f"{output}; echo whole | md5sum; {output} | md5sum"
+    script = f"{output}; echo marker | md5sum; {output} | md5sum"
     digest = hashlib.md5(usedforsecurity=False)
     total, tail, peaks = 0, b"", [0.0]
 
@@ -102,14 +102,14 @@ async def test_large_output_is_complete_in_constant_memory() -> None:
 
     exchange = await coordinator.begin(script, "?raw=1", take)
     await exchange.end(4 * PATIENCE)
-    marker = hashlib.md5(b"whole\n", usedforsecurity=False).hexdigest().encode()
+    marker = hashlib.md5(b"marker\n", usedforsecurity=False).hexdigest().encode()
     rest, found, after = tail.partition(marker)
     digest.update(rest)
-    told, end = after.split(b"\n")[1].split()[0].decode(), after.split(b"\n", 2)[2]
+    expected, end = after.split(b"\n")[1].split()[0].decode(), after.split(b"\n", 2)[2]
 
     assert found
     assert end == b"\nexit: 0\n"
-    assert digest.hexdigest() == told
+    assert digest.hexdigest() == expected
     assert 0 < max(peaks) < MEMORY_BOUND_MB
     assert coordinator.memory_mb() < MEMORY_BOUND_MB
     assert await stop(coordinator) == 0
@@ -118,20 +118,20 @@ async def test_large_output_is_complete_in_constant_memory() -> None:
 @with_twisted
 async def test_a_slow_reader_pauses_the_script_in_constant_memory() -> None:
     coordinator = await start_coordinator(MAXREQTIME="5s", MAXOUTPUT="100GiB")
-    received, began = 0, reactor.seconds()
+    received, started = 0, reactor.seconds()
 
     def take(data: bytes) -> None:
         nonlocal received
         received += len(data)
         exchange.reader.transport.pauseProducing()
 
-    def read_on() -> None:
-        # A megabyte a second.
-        if received < 1e6 * (reactor.seconds() - began):
+    def resume() -> None:
+        # One megabyte per second.
+        if received < 1e6 * (reactor.seconds() - started):
             exchange.reader.transport.resumeProducing()
 
     exchange = await coordinator.begin("yes", "?raw=1", take)
-    reading = LoopingCall(read_on)
+    reading = LoopingCall(resume)
     reading.start(0.01)
     await deferLater(reactor, 4)
     peak = max(coordinator.memory_mb(pid) for pid in coordinator.workers())
@@ -158,35 +158,35 @@ async def test_the_deadline_ends_a_run_whose_client_does_not_read() -> None:
     assert await stop(coordinator) == 0
 
 
-NASTY = {
+ENDLESS_SCRIPTS = {
     "spin": "trap '' TERM INT HUP; while :; do :; done",
     "session": f"setsid sleep {NAP} & sleep {NAP}",
-    "crowd": f"for i in $(seq 200); do sleep {NAP} & done; wait",
+    "many processes": f"for i in $(seq 200); do sleep {NAP} & done; wait",
     "daemon": f"(setsid bash -c 'sleep {NAP} & sleep {NAP}' &) ; sleep {NAP}",
-    "stopped": f"kill -STOP $$; sleep {NAP}",
+    "stopped shell": f"kill -STOP $$; sleep {NAP}",
     "pipe": f"sleep {NAP} | cat",
 }
 
-LINGERING = {
+SCRIPTS_WITH_ORPHANS = {
     "background": f"sleep {NAP} & echo done",
     "session": f"setsid sleep {NAP} & echo done",
-    "crowd": f"for i in $(seq 200); do sleep {NAP} & done; echo done",
+    "many processes": f"for i in $(seq 200); do sleep {NAP} & done; echo done",
     "daemon": f"(setsid bash -c 'sleep {NAP} & sleep {NAP}' &) ; echo done",
 }
 
 
-@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "bare"])
+@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "no-bwrap"])
 @with_twisted
 async def test_hostile_scripts_end_and_leave_no_process(sandboxed: bool, tmp_path: Path) -> None:
     coordinator = await start_coordinator(MAXREQTIME="2s", **path_setting(sandboxed, tmp_path))
 
-    for name, script in NASTY.items():
-        answer = await coordinator.run(f"echo begun; {script}")
-        assert answer.output("stdout") == "begun\n", name
-        assert (answer.exit["code"], answer.exit["reason"]) == (124, "timeout"), name
-    for name, script in LINGERING.items():
-        answer = await coordinator.run(script)
-        assert (answer.output("stdout"), answer.exit["code"]) == ("done\n", 0), name
+    for name, script in ENDLESS_SCRIPTS.items():
+        response = await coordinator.run(f"echo started; {script}")
+        assert response.output("stdout") == "started\n", name
+        assert (response.exit["code"], response.exit["reason"]) == (124, "timeout"), name
+    for name, script in SCRIPTS_WITH_ORPHANS.items():
+        response = await coordinator.run(script)
+        assert (response.output("stdout"), response.exit["code"]) == ("done\n", 0), name
     await coordinator.settle()
 
     assert (b"NO SANDBOX" in coordinator.program.output) is not sandboxed
@@ -199,19 +199,19 @@ async def test_clients_that_disconnect_at_any_moment_leave_nothing_behind(coordi
     await coordinator.run("true")
     await coordinator.settle()
     before = coordinator.descriptors()
-    chance = random.Random(3)
+    rng = random.Random(3)
 
-    async def leave() -> None:
-        run = Deferred.fromCoroutine(coordinator.run(f"echo begun; sleep {NAP}"))
+    async def disconnect() -> None:
+        run = Deferred.fromCoroutine(coordinator.run(f"echo started; sleep {NAP}"))
         run.addErrback(lambda _: None)
-        await deferLater(reactor, chance.uniform(0, 2))
+        await deferLater(reactor, rng.uniform(0, 2))
         run.cancel()
 
-    await gatherResults([Deferred.fromCoroutine(leave()) for _ in range(40)])
+    await gatherResults([Deferred.fromCoroutine(disconnect()) for _ in range(40)])
     await coordinator.settle()
 
-    answers = await gatherResults([Deferred.fromCoroutine(coordinator.run("echo fine")) for _ in range(2)])
-    assert [answer.output("stdout") for answer in answers] == ["fine\n", "fine\n"]
+    responses = await gatherResults([Deferred.fromCoroutine(coordinator.run("echo fine")) for _ in range(2)])
+    assert [response.output("stdout") for response in responses] == ["fine\n", "fine\n"]
     await coordinator.settle()
     await deferLater(reactor, 0.3)
     assert coordinator.descriptors() <= before + 2
@@ -234,16 +234,16 @@ async def test_requests_without_a_script_use_no_machine(coordinator: Running) ->
 @with_twisted
 async def test_queue_wait_and_queue_length_are_limited() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s", MAXQUEUE="1")
-    busy = await coordinator.begin(f"echo begun; sleep {NAP}")
-    waiting = Deferred.fromCoroutine(coordinator.run("echo late"))
+    running = await coordinator.begin(f"echo started; sleep {NAP}")
+    queued = Deferred.fromCoroutine(coordinator.run("echo late"))
     await deferLater(reactor, 0.1)
-    refused = await coordinator.run("echo refused")
-    late = await waiting
+    rejected = await coordinator.run("echo rejected")
+    timed_out = await queued
 
-    assert (refused.status, refused.body) == (503, b"too many requests are waiting\n")
-    assert (late.status, late.body) == (503, b"no worker available within 3 s\n")
-    assert int(late.headers["retry-after"]) >= 1
-    busy.leave()
+    assert (rejected.status, rejected.body) == (503, b"too many requests are waiting\n")
+    assert (timed_out.status, timed_out.body) == (503, b"no worker available within 3 s\n")
+    assert int(timed_out.headers["retry-after"]) >= 1
+    running.leave()
     await coordinator.settle()
     assert await stop(coordinator) == 0
 
@@ -259,7 +259,7 @@ async def test_a_killed_worker_is_reported_as_lost(coordinator: Running, query: 
         if not started.called:
             started.callback(None)
 
-    exchange = await coordinator.begin(f"echo begun; sleep {NAP}", query, take)
+    exchange = await coordinator.begin(f"echo started; sleep {NAP}", query, take)
     await Deadline(reactor, PATIENCE).run(started)
     [worker] = coordinator.workers()
     os.kill(worker, signal.SIGKILL)
@@ -267,7 +267,7 @@ async def test_a_killed_worker_is_reported_as_lost(coordinator: Running, query: 
 
     body = b"".join(pieces)
     if query:
-        assert body == b"begun\n\nexit: 125 worker-lost\n"
+        assert body == b"started\n\nexit: 125 worker-lost\n"
     else:
         exit_ = Response(200, {}, body).exit
         assert (exit_["code"], exit_["reason"]) == (125, "worker-lost")
@@ -286,21 +286,21 @@ async def test_sigterm_completes_running_requests_and_exits_with_0(number: signa
         if not started.called:
             started.callback(None)
 
-    exchange = await coordinator.begin("echo begun; sleep 1; echo ended", "?raw=1", take)
+    exchange = await coordinator.begin("echo started; sleep 1; echo ended", "?raw=1", take)
     await started
-    waiting = Deferred.fromCoroutine(coordinator.run("true"))
+    queued = Deferred.fromCoroutine(coordinator.run("true"))
     await deferLater(reactor, 0.1)
     coordinator.kill(number)
-    refused = await waiting
+    rejected = await queued
     await exchange.end()
     status = await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
-    assert (refused.status, refused.body) == (503, b"shutting down\n")
-    assert b"".join(pieces) == b"begun\nended\n\nexit: 0\n"
+    assert (rejected.status, rejected.body) == (503, b"shutting down\n")
+    assert b"".join(pieces) == b"started\nended\n\nexit: 0\n"
     assert status == 0
 
 
-@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "bare"])
+@pytest.mark.parametrize("sandboxed", [True, False], ids=["bwrap", "no-bwrap"])
 @with_twisted
 async def test_a_killed_coordinator_leaves_no_worker(sandboxed: bool, tmp_path: Path) -> None:
     coordinator = await start_coordinator(**path_setting(sandboxed, tmp_path))
@@ -335,9 +335,9 @@ async def test_invalid_settings_are_reported_together_before_a_port_is_opened() 
 async def test_a_port_in_use_is_reported_in_one_line(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        others = [] if option == "--listen" else ["--listen", "tcp:0:interface=127.0.0.1"]
-        words = [*TWISTD, "bfaas-coord", *others, option, f"tcp:{port}:interface=127.0.0.1"]
-        program, _ = start(words, {"WORKER_APP": "mock", "MAXREQTIME": "5s"})
+        listen = [] if option == "--listen" else ["--listen", "tcp:0:interface=127.0.0.1"]
+        arguments = [*TWISTD, "bfaas-coord", *listen, option, f"tcp:{port}:interface=127.0.0.1"]
+        program, _ = start(arguments, {"WORKER_APP": "mock", "MAXREQTIME": "5s"})
         status = await Deadline(reactor, PATIENCE).run(program.ended)
 
     assert status == 1
@@ -346,7 +346,7 @@ async def test_a_port_in_use_is_reported_in_one_line(option: str) -> None:
 
 
 def sleepers() -> list[str]:
-    """Find processes that scripts of these tests started."""
+    """Return the /proc entries of the `sleep` processes that scripts of these tests started."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -358,13 +358,13 @@ def sleepers() -> list[str]:
 
 
 def path_setting(sandboxed: bool, directory: Path) -> dict[str, str]:
-    """Make the setting of a PATH with bubblewrap, or with everything else."""
+    """Return the PATH setting of a coordinator that finds bubblewrap, or that finds everything else."""
     if sandboxed:
         if shutil.which("bwrap") is None:
             pytest.skip("bubblewrap is not installed")
         return {}
-    for place in os.environ["PATH"].split(":"):
-        for program in Path(place).glob("*"):
+    for folder in os.environ["PATH"].split(":"):
+        for program in Path(folder).glob("*"):
             link = directory / program.name
             if program.name != "bwrap" and not link.is_symlink():
                 link.symlink_to(program)

@@ -1,4 +1,4 @@
-"""Streams as programs of others read them: each line or event whole, whatever the script has printed."""
+"""Event streams and NDJSON, read with independent parsers: lines and events are complete for any output."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ OUTPUT = (
 )
 EXPECTED = f"{hashlib.sha256(OUTPUT.encode()).hexdigest()} 3"
 
-# Each program reads the answer on its standard input, line by line, and writes the hash of the output and the
-# exit code. Lines of events and of NDJSON are told apart by their beginning.
+# Each program reads a response from its standard input, line by line, and writes the hash of the output and
+# the exit code. Lines of event streams and of NDJSON differ in their first characters.
 _ASYNCIO = r"""
 import asyncio, hashlib, json, sys
 
@@ -53,13 +53,13 @@ async def main():
         if line.startswith("event: "):
             name = line[7:].strip()
         elif line.startswith(("data: ", "{")):
-            told = json.loads(line.removeprefix("data: "))
+            value = json.loads(line.removeprefix("data: "))
             if line.startswith("{"):
-                name = told["event"]
+                name = value["event"]
             if name == "exit":
-                code = told["code"]
+                code = value["code"]
             elif name == "stdout":
-                output.update((told["data"] if line.startswith("{") else told).encode())
+                output.update((value["data"] if line.startswith("{") else value).encode())
     print(output.hexdigest(), code)
 
 asyncio.run(main())
@@ -72,12 +72,12 @@ require("readline").createInterface({input: process.stdin, crlfDelay: Infinity})
     if (line.startsWith("event: ")) {
         name = line.slice(7);
     } else if (line.startsWith("data: ") || line.startsWith("{")) {
-        const told = JSON.parse(line.startsWith("{") ? line : line.slice(6));
-        if (line.startsWith("{")) name = told.event;
-        if (name === "exit") code = told.code;
-        else if (name === "stdout") output.update(line.startsWith("{") ? told.data : told);
+        const value = JSON.parse(line.startsWith("{") ? line : line.slice(6));
+        if (line.startsWith("{")) name = value.event;
+        if (name === "exit") code = value.code;
+        else if (name === "stdout") output.update(line.startsWith("{") ? value.data : value);
     } else if (line !== "") {
-        throw new Error("a broken line");
+        throw new Error("invalid line");
     }
 }).on("close", () => console.log(output.digest("hex"), code));
 """
@@ -106,22 +106,22 @@ func main() {
 	for lines.Scan() {
 		line := lines.Text()
 		data, isData := strings.CutPrefix(line, "data: ")
-		told := event{Event: name}
+		parsed := event{Event: name}
 		switch {
 		case strings.HasPrefix(line, "event: "):
 			name = line[7:]
 			continue
 		case isData && name == "exit", strings.HasPrefix(line, "{"):
-			check(json.Unmarshal([]byte(data), &told))
+			check(json.Unmarshal([]byte(data), &parsed))
 		case isData:
-			check(json.Unmarshal([]byte(data), &told.Data))
+			check(json.Unmarshal([]byte(data), &parsed.Data))
 		default:
 			continue
 		}
-		if told.Event == "exit" {
-			code = told.Code
-		} else if told.Event == "stdout" {
-			output.Write([]byte(told.Data))
+		if parsed.Event == "exit" {
+			code = parsed.Code
+		} else if parsed.Event == "stdout" {
+			output.Write([]byte(parsed.Data))
 		}
 	}
 	check(lines.Err())
@@ -136,32 +136,33 @@ func check(err error) {
 """
 
 
-def fetch(coordinator: Running, accept: str) -> bytes:
-    """Run the script with curl: the answer's bytes."""
+def run_with_curl(coordinator: Running, accept: str) -> bytes:
+    """Run the script with curl; return the body of the response."""
     url = f"http://127.0.0.1:{coordinator.port}/run"
     command = ["curl", "-sSN", "--max-time", "60", "-H", f"Accept: {accept}", "--data-binary", "@-", url]
     return subprocess.run(command, input=SCRIPT.encode(), capture_output=True, check=True).stdout
 
 
-def read_with(answer: bytes, *program: str, environment: dict[str, str] | None = None) -> str:
+def run_reader(data: bytes, *program: str, environment: dict[str, str] | None = None) -> str:
     done = subprocess.run(
-        program, input=answer, capture_output=True, check=False, env={**os.environ, **(environment or {})}
+        program, input=data, capture_output=True, check=False, env={**os.environ, **(environment or {})}
     )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().strip()
 
 
 def summary(events: Iterator[tuple[str, Any]]) -> str:
+    """Return the hash of the standard output and the exit code, in the form of EXPECTED."""
     output, code = hashlib.sha256(), None
-    for name, told in events:
+    for name, value in events:
         if name == "stdout":
-            output.update(told.encode())
+            output.update(value.encode())
         elif name == "exit":
-            code = told["code"]
+            code = value["code"]
     return f"{output.hexdigest()} {code}"
 
 
-def with_httpx(url: str) -> str:
+def read_with_httpx(url: str) -> str:
     with (
         httpx.Client(timeout=60) as client,
         httpx_sse.connect_sse(client, "POST", url, content=SCRIPT) as source,
@@ -169,65 +170,67 @@ def with_httpx(url: str) -> str:
         return summary((event.event, event.json()) for event in source.iter_sse())
 
 
-def with_httpx_lines(url: str) -> str:
+def read_with_httpx_lines(url: str) -> str:
     headers = {"Accept": "application/x-ndjson"}
-    with httpx.stream("POST", url, content=SCRIPT, headers=headers, timeout=60) as answer:
-        told = (json.loads(line) for line in answer.iter_lines())
-        return summary((event["event"], event.get("data", event)) for event in told)
+    with httpx.stream("POST", url, content=SCRIPT, headers=headers, timeout=60) as response:
+        events = (json.loads(line) for line in response.iter_lines())
+        return summary((event["event"], event.get("data", event)) for event in events)
 
 
-def with_sseclient(url: str) -> str:
-    with httpx.stream("POST", url, content=SCRIPT, timeout=60) as answer:
-        client = sseclient.SSEClient(answer.iter_bytes())
+def read_with_sseclient(url: str) -> str:
+    with httpx.stream("POST", url, content=SCRIPT, timeout=60) as response:
+        client = sseclient.SSEClient(response.iter_bytes())
         return summary((event.event, json.loads(event.data)) for event in client.events())
 
 
 @with_twisted
-@pytest.mark.parametrize("read", [with_httpx, with_httpx_lines, with_sseclient])
+@pytest.mark.parametrize("read", [read_with_httpx, read_with_httpx_lines, read_with_sseclient])
 async def test_python_clients_read_every_event(coordinator: Running, read: Callable[[str], str]) -> None:
     assert read(f"http://127.0.0.1:{coordinator.port}/run") == EXPECTED
 
 
-def with_asyncio(answer: bytes, _: Path) -> str:
-    return read_with(answer, sys.executable, "-c", _ASYNCIO)
+def read_with_asyncio(data: bytes, _: Path) -> str:
+    return run_reader(data, sys.executable, "-c", _ASYNCIO)
 
 
-def with_node(answer: bytes, _: Path) -> str:
-    return read_with(answer, "node", "-e", _NODE)
+def read_with_node(data: bytes, _: Path) -> str:
+    return run_reader(data, "node", "-e", _NODE)
 
 
-def with_go(answer: bytes, directory: Path) -> str:
+def read_with_go(data: bytes, directory: Path) -> str:
     program = directory / "scan"
     if not program.exists():
         source = directory / "main.go"
         source.write_text(_GO)
         environment = {"GO111MODULE": "off", "GOTOOLCHAIN": "local"}
-        read_with(b"", "go", "build", "-o", str(program), str(source), environment=environment)
-    return read_with(answer, str(program))
+        run_reader(b"", "go", "build", "-o", str(program), str(source), environment=environment)
+    return run_reader(data, str(program))
 
 
 @with_twisted
 @pytest.mark.parametrize(
     "read",
     [
-        with_asyncio,
+        read_with_asyncio,
         pytest.param(
-            with_node, marks=pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
+            read_with_node, marks=pytest.mark.skipif(not shutil.which("node"), reason="node is not installed")
         ),
-        pytest.param(with_go, marks=pytest.mark.skipif(not shutil.which("go"), reason="Go is not installed")),
+        pytest.param(
+            read_with_go, marks=pytest.mark.skipif(not shutil.which("go"), reason="Go is not installed")
+        ),
     ],
 )
 async def test_line_readers_read_every_line(
     coordinator: Running, tmp_path: Path, read: Callable[[bytes, Path], str]
 ) -> None:
     for accept in ("text/event-stream", "application/x-ndjson"):
-        assert read(fetch(coordinator, accept), tmp_path) == EXPECTED, accept
+        assert read(run_with_curl(coordinator, accept), tmp_path) == EXPECTED, accept
 
 
 @with_twisted
 @pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 async def test_jq_reads_every_line(coordinator: Running) -> None:
-    lines = fetch(coordinator, "application/x-ndjson")
+    lines = run_with_curl(coordinator, "application/x-ndjson")
     assert max(map(len, lines.splitlines())) <= 17 * 1024
-    code = read_with(lines, "jq", "-r", 'if .event == "exit" then .code else empty end')
+    code = run_reader(lines, "jq", "-r", 'if .event == "exit" then .code else empty end')
     assert code == "3"
