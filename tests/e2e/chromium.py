@@ -1,8 +1,8 @@
 """
 Debian's Chromium, controlled by Playwright.
 
-Playwright's calls block, and belong to one thread: each browser has a thread of its own, so that the reactor
-goes on meanwhile. Playwright's own browsers are not needed.
+Playwright's calls block and must be made in one thread: each browser has its own thread, so that the reactor
+continues to run. Playwright's own browsers are not needed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """
-A coordinator as a program, for hostile clients and workers, and what each case costs it.
+A coordinator process for tests with hostile clients and workers, and its use of memory and log lines.
 
 The coordinator is configured as on Fly. This process emulates the Machines API, and is the worker on
 every machine: tests choose its response to each script.
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
     ScriptFactory = Callable[[], Script]
 
 MAX_MEMORY = 8192
-"""KiB of memory that a case may cost the coordinator at its peak."""
+"""Limit of the coordinator's peak memory for a case, in KiB."""
 
 MAX_LINES = 10
-"""Log lines that a case may cost."""
+"""Limit of the coordinator's log lines for a case."""
 
 TOKEN = "token"
 
@@ -68,10 +68,10 @@ class _Endless:
 
 class Worker(ScriptedServer):
     """
-    The worker of every machine: it is ready, and responds to a script as `responses` has it.
+    The worker of every machine: always ready; `responses` maps scripts to responses.
 
-    Its response to a script in `endless` never ends, and is sent as fast as it is read. `runs` holds the
-    requests to run a script: the lines of their heads, and the scripts.
+    The response to a script in `endless` never ends, and is sent as fast as it is read. `runs` contains the
+    requests for runs: the lines of the head, and the body.
     """
 
     _READY: Script = (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n", End.CLOSE)
@@ -97,7 +97,7 @@ class Worker(ScriptedServer):
 
 
 class Spent:
-    """What a coordinator has used since the creation of this object: peak memory, log lines."""
+    """Peak memory and log lines of a coordinator since the creation of this object."""
 
     def __init__(self, coordinator: Running) -> None:
         self._coordinator = coordinator
@@ -108,7 +108,7 @@ class Spent:
 
     @property
     def memory(self) -> int:
-        """The increase of resident memory at its peak, in KiB."""
+        """The peak increase of resident memory, in KiB."""
         return self._read("VmHWM") - self._memory
 
     @property
@@ -130,26 +130,26 @@ class Harness:
 
     coordinator: Running
     worker: Worker
-    _callers: list[Peer] = field(default_factory=list)
+    _clients: list[Peer] = field(default_factory=list)
 
     async def call(self, data: bytes) -> Peer:
         """Connect to the coordinator, and send data."""
         endpoint = TCP4ClientEndpoint(reactor, "127.0.0.1", self.coordinator.port)
         peer: Peer = await connectProtocol(endpoint, Peer())
-        self._callers.append(peer)
+        self._clients.append(peer)
         await peer.send(data)
         return peer
 
     async def request(self, data: bytes) -> tuple[bytes, float]:
         """Send data; return all data until the connection is closed, and the seconds until then."""
-        began = time.monotonic()
+        started = time.monotonic()
         peer = await self.call(data)
         received = await Deadline(reactor, PATIENCE).run(Deferred.fromCoroutine(peer.receive_all()))
-        return received, time.monotonic() - began
+        return received, time.monotonic() - started
 
-    async def hang_up(self) -> None:
+    async def close(self) -> None:
         """Close all connections."""
-        for peer in [*self._callers, *self.worker.peers]:
+        for peer in [*self._clients, *self.worker.peers]:
             if peer.end is None:
                 peer.transport.abortConnection()
             await peer.receive_all()
@@ -157,7 +157,7 @@ class Harness:
 
 @asynccontextmanager
 async def start_harness(**settings: str) -> AsyncIterator[Harness]:
-    """Set the start_harness, and clear it."""
+    """Start the coordinator, the emulator and the worker; stop them on exit."""
     machines = EmulatedMachines(reactor, time.time)
     api = BoundedSite(reactor, MachinesServer(machines, "workers", TOKEN).app.resource(), 1 << 20)
     worker = Worker()
@@ -177,7 +177,7 @@ async def start_harness(**settings: str) -> AsyncIterator[Harness]:
     try:
         harness = Harness(coordinator, worker)
         yield harness
-        await harness.hang_up()
+        await harness.close()
         assert await stop(coordinator) == 0, coordinator.program.output.decode()
     finally:
         for port in ports:

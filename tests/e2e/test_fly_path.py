@@ -52,36 +52,36 @@ async def test_two_pools_share_an_app_and_use_only_their_own_machines(fly: Fly) 
     coordinators = {
         pool: await start_coordinator(**fly.settings(pool, size)) for pool, size in (("a-1", 3), ("a", 2))
     }
-    chance = random.Random(5)
-    most: dict[str, int] = {"a-1": 0, "a": 0}
+    rng = random.Random(5)
+    max_machines: dict[str, int] = {"a-1": 0, "a": 0}
     seen: dict[str, set[str]] = {"a-1": set(), "a": set()}
 
-    async def look() -> None:
+    async def observe() -> None:
         for pool in seen:
             machines = await fly.machines_of_pool(pool)
-            most[pool] = max(most[pool], len(machines))
+            max_machines[pool] = max(max_machines[pool], len(machines))
             seen[pool] |= set(machines)
 
     async def run(pool: str) -> None:
-        code = chance.randrange(5)
-        response = await coordinators[pool].run(SCRIPT.format(work=chance.choice(WORK), code=code))
+        code = rng.randrange(5)
+        response = await coordinators[pool].run(SCRIPT.format(work=rng.choice(WORK), code=code))
         assert response.exit["code"] == code
         assert "DIRTY" not in response.output("stdout")
         assert response.output("stdout").endswith("done\n")
         used[pool].add(response.headers["worker"])
 
     used: dict[str, set[str]] = {"a-1": set(), "a": set()}
-    looking = LoopingCall(lambda: Deferred.fromCoroutine(look()))
-    stopped = looking.start(0.3)
-    eight = DeferredSemaphore(8)
-    runs = [eight.run(run, pool) for pool in chance.choices(["a-1", "a"], k=RUNS)]
+    observing = LoopingCall(lambda: Deferred.fromCoroutine(observe()))
+    stopped = observing.start(0.3)
+    semaphore = DeferredSemaphore(8)
+    runs = [semaphore.run(run, pool) for pool in rng.choices(["a-1", "a"], k=RUNS)]
     await gatherResults(runs, consumeErrors=True)
-    looking.stop()
+    observing.stop()
     await stopped
-    await look()
+    await observe()
 
-    assert most["a-1"] <= 3
-    assert most["a"] <= 2
+    assert max_machines["a-1"] <= 3
+    assert max_machines["a"] <= 2
     for pool, coordinator in coordinators.items():
         assert used[pool] <= seen[pool]
         assert await stop(coordinator) == 0

@@ -44,15 +44,15 @@ _ROOT = Path(bfaas.__file__).resolve().parents[1]
 
 
 def auth_token(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
-    """Sign a auth_token, good from now on."""
+    """Sign an auth token that is valid from now on."""
     return Signer(private).sign(machine_id, time.time())
 
 
 def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Process]]:
     """
-    Let what outlives its parents fall to this process, and tell what there is of it, the dead left out.
+    Become a subreaper; return a function that returns the live processes that tests have started.
 
-    When the test ends it must be nothing; then it is killed.
+    At the end of the test there must be none. Remaining ones are killed.
     """
     process_tree.become_subreaper()
     known = frozenset(process_tree.children(os.getpid()))
@@ -72,7 +72,7 @@ def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Proces
 
 
 class Reader(Protocol):
-    """Reads an answer at the test's pace."""
+    """A client that reads a response at the pace that the test sets."""
 
     transport: Any
 
