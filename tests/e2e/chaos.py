@@ -35,7 +35,7 @@ from tests.e2e.coordinator import (
 )
 from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_emulator, start_fly
-from tests.e2e.load import CUT, SCRIPT, WORK, DeliveryCounter, Ending, ending
+from tests.e2e.load import CUT, SCRIPT, WORK, DeliveryCounter, Outcome, outcome_of
 from tests.support.network import free_port
 from tests.support.responses import Response
 
@@ -63,21 +63,21 @@ class Chaos:
     """
     The programs, the faults injected into them, and the outcomes.
 
-    `chance` chooses the scripts, and the times and targets of faults. `mark` is in the environment of every
+    `rng` chooses the scripts, and the times and targets of faults. `mark` is in the environment of every
     process that is started here, scripts included: as the region.
     """
 
-    def __init__(self, fly: Fly, chance: random.Random, mark: str, state: Path) -> None:
+    def __init__(self, fly: Fly, rng: random.Random, mark: str, state: Path) -> None:
         self.fly = fly
         self.coordinators: dict[str, Running] = {}
         self.faults: Counter[Fault] = Counter()
-        self.endings: Counter[Ending] = Counter()
+        self.outcomes: Counter[Outcome] = Counter()
         self.max_sizes: Counter[str] = Counter()
         self.slowest = 0.0
         self.history: list[str] = []
         self._deliveries = DeliveryCounter(fly.proxy_port)
         self._listener = reactor.listenTCP(0, self._deliveries, interface="127.0.0.1")
-        self._chance = chance
+        self._rng = rng
         self._mark = mark
         self._state = state
         self._settings: dict[str, dict[str, str]] = {}
@@ -127,8 +127,8 @@ class Chaos:
 
     async def inject(self, fault: Fault) -> None:
         """Inject a fault; return when its cause, not yet its damage, is repaired."""
-        await deferLater(reactor, self._chance.uniform(0.1, 1.5))
-        pool = self._chance.choice(sorted(SIZES))
+        await deferLater(reactor, self._rng.uniform(0.1, 1.5))
+        pool = self._rng.choice(sorted(SIZES))
         coordinator = fault in COORDINATOR_FAULTS
         if fault in WORKER_FAULTS:
             await self._inject_into_worker(fault)
@@ -145,18 +145,20 @@ class Chaos:
         self._record(f"{fault.value}: {pool}")
         if fault is Fault.KILL_COORDINATOR:
             await self.kill(self.coordinators[pool])
-            await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            await deferLater(reactor, self._rng.choice((0.0, self._rng.uniform(0.0, 2.0))))
             await self.start_coordinator(pool, SIZES[pool])
         else:
-            least, most = (LEASE, LEASE + RECONCILE_INTERVAL) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
-            await pause(self.coordinators[pool].pid, self._chance.uniform(least, most))
+            minimum, maximum = (
+                (LEASE, LEASE + RECONCILE_INTERVAL) if fault is Fault.OUTLAST_LEASE else (0.1, 2.5)
+            )
+            await pause(self.coordinators[pool].pid, self._rng.uniform(minimum, maximum))
 
     async def _inject_into_api(self, fault: Fault) -> None:
         self._record(fault.value)
         if fault is Fault.KILL_API:
             await self.kill(self.fly.emulator)
             self._continue_orphans()
-            await deferLater(reactor, self._chance.choice((0.0, self._chance.uniform(0.0, 2.0))))
+            await deferLater(reactor, self._rng.choice((0.0, self._rng.uniform(0.0, 2.0))))
             # It restarts without machines.
             port, proxy_port = self.fly.emulator.port, self.fly.proxy_port
             self.fly.emulator = await start_emulator(
@@ -164,13 +166,13 @@ class Chaos:
             )
             self._programs.append(self.fly.emulator)
         else:
-            await pause(self.fly.emulator.pid, self._chance.uniform(0.5, 3.5))
+            await pause(self.fly.emulator.pid, self._rng.uniform(0.5, 3.5))
 
     async def _inject_into_worker(self, fault: Fault) -> None:
         pid = await self._busy_worker()
         self._record(f"{fault.value}: {pid}")
         if fault is Fault.PAUSE_WORKER:
-            await pause(pid, self._chance.uniform(0.1, 1.0))
+            await pause(pid, self._rng.uniform(0.1, 1.0))
         else:
             send(pid, signal.SIGKILL if fault is Fault.KILL_WORKER else signal.SIGSTOP)
 
@@ -184,7 +186,7 @@ class Chaos:
         """Wait for a worker whose script is running."""
         for _ in range(int(PATIENCE / 0.1)):
             if busy := [worker for worker in self.fly.emulator.workers() if process_tree.children(worker)]:
-                return self._chance.choice(busy)
+                return self._rng.choice(busy)
             await deferLater(reactor, 0.1)
         raise AssertionError("no script runs")
 
@@ -201,10 +203,10 @@ class Chaos:
         finally:
             self._loaded = False
             await load
-        began = reactor.seconds()
+        started = reactor.seconds()
         await together(self._recover(pool) for pool in SIZES)
         await self._settle()
-        self.slowest = max(self.slowest, reactor.seconds() - began)
+        self.slowest = max(self.slowest, reactor.seconds() - started)
 
     def _begin_load(self) -> Deferred[None]:
         self._loaded = True
@@ -213,11 +215,11 @@ class Chaos:
 
     async def _send_scripts(self, pool: str) -> None:
         while self._loaded:
-            ended = await self.run(pool, self._chance.choice(WORK), self._chance.randrange(5))
-            if ended in (Ending.CUT, Ending.REFUSED):
-                await deferLater(reactor, self._chance.uniform(0.1, 0.4))
+            outcome = await self.run(pool, self._rng.choice(WORK), self._rng.randrange(5))
+            if outcome in (Outcome.CUT, Outcome.REJECTED):
+                await deferLater(reactor, self._rng.uniform(0.1, 0.4))
 
-    async def run(self, pool: str, work: str, code: int = 0) -> Ending:
+    async def run(self, pool: str, work: str, code: int = 0) -> Outcome:
         """Send a script; return the outcome, which must be an allowed one."""
         running, number = self.coordinators[pool], next(self._numbers)
         script, pieces = SCRIPT.format(number=number, work=work, code=code), list[bytes]()
@@ -227,14 +229,14 @@ class Chaos:
         except CUT as error:
             if running not in self._killed:
                 raise AssertionError(f"request {number} was cut: {error!r}") from error
-            ended = Ending.CUT
+            outcome = Outcome.CUT
         else:
             response = Response(exchange.status, exchange.headers, b"".join(pieces))
-            ended = ending(response, work, code)
+            outcome = outcome_of(response, work, code)
         assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
         assert self._deliveries.sent[number] <= 1, f"request {number} was sent to workers twice"
-        self.endings[ended] += 1
-        return ended
+        self.outcomes[outcome] += 1
+        return outcome
 
     # What must hold.
 
@@ -258,8 +260,8 @@ class Chaos:
     async def _recover(self, pool: str) -> None:
         """Wait until a pool runs scripts again."""
         deadline = reactor.seconds() + RECOVERY
-        while (ended := await self.run(pool, "true")) is not Ending.WHOLE:
-            assert reactor.seconds() < deadline, f"{pool} does not recover: {ended.value}"
+        while (outcome := await self.run(pool, "true")) is not Outcome.COMPLETE:
+            assert reactor.seconds() < deadline, f"{pool} does not recover: {outcome.value}"
             await deferLater(reactor, 0.1)
 
     async def _settle(self) -> None:
@@ -291,7 +293,7 @@ class Chaos:
 
     def summary(self) -> str:
         """Return the counts of faults and outcomes, in lines."""
-        counted = [*self.faults.items(), *self.endings.items()]
+        counted = [*self.faults.items(), *self.outcomes.items()]
         return "\n".join(
             [
                 *(f"{number:6} {kind.value}" for kind, number in counted),
@@ -356,7 +358,7 @@ def _emulator_settings(mark: str, state: Path) -> dict[str, str]:
     return {"FLY_REGION": mark, "TMPDIR": str(state)}
 
 
-async def start_chaos(chance: random.Random, state: Path) -> Chaos:
+async def start_chaos(rng: random.Random, state: Path) -> Chaos:
     """Start the API; machines' homes are in the directory `state`."""
-    mark = f"chaos-{os.getpid()}-{chance.randrange(1 << 30)}"
-    return Chaos(await start_fly(**_emulator_settings(mark, state)), chance, mark, state)
+    mark = f"chaos-{os.getpid()}-{rng.randrange(1 << 30)}"
+    return Chaos(await start_fly(**_emulator_settings(mark, state)), rng, mark, state)

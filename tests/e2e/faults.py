@@ -27,7 +27,7 @@ COORDINATOR_FAULTS = (Fault.KILL_COORDINATOR, Fault.PAUSE_COORDINATOR, Fault.OUT
 WORKER_FAULTS = (Fault.KILL_WORKER, Fault.PAUSE_WORKER, Fault.FREEZE_WORKER)
 
 
-def deal(chance: random.Random) -> Iterator[Fault]:
+def deal(rng: random.Random) -> Iterator[Fault]:
     """Yield faults in random order, each kind once before any is repeated."""
     while True:
-        yield from chance.sample(list(Fault), k=len(Fault))
+        yield from rng.sample(list(Fault), k=len(Fault))

@@ -25,14 +25,14 @@ _NUMBER = re.compile(rb"# request (\d+);")
 CUT = (ConnectError, ConnectionClosed, IncompleteResponseError)
 
 
-class Ending(enum.Enum):
+class Outcome(enum.Enum):
     """The outcomes of a request."""
 
-    WHOLE = "a response with the exit of its script"
+    COMPLETE = "a response with the exit of its script"
     TIMEOUT = "a response that ends with a timeout"
     LOST = "a response that ends with a lost worker"
-    REFUSED = "an error in one line"
-    CUT = "a connection lost with its coordinator"
+    REJECTED = "an error message of one line"
+    CUT = "a connection that the coordinator lost"
 
 
 class _CountingProxy(portforward.ProxyServer):
@@ -62,17 +62,17 @@ class DeliveryCounter(portforward.ProxyFactory):
         self.sent: Counter[int] = Counter()
 
 
-def ending(response: Response, work: str, code: int) -> Ending:
+def outcome_of(response: Response, work: str, code: int) -> Outcome:
     """Return the outcome of a complete response."""
     if response.status != 200:
         assert response.status in (502, 503, 504), response
         assert re.fullmatch(rb"[^\n]+\n", response.body), response
-        return Ending.REFUSED
+        return Outcome.REJECTED
     exit_ = response.exit
     if "reason" not in exit_:
         assert work != ENDLESS, response
         assert exit_["code"] == code, response
         assert response.output("stdout").endswith("done\n"), response
-        return Ending.WHOLE
-    ended = {("timeout", 124): Ending.TIMEOUT, ("worker-lost", 125): Ending.LOST}
-    return ended[exit_["reason"], exit_["code"]]
+        return Outcome.COMPLETE
+    outcomes = {("timeout", 124): Outcome.TIMEOUT, ("worker-lost", 125): Outcome.LOST}
+    return outcomes[exit_["reason"], exit_["code"]]

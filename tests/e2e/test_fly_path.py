@@ -147,7 +147,7 @@ async def test_pool_on_exit_destroy_destroys_the_machines(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 3, POOL_STANDBY="1", POOL_ON_EXIT="destroy"))
     assert (await coordinator.run("true")).exit["code"] == 0
     output: list[bytes] = []
-    busy = await coordinator.begin("echo begun; sleep 1; echo done", take=output.append)
+    busy = await coordinator.begin("echo started; sleep 1; echo done", take=output.append)
 
     assert await stop(coordinator) == 0
 
@@ -206,7 +206,7 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
 @with_twisted
 async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) -> None:
     coordinator = await start_coordinator(**fly.settings("p", 1, FLY_REPLAY="1", MAXWAIT="5s"))
-    busy = await coordinator.begin("echo begun; sleep 1000")
+    busy = await coordinator.begin("echo started; sleep 1000")
 
     async def post(script: bytes, **added: str) -> Any:
         headers = Headers({name.replace("_", "-"): [value] for name, value in added.items()})
@@ -260,7 +260,7 @@ async def test_a_run_whose_machine_is_stopped_from_outside_is_reported_as_lost(f
         if not started.called:
             started.callback(None)
 
-    running = await coordinator.begin("echo begun; sleep 1000", query, take)
+    running = await coordinator.begin("echo started; sleep 1000", query, take)
     await Deadline(reactor, PATIENCE).run(started)
     machine_id = running.headers["worker"]
     lease = await fly.api.get_lease(machine_id)
@@ -269,7 +269,7 @@ async def test_a_run_whose_machine_is_stopped_from_outside_is_reported_as_lost(f
 
     body = b"".join(pieces)
     if query:
-        assert body == b"begun\n\nexit: 125 worker-lost\n"
+        assert body == b"started\n\nexit: 125 worker-lost\n"
     else:
         exit_ = Response(200, {}, body).exit
         assert (exit_["code"], exit_["reason"], exit_.get("signal")) == (125, "worker-lost", None)

@@ -54,7 +54,7 @@ async def test_status_has_the_pool_the_queue_and_the_latest_runs() -> None:
     assert (payload["max_req_time_ms"], payload["draining"]) == (20_000, False)
     assert payload["runs"] == {"running": 0, "recent": []}
 
-    busy = await coordinator.begin("echo begun; sleep 1000")
+    busy = await coordinator.begin("echo started; sleep 1000")
     waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
     await deferLater(reactor, 0.3)
     payload = await status(coordinator)
@@ -179,7 +179,7 @@ async def test_metrics_count_runs_machines_and_rejections() -> None:
         await coordinator.run(script)
     body = json.dumps({"script": "sleep 1000", "timeout": "2s"})
     await coordinator.run(body, headers={"Content-Type": "application/json"})
-    busy = await coordinator.begin("echo begun; sleep 1000")
+    busy = await coordinator.begin("echo started; sleep 1000")
     assert (await coordinator.run("echo never run")).status == 503
     metrics = Running(coordinator.program, port, coordinator.pid)
 

@@ -73,13 +73,13 @@ async def test_output_is_shown_as_it_arrives_and_then_the_result() -> None:
 async def test_run_can_be_cancelled_and_time_limit_is_shown() -> None:
     coordinator = await start_coordinator(MAXREQTIME="4s", POOLSIZE="1")
     async with page_of(coordinator) as browser:
-        await run(browser, "echo begun; sleep 1000")
-        await browser.wait_until(f"{OUTPUT}.includes('begun')")
+        await run(browser, "echo started; sleep 1000")
+        await browser.wait_until(f"{OUTPUT}.includes('started')")
         await browser.do(lambda page: page.click("#cancel"))
         await browser.wait_until(f"{STATE}.startsWith('Cancelled')")
         await coordinator.settle()
 
-        await run(browser, "echo begun; sleep 1000")
+        await run(browser, "echo started; sleep 1000")
         await browser.wait_until(f"{STATE}.startsWith('Timed out after 4 s')")
         assert "exit code 124" in await browser.text("#state")
     assert await stop(coordinator) == 0
@@ -89,7 +89,7 @@ async def test_run_can_be_cancelled_and_time_limit_is_shown() -> None:
 @with_twisted
 async def test_rejection_is_shown_with_the_time_to_try_again() -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s")
-    busy = await coordinator.begin("echo begun; sleep 1000")
+    busy = await coordinator.begin("echo started; sleep 1000")
     async with page_of(coordinator) as browser:
         await run(browser, "true")
         await browser.wait_until("!document.querySelector('#problem').hidden")
@@ -105,12 +105,12 @@ async def test_rejection_is_shown_with_the_time_to_try_again() -> None:
 async def test_lost_connection_is_shown_and_output_stays() -> None:
     coordinator = await start_coordinator()
     async with page_of(coordinator) as browser:
-        await run(browser, "echo begun; sleep 1000")
-        await browser.wait_until(f"{OUTPUT}.includes('begun')")
+        await run(browser, "echo started; sleep 1000")
+        await browser.wait_until(f"{OUTPUT}.includes('started')")
         coordinator.kill(signal.SIGKILL)
         await browser.wait_until(f"{STATE} === 'Interrupted'")
         assert "The connection was lost." in await browser.text("#problem")
-        assert "begun" in await browser.text("#output")
+        assert "started" in await browser.text("#output")
 
         await run(browser, "true")
         await browser.wait_until(f"{STATE} === 'Not run'")

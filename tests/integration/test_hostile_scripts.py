@@ -290,7 +290,11 @@ class SandboxTests(MachineTestCase):
 
 @needs_root
 class HostTests(MachineTestCase):
-    """Machines without a sandbox. Scripts do not run as nobody, which may have other processes here."""
+    """
+    Machines without a sandbox.
+
+    Scripts do not run as the user `nobody`, which may have other processes on this host.
+    """
 
     honest_script = "echo fine"
 

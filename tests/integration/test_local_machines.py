@@ -60,12 +60,12 @@ def names(directory: Path | str) -> list[str] | None:
 
 class LocalMachinesContract(machines_contract.MachinesContract):
     def setUp(self) -> None:
-        left = watch_for_leftovers(self)
+        leftovers = watch_for_leftovers(self)
         machines = self.api = LocalMachines(reactor, self.wall, sandboxed=False)
 
         async def shut_down() -> None:
             await machines.shutdown()
-            self.assertEqual([], left())
+            self.assertEqual([], leftovers())
             self.assertIs(None, machines._processes._state)
 
         self.addCleanup(lambda: Deferred.fromCoroutine(shut_down()))
@@ -75,7 +75,7 @@ class WorkerTests(LoopbackTestCase):
     """Real workers, in a sandbox and without."""
 
     async def _run_lifecycle(self, *, sandboxed: bool) -> None:
-        left = watch_for_leftovers(self)
+        leftovers = watch_for_leftovers(self)
         machines = LocalMachines(reactor, lambda: 0.0, sandboxed=sandboxed)
         self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
         machine, lease = await machines.create("m", "ams", CONFIG, TTL)
@@ -84,7 +84,7 @@ class WorkerTests(LoopbackTestCase):
             self.assertIn(b"200 OK", await self._get_health(machine))
             await machines.stop(machine.id, lease.nonce)
             await machines.wait(machine, State.STOPPED, 20)
-            self.assertEqual([], left())
+            self.assertEqual([], leftovers())
             await machines.start(machine.id, lease.nonce)
 
     async def _get_health(self, machine: Machine) -> bytes:
@@ -112,7 +112,7 @@ class WorkerTests(LoopbackTestCase):
 
 class ProcessTests(LoopbackTestCase):
     def setUp(self) -> None:
-        self.left = watch_for_leftovers(self)
+        self.leftovers = watch_for_leftovers(self)
         directory = Path(tempfile.mkdtemp())
         self.addCleanup(shutil.rmtree, directory)
         self.report = directory / "report"
@@ -168,7 +168,7 @@ class ProcessTests(LoopbackTestCase):
             self.assertIs(None, names(environment["HOME"]))
             self.assertEqual(["file"], names(self.outside))
             self.assertEqual(0o750, self.outside.stat().st_mode & 0o777)
-            self.assertEqual([], self.left())
+            self.assertEqual([], self.leftovers())
             # The worker fails unless its home is empty.
             await self.machines.start(machine.id, nonce)
             await wait_until(self.report.exists)
@@ -197,15 +197,15 @@ class ProcessTests(LoopbackTestCase):
 
     async def test_processes_of_a_suspended_machine_are_stopped(self) -> None:
         machine, nonce, _ = await self.start_messy_worker()
-        processes = self.left()
+        processes = self.leftovers()
         self.assertEqual(2, len(processes))
 
         await self.machines.suspend(machine.id, nonce)
         await self.machines.wait(machine, State.SUSPENDED, 20)
-        await wait_until(lambda: all(process.state == "T" for process in self.left()))
+        await wait_until(lambda: all(process.state == "T" for process in self.leftovers()))
         await self.machines.start(machine.id, nonce)
         await self.machines.wait(machine, State.STARTED, 20)
-        await wait_until(lambda: not any(process.state == "T" for process in self.left()))
+        await wait_until(lambda: not any(process.state == "T" for process in self.leftovers()))
 
         self.assertTrue(any(map(process_tree.is_running, processes)))
 
@@ -217,7 +217,7 @@ class ProcessTests(LoopbackTestCase):
                 await wait_until(self.report.exists)
                 await self.machines.suspend(machine.id, nonce)
             self.report.unlink()
-            for process in self.left():
+            for process in self.leftovers():
                 os.kill(process.pid, signal.SIGKILL)
 
             await self.machines.wait(machine, State.STOPPED, 20)
@@ -237,7 +237,7 @@ class ProcessTests(LoopbackTestCase):
 
         await self.machines.shutdown()
 
-        self.assertEqual([], self.left())
+        self.assertEqual([], self.leftovers())
         self.assertIs(None, names(f"/proc/{pid}"))
         self.assertIs(None, names(Path(environment["HOME"]).parent.parent))
 

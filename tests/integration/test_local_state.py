@@ -1,4 +1,4 @@
-"""Tests of directories that living processes own, and of user ids that running scripts own."""
+"""Tests of the directories of running processes, and of the user ids of running scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real worker process: started, talked to over HTTP, and cleaned up after."""
+"""A real worker process, and a client of it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ reactor: Any = _reactor
 MACHINE = "machine-under-test"
 KEYS = genkey()
 LIMIT = TIMEOUT
-"""Seconds after which something that a test waits for is taken not to happen: far more than it takes."""
+"""Seconds until a test gives up waiting: far more than anything takes."""
 
 BASHER = ("-m", "bfaas.basher")
 TWISTD = ("-c", "from twisted.scripts.twistd import run; run()", "-n", "--pidfile=", "bfaas-basher")
@@ -57,18 +57,18 @@ def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Proces
     process_tree.become_subreaper()
     known = frozenset(process_tree.children(os.getpid()))
 
-    def left() -> list[process_tree.Process]:
+    def leftovers() -> list[process_tree.Process]:
         return [process for process in process_tree.descendants(os.getpid(), known) if not process.dead]
 
     def clean_up() -> None:
-        found = left()
+        found = leftovers()
         while process_tree.kill_descendants_once(os.getpid(), known):
             process_tree.reap_orphans(known)
             time.sleep(0.005)
         test.assertEqual([], found)
 
     test.addCleanup(clean_up)
-    return left
+    return leftovers
 
 
 class Reader(Protocol):
@@ -97,7 +97,7 @@ class Reader(Protocol):
 
 
 class Worker(ProcessProtocol):
-    """The process, from outside. One that still runs when its test ends is killed."""
+    """A worker process. It is killed at the end of its test if it still runs."""
 
     transport: Any
 
@@ -121,16 +121,16 @@ class Worker(ProcessProtocol):
         **environment: str,
     ) -> Self:
         """
-        Start one, on a free port, through its `leaders`, each of which becomes the next.
+        Start a worker on a free port, and wait until it listens, unless `up` is false.
 
-        Waits until it listens, unless it is not going to be `up`.
+        `leaders` is a command line that executes the worker, such as that of `setpriv`.
         """
         port = free_port()
         worker = cls(port)
         watch_for_leftovers(test)
         listen = f"tcp:{port}:interface=127.0.0.1"
         command = [*leaders, sys.executable, *program, "--listen", listen, *arguments]
-        usual = {
+        defaults = {
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(_ROOT),
             "HOME": "/tmp",
@@ -138,7 +138,7 @@ class Worker(ProcessProtocol):
             "FLY_MACHINE_ID": MACHINE,
             "FLY_REGION": "ams",
         }
-        worker.pid = reactor.spawnProcess(worker, command[0], command, env=usual | environment).pid
+        worker.pid = reactor.spawnProcess(worker, command[0], command, env=defaults | environment).pid
         test.addCleanup(worker._clean_up)
         if up:
             await wait_until(lambda: worker.listens or worker.status is not None, "a worker listens")
@@ -147,19 +147,19 @@ class Worker(ProcessProtocol):
 
     @property
     def listens(self) -> bool:
-        """Whether its port takes connections."""
+        """Whether the port accepts connections."""
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     @property
     def resident_kb(self) -> int:
-        """How much memory it has."""
+        """The resident memory in KiB."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return int(status.partition("VmRSS:")[2].split()[0])
 
     @property
     def peak_kb(self) -> int:
-        """How much memory it ever had; 0 once it has ended."""
+        """The peak of the resident memory in KiB; 0 if the process has ended."""
         try:
             status = Path(f"/proc/{self.pid}/status").read_text()
         except (FileNotFoundError, ProcessLookupError):
@@ -167,7 +167,7 @@ class Worker(ProcessProtocol):
         return int((status.partition("VmHWM:")[2].split() or ["0"])[0])
 
     def below(self, name: str) -> int:
-        """Tell how many processes of a name there are below it."""
+        """Return the number of descendants with a name."""
         names = []
         for process in process_tree.descendants(self.pid):
             try:
@@ -183,7 +183,7 @@ class Worker(ProcessProtocol):
         self.transport.closeStdin()
 
     async def ended(self) -> int:
-        """Wait for the end of the process; its exit code, negative for a signal."""
+        """Wait for the end of the process; return its exit code, negative for a signal."""
         await wait_until(lambda: self.status is not None, "a worker ends")
         assert self.status is not None
         return os.waitstatus_to_exitcode(self.status)
@@ -191,7 +191,7 @@ class Worker(ProcessProtocol):
     async def send(
         self, method: str, path: str, body: bytes = b"", authorization: str | None = None
     ) -> _Response:
-        """Send a request, wait for the answer's head."""
+        """Send a request; return its response, whose body is still to be read."""
         headers = Headers({} if authorization is None else {"Authorization": [authorization]})
         url = f"http://127.0.0.1:{self.port}{path}"
         return await self._client.request(method, url, data=body, headers=headers, unbuffered=True)
@@ -199,7 +199,7 @@ class Worker(ProcessProtocol):
     async def fetch(
         self, method: str, path: str, body: bytes = b"", authorization: str | None = None
     ) -> Response:
-        """Send a request, read all of the answer."""
+        """Send a request; return its complete response."""
         response = await self.send(method, path, body, authorization)
         content = await response.content()
         headers = {
@@ -208,17 +208,17 @@ class Worker(ProcessProtocol):
         return Response(response.code, headers, content)
 
     async def run(self, script: str | bytes, query: str = "") -> Response:
-        """Run a script, read all of the answer."""
+        """Run a script; return the complete response."""
         body = script.encode() if isinstance(script, str) else script
         return await self.fetch("POST", f"/run{query}", body, auth_token())
 
     async def stream(self, script: str, query: str = "", *, paused: bool = False) -> Reader:
-        """Run a script, with its answer still to read."""
+        """Run a script; return a reader of the response."""
         response = await self.send("POST", f"/run{query}", script.encode(), auth_token())
         assert response.code == 200, response.code
         reader = Reader()
         response.deliverBody(reader)
-        if paused:  # only now: deliverBody begins with a resume
+        if paused:  # deliverBody has resumed the transport
             reader.pause()
         return reader
 
