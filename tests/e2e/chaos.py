@@ -109,7 +109,7 @@ class Chaos:
         self._programs.append(running)
 
     async def kill(self, running: Running) -> None:
-        """Kill a program, and wait until it is dead."""
+        """Kill a program, and wait until it has ended."""
         self._killed.append(running)
         running.kill(signal.SIGKILL)
         await running.program.ended

@@ -110,7 +110,7 @@ async def run(running: Running, *arguments: str, stdin: bytes = b"") -> tuple[in
 
 
 @with_twisted
-async def test_output_and_exit_code_are_the_scripts(coordinator: Running) -> None:
+async def test_output_and_exit_code_are_those_of_the_script(coordinator: Running) -> None:
     assert await run(coordinator, "echo out; echo err >&2; exit 3") == (3, b"out\n", b"err\n")
     assert await run(coordinator, "kill -9 $$") == (137, b"", b"")
     assert await run(coordinator, "-", stdin=b"echo from stdin") == (0, b"from stdin\n", b"")
@@ -245,7 +245,7 @@ async def test_closed_streams_are_errors_if_they_are_used(coordinator: Running) 
 
 
 @with_twisted
-async def test_it_ends_by_sigpipe_when_the_reader_leaves(coordinator: Running) -> None:
+async def test_the_command_ends_by_sigpipe_when_its_reader_exits(coordinator: Running) -> None:
     for options in ("", "--json"):
         script = f"$BFAAS run {options} 'yes' | head -c 3 | wc -c; echo ${{PIPESTATUS[0]}}"
         assert await shell(coordinator, script) == (0, b"3\n141\n", b"")

@@ -1,4 +1,4 @@
-"""The path that a coordinator takes on Fly, on one host: Machines API, proxy and coordinators as programs."""
+"""The configuration of Fly on one host: emulated Machines API and proxy, and coordinators, as programs."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
 
 with_twisted = pytest_twisted.ensureDeferred
 
-# Tells if it is not the first in this machine since it was wiped.
+# Prints DIRTY unless it is the first script on its machine since the machine was wiped.
 SCRIPT = "test -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2")
 
 
 @pytest_twisted.async_yield_fixture
 async def fly() -> AsyncIterator[Fly]:
-    """Run the emulator, which leaves no process when it ends."""
+    """Run the emulator; check that it leaves no process."""
     fly = await start_fly()
     yield fly
     processes = fly.emulator.processes()
@@ -234,7 +234,7 @@ async def test_a_request_without_a_machine_is_replayed_elsewhere_once(fly: Fly) 
     queued = await post(b"#" * 1_000_001)
     assert (queued.code, queued.headers.hasHeader("fly-replay")) == (503, False)
 
-    # The proxy found no other machine: this one is what is left, and the request is_queued for it.
+    # The proxy found no other machine: it sends the request back, which is then queued.
     failed = "instance=;app=coords;region=ams;replay_source=x;reason=no_candidate;elapsed_ms=2003"
     waiting = Deferred.fromCoroutine(post(b"true", fly_replay_failed=failed))
 

@@ -1,4 +1,4 @@
-"""Streams through proxies that others wrote, with compression: a line arrives while its script runs."""
+"""Streams through nginx, haproxy and Caddy, with compression: lines arrive while the script runs."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ LONG = "printf %02000d 0; echo; echo one; sleep 5"
 
 
 class Proxy(ProcessProtocol):
-    """A proxy as a program."""
+    """A proxy process."""
 
     def __init__(self) -> None:
         self.output = b""

@@ -86,7 +86,7 @@ def examples(block: Block) -> Iterator[Example]:
 
 
 def masked(text: str) -> list[str]:
-    """Return the lines of an output that are not empty, sorted, without what differs each time."""
+    """Return the lines of an output that are not empty, sorted, without varying parts."""
     text = re.sub(r'"(\w+_ms)": \d+', r'"\1": MS', text)
     text = re.sub(r"\b[0-9a-f]{14,16}\b", "ID", text)
     text = re.sub(r"127\.0\.0\.1:\d+", "ADDRESS", text)

@@ -1,4 +1,4 @@
-"""Ports of loopback."""
+"""Free ports of the loopback interface."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import socket
 from random import SystemRandom
 
 _PORTS = range(10_000, 32_768)
-"""Below Linux's ephemeral ports: no connection takes a port of these between its choice and its use."""
+"""Ports below Linux's ephemeral range: no outgoing connection uses one between its choice and its use."""
 
 _random = SystemRandom()  # hypothesis seeds the random module
 

@@ -1,8 +1,8 @@
-"""Where the checkout is."""
+"""The path of the checkout."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The root of the checkout that the tests belong to."""
+"""The root directory of the checkout."""

@@ -19,7 +19,7 @@ T = TypeVar("T")
 reactor: Any = _reactor
 
 TIMEOUT = 60.0
-"""Seconds after which a condition is taken never to hold: far more than any takes on a busy machine."""
+"""Seconds until a wait fails: far more than any condition takes on a busy machine."""
 
 _MIN_INTERVAL, _MAX_INTERVAL = 0.001, 0.05
 
