@@ -198,7 +198,7 @@ class Run:
     def _tamper(self) -> None:
         """Change the machine's own metadata, as a script with root privileges can."""
         world, machine = self._world, self._boot.machine
-        values = [None, "", "somebody//else", f"{world.random.choice(world.nodes).pool_name}//i1"]
+        values = [None, "", "other//unknown", f"{world.random.choice(world.nodes).pool_name}//i1"]
         value = world.random.choice(values)
         if world.machines.find(machine.id) and value != machine.metadata.get("pool_id"):
             # A second change may undo the first: then there is nothing to detect.
