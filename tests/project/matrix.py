@@ -7,6 +7,7 @@ installed. Exits with 1 if a combination fails. The environments are created in 
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
@@ -72,8 +73,18 @@ def try_one(python: str, constraints: Path | None) -> bool:
     return all(subprocess.run(command, cwd=ROOT, check=False).returncode == 0 for command in commands)
 
 
-def main(pythons: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Try all combinations, and print one line for each."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.project.matrix", description=__doc__.split("\n\n")[0]
+    )
+    parser.add_argument(
+        "pythons",
+        nargs="*",
+        metavar="PYTHON",
+        help=f"a Python program; default: each of {', '.join(supported())} that is installed",
+    )
+    pythons: list[str] = parser.parse_args(arguments).pythons
     HOME.mkdir(parents=True, exist_ok=True)
     constraints = HOME / "lowest.txt"
     constraints.write_text("\n".join([*floors(), ""]))
