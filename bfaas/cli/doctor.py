@@ -22,6 +22,7 @@ from twisted.logger import ILogObserver, LogLevel, formatEvent, globalLogPublish
 from twisted.web.http_headers import Headers
 from zope.interface import provider
 
+from bfaas.cli.machines import format_count
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import abort_body, pooled_agent, read_body, send_request, single_use_agent
@@ -128,7 +129,7 @@ async def _check_api(reactor: Any, settings: CoordSettings, api: MachinesAPI) ->
         MachinesError: f"FLY_TOKEN: create another with `fly tokens create deploy -a {app}`",
     }
     machines = await _check(reactor, "API, token, app", _list(api, url), remedies)
-    _report("ok", "API, token, app", f"{len(machines)} machines in {app}")
+    _report("ok", "API, token, app", f"{format_count(len(machines))} in {app}")
 
 
 async def _list(api: MachinesAPI, url: str) -> list[Machine]:

@@ -67,6 +67,11 @@ async def destroy(api: MachinesAPI, machines: list[Machine]) -> int:
     return len(machines)
 
 
+def format_count(count: int) -> str:
+    """Format a number of machines, such as `1 machine`."""
+    return f"{count} machine{'' if count == 1 else 's'}"
+
+
 def _format_span(seconds: float) -> str:
     """Format a span of time in its two largest units, such as `4m59s`."""
     total = max(0, round(seconds))

@@ -248,14 +248,14 @@ def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
         confirmed = (
             arguments.yes
             or not machines
-            or await _confirm(f"Destroy these {len(machines)} machines of {pool}?")
+            or await _confirm(f"Destroy {commands.format_count(len(machines))} of {pool}?")
         )
         return await commands.destroy(api, machines) if confirmed else None
 
     destroyed = _with_api(environ, confirm_and_destroy)
     if destroyed is None:
         raise CommandError("nothing was destroyed")
-    write_output(f"destroyed {destroyed} machines of {pool}\n")
+    write_output(f"destroyed {commands.format_count(destroyed)} of {pool}\n")
     return 0
 
 

@@ -218,7 +218,7 @@ def test_a_coordinator_runs_with_only_the_documented_settings(network: Network) 
         assert network.bfaas("run", "--url", "http://localhost:8000", "echo out; exit 3") == (3, "out\n")
     destroyed = network.bfaas("destroy", "--yes", **SETTINGS)
     assert destroyed.code == 0, destroyed.output
-    assert destroyed.output.endswith(f"destroyed 1 machines of {pool}\n")
+    assert destroyed.output.endswith(f"destroyed 1 machine of {pool}\n")
 
 
 @pytest.mark.parametrize(

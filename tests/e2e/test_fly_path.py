@@ -178,7 +178,7 @@ async def test_machines_are_listed_and_destroyed_from_the_command_line(fly: Fly)
     assert re.search(rf"^{listed} +p +stopped +\d+s +\d+m\d+s +worker-p-[0-9a-f]+$", table, re.MULTILINE)
 
     status, output = await bfaas("destroy", "--yes")
-    assert (status, output.splitlines()[-1]) == (0, "destroyed 1 machines of p")
+    assert (status, output.splitlines()[-1]) == (0, "destroyed 1 machine of p")
     assert await fly.machines_of_pool("p") == {}
     assert len(await fly.machines_of_pool("q")) == 1
 
