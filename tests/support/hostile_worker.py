@@ -12,6 +12,7 @@ from twisted.internet.error import ConnectionDone
 from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.trial.unittest import TestCase
 
+from bfaas.deadline import ignore_cancellation
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -105,14 +106,20 @@ class ScriptedServer(ServerFactory):
     def __init__(self, *scripts: Iterable[bytes | Deferred[None] | End]) -> None:
         self._scripts = list(scripts)
         self.peers: list[Peer] = []
+        self.playing: list[Deferred[None]] = []
         self.requested: DeferredQueue[Peer] = DeferredQueue()
 
     def buildProtocol(self, _: object) -> Peer:
         script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
         peer = Peer()
         self.peers.append(peer)
-        Deferred.fromCoroutine(self._play(peer, script))
+        playing = Deferred.fromCoroutine(self._play(peer, script))
+        self.playing.append(playing.addErrback(ignore_cancellation))
         return peer
+
+    def cancel_scripts(self) -> None:
+        for playing in self.playing:
+            playing.cancel()
 
     async def _play(self, peer: Peer, script: Iterable[bytes | Deferred[None] | End]) -> None:
         await wait_until(lambda: peer.request() or peer.end)
@@ -144,6 +151,8 @@ class LoopbackTestCase(TestCase):
         server = ScriptedServer(*scripts)
         port = self.listen(server)
         self.addCleanup(lambda: Deferred.fromCoroutine(self._close(server.peers)))
+        # A script may still wait for the kernel to take what a test writes to its connection.
+        self.addCleanup(server.cancel_scripts)
         return server, f"http://127.0.0.1:{port}"
 
     async def call(self, port: int, data: bytes = b"") -> Peer:

@@ -528,14 +528,14 @@ class BackpressureTests(WorkerClientTestCase):
         return client, writer
 
     async def written_when_paused(self, writer: FastWriter) -> int:
-        """Return the bytes written once no more are, for a hundred turns of the reactor."""
+        """Return the bytes written once no more are, for about a second."""
         unchanged, written = 0, 0
 
         def is_paused() -> bool:
             nonlocal unchanged, written
             unchanged = unchanged + 1 if written == writer.written else 0
             written = writer.written
-            return unchanged == 100
+            return unchanged == 20
 
         await wait_until(is_paused)
         return written
