@@ -2,8 +2,10 @@
 
 import signal
 
-# Background jobs ignore SIGINT, and programs under nohup SIGHUP. What the tests start would inherit that.
+# Background jobs ignore SIGINT and SIGQUIT, and programs under nohup SIGHUP. Programs
+# that the tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for _number in (signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)

@@ -8,6 +8,7 @@ from json.encoder import encode_basestring
 
 from OpenSSL.SSL import X509VerificationCodes
 from twisted.internet.process import Process, ProcessReader
+from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.protocols.basic import LineReceiver
 from twisted.protocols.tls import TLSMemoryBIOProtocol
@@ -36,7 +37,7 @@ class HackTests(SynchronousTestCase):
         self.assertEqual((b"fired\n", b""), (done.stdout, done.stderr))
 
     def test_http_channel_has_the_attributes_that_are_used(self) -> None:
-        channel = Site(Resource()).buildProtocol(None)
+        channel = Site(Resource(), reactor=Clock()).buildProtocol(None)
         channel.makeConnection(StringTransport())
         self.assertTrue(callable(HTTPChannel._respondToBadRequestAndDisconnect))
         self.assertIn(LineReceiver, HTTPChannel.__mro__)
