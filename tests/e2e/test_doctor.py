@@ -345,6 +345,9 @@ async def test_response_of_another_worker() -> None:
     await together(
         [
             impostor(Impostor(404, b"no such page"), "404 b'no such page'"),
-            impostor(Impostor(200, success, Worker="other"), "a machine other than the one that was created"),
+            impostor(
+                Impostor(200, success, Worker="other"),
+                "the script ran on another machine than the one that was created",
+            ),
         ]
     )
