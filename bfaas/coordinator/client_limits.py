@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from bfaas.http.client_address import address_key
+from bfaas.http.client_address import address_key, peer_key
 
 if TYPE_CHECKING:
     from twisted.web.server import Request
@@ -28,8 +28,7 @@ def client_key(request: Request, *, on_fly: bool) -> str:
             return address_key(forwarded.decode("ascii"))
         except ValueError:
             pass
-    peer = getattr(request.getClientAddress(), "host", None)
-    return "no address" if peer is None else address_key(peer)
+    return peer_key(request.getClientAddress()) or "no address"
 
 
 class ConcurrencyLimiter:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from ipaddress import IPv6Address, IPv6Network, ip_address
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IAddress
 
 _HOST_BITS = 64
 
@@ -15,3 +19,12 @@ def address_key(address: str) -> str:
     if ip.ipv4_mapped is not None:
         return str(ip.ipv4_mapped)
     return str(IPv6Network((int(ip) >> _HOST_BITS << _HOST_BITS, 128 - _HOST_BITS)))
+
+
+def peer_key(address: IAddress | None) -> str:
+    """Return the key of a connection's peer; an empty string for a peer without an address (UNIX socket)."""
+    host = getattr(address, "host", "")
+    try:
+        return address_key(host)
+    except ValueError:
+        return str(host)

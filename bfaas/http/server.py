@@ -19,7 +19,7 @@ from twisted.web.server import Request, Site
 from zope.interface import implementer
 
 from bfaas.http.channel import RETRY_AFTER, Channel
-from bfaas.http.client_address import address_key
+from bfaas.http.client_address import peer_key
 from bfaas.http.errors import HTTPError
 from bfaas.http.proxy_protocol import ProxyHeaderReader
 
@@ -373,7 +373,7 @@ class BoundedSite(WrappingFactory):
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """Return the protocol for a connection; one that closes it if a limit is reached."""
         full = len(self.protocols) >= self._max_connections
-        if full or not (self.proxied or self._has_room(_address_key(addr))):
+        if full or not (self.proxied or self._has_room(peer_key(addr))):
             return _Rejected()
         return super().buildProtocol(addr)
 
@@ -385,7 +385,7 @@ class BoundedSite(WrappingFactory):
 
     def count(self, connection: _Connection) -> bool:
         """Count a connection under its peer's address; return False if that is at its limit."""
-        key = _address_key(connection.getPeer())
+        key = peer_key(connection.getPeer())
         if not self._has_room(key):
             return False
         connection.counted_as = key
@@ -426,12 +426,3 @@ class BoundedSite(WrappingFactory):
     def _abort(self) -> None:
         for connection in list(self.protocols):
             connection.abortConnection()
-
-
-def _address_key(address: IAddress | None) -> str:
-    """Return the key that an address is counted under; an empty string for a UNIX socket."""
-    host = getattr(address, "host", "")
-    try:
-        return address_key(host)
-    except ValueError:
-        return str(host)
