@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from benchmarks.client import fetch, get, post
 from benchmarks.report import ROOT
-from bfaas.machines.local.host import available_script_users, can_sandbox
+from bfaas.machines.local.host import available_script_users, examine_host
 from bfaas.system.confinement import sandbox_prefix
 from bfaas.tokens import Signer, genkey
 from tests.support.network import free_port
@@ -171,7 +171,7 @@ def worker() -> Iterator[Worker]:
 
 @cache
 def _sandboxed() -> bool:
-    return can_sandbox()
+    return examine_host().sandboxed
 
 
 def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:

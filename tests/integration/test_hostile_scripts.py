@@ -28,7 +28,7 @@ from bfaas.coordinator.run_tracker import RunTracker
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local.host import WORKER_COMMAND, can_sandbox
+from bfaas.machines.local.host import WORKER_COMMAND, examine_host
 from bfaas.machines.local.processes import LocalMachines
 from bfaas.pool import Pool
 from bfaas.pooling.config import pool_config
@@ -281,7 +281,7 @@ class MachineTestCase(HostileTestCase):
 
 class SandboxTests(MachineTestCase):
     def setUp(self) -> None:
-        if not can_sandbox():
+        if not examine_host().sandboxed:
             self.skipTest("bubblewrap does not work here")
 
     async def run_case(self, case: HostileScript, _: int) -> None:

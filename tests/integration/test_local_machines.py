@@ -17,7 +17,7 @@ from twisted.internet.error import ConnectError
 from twisted.internet.task import deferLater
 
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local.host import can_sandbox
+from bfaas.machines.local.host import examine_host
 from bfaas.machines.local.processes import LocalMachines, LocalProcesses
 from bfaas.machines.local.script_users import UID_RANGES
 from bfaas.machines.local.state_directory import wipe
@@ -105,7 +105,7 @@ class WorkerTests(LoopbackTestCase):
         await self._run_lifecycle(sandboxed=False)
 
     async def test_worker_serves_in_a_sandbox(self) -> None:
-        if not can_sandbox():
+        if not examine_host().sandboxed:
             self.skipTest("bubblewrap does not work here")
         await self._run_lifecycle(sandboxed=True)
 

@@ -106,11 +106,6 @@ def examine_host() -> Host:
     return Host(directory, sandbox_obstacle)
 
 
-def can_sandbox() -> bool:
-    """Return whether bubblewrap works on this host; see `examine_host`."""
-    return examine_host().sandboxed
-
-
 def available_script_users() -> ScriptUsers | None:
     """Return users for scripts; None where scripts can run only as the user of this process."""
     return None if unavailable_reason() else ScriptUsers()
