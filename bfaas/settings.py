@@ -7,7 +7,6 @@ here; what depends on the host, such as users and programs, is resolved by `bfaa
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from ipaddress import IPv6Address
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
 from bfaas.tokens import Signer, Verifier, genkey
-from bfaas.units import parse_duration, parse_size
+from bfaas.units import parse_duration, parse_size, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -37,8 +36,6 @@ _MAX_SUSPENDED_MB = 2048
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
-
-_quoted = json.dumps  # always one line of ASCII
 
 
 class SettingsError(Exception):
@@ -258,14 +255,14 @@ class _Reader:
 
 def _integer(text: str) -> int:
     if not _INTEGER.fullmatch(text):
-        raise ValueError(f"{_quoted(text)} is not a whole number")
+        raise ValueError(f"{quoted(text)} is not a whole number")
     return int(text)
 
 
 def _non_negative(text: str) -> int:
     number = _integer(text)
     if number < 0:
-        raise ValueError(f"{_quoted(text)} is below zero")
+        raise ValueError(f"{quoted(text)} is below zero")
     return number
 
 
@@ -276,7 +273,7 @@ def _at_most(limit: int | None, limit_name: str) -> Callable[[str], int]:
         number = _non_negative(text)
         if limit is None or number <= limit:
             return number
-        raise ValueError(f"{_quoted(text)} is more than {limit} ({limit_name})")
+        raise ValueError(f"{quoted(text)} is more than {limit} ({limit_name})")
 
     return parse
 
@@ -285,7 +282,7 @@ def _positive(parse: Callable[[str], N]) -> Callable[[str], N]:
     def parse_positive(text: str) -> N:
         number = parse(text)
         if number <= 0:
-            raise ValueError(f"{_quoted(text)} is not above zero")
+            raise ValueError(f"{quoted(text)} is not above zero")
         return number
 
     return parse_positive
@@ -297,20 +294,20 @@ def _choice(first: str, second: str) -> Callable[[str], bool]:
     def parse(text: str) -> bool:
         if text in (first, second):
             return text == second
-        raise ValueError(f"{_quoted(text)} is neither {first} nor {second}")
+        raise ValueError(f"{quoted(text)} is neither {first} nor {second}")
 
     return parse
 
 
 def _boolean(text: str) -> bool:
     if text.lower() not in ("1", "0", "true", "false", "on", "off", "yes", "no"):
-        raise ValueError(f"{_quoted(text)} is neither on nor off")
+        raise ValueError(f"{quoted(text)} is neither on nor off")
     return text.lower() in ("1", "true", "on", "yes")
 
 
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
-        raise ValueError(f"{_quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
+        raise ValueError(f"{quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
     return text
 
 
@@ -318,14 +315,14 @@ def _url(text: str) -> str:
     """Parse a URL of a scheme, a host and optionally a port, without a path."""
     match = _URL.fullmatch(text)
     if match is None:
-        raise ValueError(f"{_quoted(text)} is not a URL such as http://host:port")
+        raise ValueError(f"{quoted(text)} is not a URL such as http://host:port")
     if match["address"] is not None:
         try:
             IPv6Address(match["address"])
         except ValueError as error:
-            raise ValueError(f"{_quoted(text)} has an invalid IPv6 address: {error}") from None
+            raise ValueError(f"{quoted(text)} has an invalid IPv6 address: {error}") from None
     if match["port"] is not None and not 0 < int(match["port"]) < 1 << 16:
-        raise ValueError(f"{_quoted(text)} has an invalid port: 1 to 65535")
+        raise ValueError(f"{quoted(text)} has an invalid port: 1 to 65535")
     return text.rstrip("/")
 
 
@@ -333,4 +330,4 @@ def _shell_words(text: str) -> tuple[str, ...]:
     try:
         return tuple(shlex.split(text))
     except ValueError as error:
-        raise ValueError(f"{_quoted(text)} is not a shell command: {error}") from None
+        raise ValueError(f"{quoted(text)} is not a shell command: {error}") from None

@@ -34,7 +34,8 @@ _TERM = re.compile(rf"(?=\.?[0-9])([0-9]*\.?[0-9]*)({'|'.join(_NANOSECONDS)})(?!
 _DURATION = re.compile(rf"[-+]?(?:0|(?:{_TERM.pattern})+)")
 _SIZE = re.compile(rf"([0-9]{{1,18}})(?: ?({'|'.join(_BYTES)}))?")
 
-_quoted = json.dumps  # always one line of ASCII
+quoted = json.dumps
+"""Quote a value for an error message: always in one line of ASCII."""
 
 
 def parse_duration(text: str) -> float:
@@ -54,15 +55,15 @@ def parse_size(text: str) -> int:
     """
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ValueError(f"{_quoted(text)} is not a size such as 1MiB")
+        raise ValueError(f"{quoted(text)} is not a size such as 1MiB")
     return int(match[1]) * _BYTES[match[2] or "B"]
 
 
 def _nanoseconds(text: str) -> int:
     if not _DURATION.fullmatch(text):
-        raise ValueError(f"{_quoted(text)} is not a duration such as 1m30s")
+        raise ValueError(f"{quoted(text)} is not a duration such as 1m30s")
     total = sum(Decimal(number) * _NANOSECONDS[unit] for number, unit in _TERM.findall(text))
     nanoseconds = round(-total if text.startswith("-") else total)
     if not -_MAX_NANOSECONDS - 1 <= nanoseconds <= _MAX_NANOSECONDS:
-        raise ValueError(f"{_quoted(text)} is too long a duration")
+        raise ValueError(f"{quoted(text)} is too long a duration")
     return nanoseconds
