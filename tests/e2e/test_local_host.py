@@ -242,6 +242,8 @@ async def test_removed_homes_are_created_again(path: str, state: str, tmp: Path)
             for folder in matching(tmp, pattern):
                 # The coordinator may create the directory again while it is being removed.
                 shutil.rmtree(folder, ignore_errors=True)
+            # It does so 10 ms after the removal. A run that starts before that may find no home.
+            await wait_until(ready)
             responses = [await coordinator.run("pwd >x && ls") for _ in range(3)]
             assert [response.output("stdout") for response in responses] == ["x\n"] * 3
             assert [response.output("stderr") for response in responses] == [""] * 3
