@@ -18,7 +18,6 @@ from bfaas.http.server import text_response
 from bfaas.machines.emulator.routes import MachinesServer
 from bfaas.machines.emulator.state import EmulatedMachines
 from bfaas.protocol import formats
-from bfaas.system.logs import LOG_FORMAT
 from bfaas.system.runtime import RoleOptions, configure_reactor, run_service
 
 if TYPE_CHECKING:
@@ -48,7 +47,6 @@ class Options(RoleOptions):
     optParameters: ClassVar = [
         ["listen", "l", None, "Endpoint of the Machines API."],
         ["workers", "w", None, "Endpoint of the worker."],
-        LOG_FORMAT,
     ]
 
 

@@ -37,7 +37,7 @@ from bfaas.settings import BasherSettings
 from bfaas.system import process_tree
 from bfaas.system.confinement import Confinement, check_programs
 from bfaas.system.listener import Listener
-from bfaas.system.logs import LOG_FORMAT, with_logging
+from bfaas.system.logs import with_logging
 from bfaas.system.runtime import (
     RoleOptions,
     check_options,
@@ -171,7 +171,6 @@ class Options(RoleOptions):
 
     optParameters: ClassVar = [
         ["listen", "l", "tcp:8001:interface=0.0.0.0", "Endpoint for requests (IPv4: Fly's proxy)."],
-        LOG_FORMAT,
     ]
     optFlags: ClassVar = [["exit-on-stdin-eof", None, "Stop and kill the run when standard input ends."]]
 

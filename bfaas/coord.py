@@ -25,7 +25,7 @@ from bfaas.pool import Pool
 from bfaas.pooling.config import pool_config
 from bfaas.settings import CoordSettings
 from bfaas.system.listener import Listener
-from bfaas.system.logs import LOG_FORMAT, with_logging
+from bfaas.system.logs import with_logging
 from bfaas.system.runtime import (
     RoleOptions,
     check_options,
@@ -106,7 +106,6 @@ class Options(RoleOptions):
     optParameters: ClassVar = [
         ["listen", "l", None, "Endpoint for requests [default: tcp:8000; with WORKER_APP=mock on loopback]."],
         ["metrics", "m", None, "Endpoint for Prometheus metrics, at /metrics [default: none]."],
-        LOG_FORMAT,
     ]
 
 

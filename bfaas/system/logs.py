@@ -40,7 +40,7 @@ LOG_FORMAT = [
     "Format of the log: text, or json with one object per line.",
     _log_format,
 ]
-"""The command-line option of the coordinator and the worker."""
+"""The command-line option of all roles."""
 
 
 def with_logging(service: IService, options: Options, reactor: Any) -> IService:

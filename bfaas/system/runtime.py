@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ReactorNotRunning
@@ -25,7 +25,7 @@ from zope.interface import implementer
 
 from bfaas import __version__
 from bfaas.settings import SettingsError
-from bfaas.system.logs import logs_to_standard_output, make_observer
+from bfaas.system.logs import LOG_FORMAT, logs_to_standard_output, make_observer
 from bfaas.system.startup import StartError, in_one_line, prepare_role, report_errors_in_one_line
 from bfaas.system.stdio import end_by_signal, write_output
 
@@ -57,6 +57,7 @@ class RoleOptions(Options):
     """Command-line options of a role. A usage error is one line on standard error, with exit code 1."""
 
     role: str
+    optParameters: ClassVar = [LOG_FORMAT]
 
     def parseOptions(self, options: Any = None) -> None:
         """Parse the options, or exit."""

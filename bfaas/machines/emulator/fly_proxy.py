@@ -21,6 +21,7 @@ from bfaas.http.server import error_response, read_body
 from bfaas.machines.api import NotFoundError, State
 
 if TYPE_CHECKING:
+    from twisted.python.failure import Failure
     from twisted.web.iweb import IAgent
 
     from bfaas.machines.emulator.state import EmulatedMachines
@@ -60,8 +61,12 @@ class FlyProxy(Resource):
         forwarding = Deferred.fromCoroutine(self._forward(request))
         request.notifyFinish().addErrback(lambda _: forwarding.cancel())
         forwarding.addErrback(ignore_cancellation)
-        forwarding.addErrback(lambda failure: self._log.failure("while forwarding a request", failure))
+        forwarding.addErrback(self._abort, request)
         return NOT_DONE_YET
+
+    def _abort(self, failure: Failure, request: Request) -> None:
+        self._log.failure("while forwarding a request", failure)
+        _abort_connection(request)
 
     async def _forward(self, request: Request) -> None:
         if not request.uri.startswith(b"/"):  # appended to an address, "@host/path" would lead to that host
@@ -123,11 +128,16 @@ class FlyProxy(Resource):
             raise
         except Exception:  # noqa: BLE001 - the client has to see every incomplete response as incomplete
             request.unregisterProducer()
-            transport: Any = request.transport
-            transport.abortConnection()
+            _abort_connection(request)
         else:
             request.unregisterProducer()
             request.finish()
+
+
+def _abort_connection(request: Request) -> None:
+    transport: Any = request.transport
+    if transport is not None:
+        transport.abortConnection()
 
 
 def _end_to_end(headers: Headers) -> list[tuple[bytes, list[bytes]]]:

@@ -98,6 +98,15 @@ class AddressTests(FlyProxyTestCase):
 
         self.assertEqual((502, "the machine does not respond\n"), await self.request(to(dead)))
 
+    async def test_unexpected_error_is_logged_and_ends_the_connection(self) -> None:
+        machine_id, _ = await self.machine(*OK)
+        self.patch(self.machines, "look_up", lambda _: 1 / 0)
+
+        peer = await self.call(self.port, post("/run", b"true", to(machine_id)))
+
+        self.assertEqual(b"", await peer.receive_all())
+        self.assertEqual(1, len(self.flushLoggedErrors(ZeroDivisionError)))
+
     async def test_rate_limits_of_the_api_do_not_apply(self) -> None:
         self.machines = EmulatedMachines(Clock(), lambda: 0.0, self.backend, rate_limited=True)
         self.port = self.serve(single_use_agent(reactor))
