@@ -116,18 +116,22 @@ class _Provider(NamedTuple):
     shut_down: Callable[[], Awaitable[object]]
     worker_url: str | None
     default_endpoint: str
+    sandbox: str
 
 
 def _fly_provider(reactor: Any, random: Random, fly: FlySettings) -> _Provider:
     agent, connections = pooled_agent(reactor)
     machines = FlyMachines(reactor, agent, random, fly.api.url, fly.api.worker_app, fly.api.token)
-    return _Provider(machines, connections.closeCachedConnections, fly.worker_url, "tcp:8000")
+    return _Provider(
+        machines, connections.closeCachedConnections, fly.worker_url, "tcp:8000", "virtual machine"
+    )
 
 
 def _local_provider(reactor: Any) -> _Provider:
     host = examine_host()
     machines = LocalMachines(reactor, time.time, sandboxed=host.sandboxed, directory=host.directory)
-    return _Provider(machines, machines.shutdown, None, "tcp:8000:interface=127.0.0.1")
+    sandbox = "bubblewrap" if host.sandboxed else "none"
+    return _Provider(machines, machines.shutdown, None, "tcp:8000:interface=127.0.0.1", sandbox)
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
@@ -149,7 +153,7 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     metrics = Metrics()
     pool = Pool(provider.machines, worker_client, reactor, random, pool_config(settings), metrics)
     runs = RunTracker(reactor, time.time, random, metrics)
-    coordinator = Coordinator(reactor, settings, pool, worker_client, time.time, runs)
+    coordinator = Coordinator(reactor, settings, pool, worker_client, time.time, runs, provider.sandbox)
     metrics.register_gauges(pool, coordinator)
 
     site = _public_site(reactor, coordinator.app, settings, has_metrics=bool(options["metrics"]))

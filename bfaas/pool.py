@@ -135,6 +135,10 @@ class Pool(Scheduler):
         """How many requests are in the queue."""
         return len(self._queue)
 
+    def queue_position(self, client: str, entry: Deferred[Allocation]) -> int | None:
+        """Return the place of what `allocate` returned in the queue, from 1; None if it is not queued."""
+        return self._queue.position(client, entry)
+
     @property
     def not_ready_reason(self) -> str | None:
         """The reason why a new request could not get a machine, as far as is known; None if it could."""

@@ -10,6 +10,7 @@ from klein import Klein
 from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
+from bfaas import __version__
 from bfaas.coordinator.client_limits import ConcurrencyLimiter, client_key
 from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.ui import serve_page
@@ -64,6 +65,9 @@ bash, more on a busy host. Only a worker that does not respond at all is a failu
 MIN_GRACE = 2.0
 """Seconds that a worker has to start its response even if `MAXREQTIME` is shorter."""
 
+REQUEST_ID = b"Request-Id"
+"""The header with which a client names its request, so that `/status` can tell its place in the queue."""
+
 STARVATION_WINDOW = 60.0
 """Seconds after a queue timeout during which `/readyz` reports 503, unless a request gets a machine."""
 
@@ -80,7 +84,8 @@ class Coordinator:
     """
     The coordinator's HTTP application.
 
-    `wall_clock` returns the time in seconds since the epoch, for auth tokens.
+    `wall_clock` returns the time in seconds since the epoch, for auth tokens. `sandbox` is what separates
+    scripts from each other and from the host, for users to read.
     """
 
     app = Klein()
@@ -96,6 +101,7 @@ class Coordinator:
         worker_client: WorkerClient,
         wall_clock: Callable[[], float],
         runs: RunTracker,
+        sandbox: str,
     ) -> None:
         self._clock = clock
         self._settings = settings
@@ -103,6 +109,7 @@ class Coordinator:
         self._worker_client = worker_client
         self._wall_clock = wall_clock
         self._runs = runs
+        self._sandbox = sandbox
         self._draining = False
         self._last_queue_timeout: float | None = None
         self._limiter = ConcurrencyLimiter(settings.max_per_client)
@@ -135,9 +142,10 @@ class Coordinator:
             message = "too many concurrent requests from this client"
             raise self._rejection(429, message, OutcomeKind.CLIENT_LIMIT)
         run = self._runs.begin(run_id, client)
+        run.request_id = (request.getHeader(REQUEST_ID) or b"").decode("latin-1")
         try:
             self._replay_elsewhere(request, run_request)
-            allocation = await self._allocate(client)
+            allocation = await self._allocate(run)
             self._runs.started(run, allocation.machine.id)
             try:
                 await self._run_on(allocation.machine, request, run_request, run)
@@ -168,25 +176,40 @@ class Coordinator:
 
     @app.route("/status", methods=["GET"])
     def status(self, request: Request) -> bytes:
-        """Return the state of the pool and the queue, and the latest runs, as JSON."""
+        """
+        Return the state of the pool and the queue, and the latest runs, as JSON.
+
+        The argument `request` has the `Request-Id` of a request, whose place in the queue is returned too.
+        """
         settings, pool = self._settings, self._pool
+        queue: dict[str, object] = {
+            "waiting": pool.waiting,
+            "limit": settings.max_queue,
+            "expected_wait_ms": round(1000 * pool.expected_wait),
+        }
+        for request_id in request.args.get(b"request", [])[:1]:
+            queue["position"] = self._queue_position(request_id.decode("latin-1"))
         payload = {
+            "version": __version__,
+            "sandbox": self._sandbox,
             "pool": {
                 "name": settings.machine_id,
                 "size": settings.pool_size,
                 "standby": settings.standby,
                 "machines": {phase.value: count for phase in Phase if (count := pool.count(phase))},
             },
-            "queue": {
-                "waiting": pool.waiting,
-                "limit": settings.max_queue,
-                "expected_wait_ms": round(1000 * pool.expected_wait),
-            },
+            "queue": queue,
             "max_req_time_ms": round(1000 * settings.max_req_time),
             "draining": self._draining,
             "runs": self._runs.status(),
         }
         return text_response(request, json.dumps(payload), "application/json")
+
+    def _queue_position(self, request_id: str) -> int | None:
+        run = self._runs.find(request_id)
+        if run is None or run.queue_entry is None:
+            return None
+        return self._pool.queue_position(run.client, run.queue_entry)
 
     async def drain(self) -> None:
         """Reject new requests, and wait until the active ones have ended."""
@@ -209,19 +232,22 @@ class Coordinator:
             "recent requests timed out in the queue" if is_starved and not pool.count(Phase.READY) else None
         )
 
-    async def _allocate(self, client: str) -> Allocation:
+    async def _allocate(self, run: Run) -> Allocation:
         """Wait for a machine. Raise `RejectedError` if the queue is full, or after `MAXWAIT`."""
         settings = self._settings
         if self._pool.queue_depth_ahead > settings.max_queue:
             raise self._rejection(503, "too many requests are waiting", OutcomeKind.QUEUE_FULL)
+        run.queue_entry = self._pool.allocate(run.client)
         try:
-            allocation = await Deadline(self._clock, settings.max_wait).run(self._pool.allocate(client))
+            allocation = await Deadline(self._clock, settings.max_wait).run(run.queue_entry)
         except DeadlineExceededError:
             self._last_queue_timeout = self._clock.seconds()
             message = f"no worker available within {settings.max_wait:g} s"
             raise self._rejection(503, message, OutcomeKind.QUEUE_TIMEOUT) from None
         except PoolClosedError:
             raise self._rejection(503, "shutting down", OutcomeKind.SHUTTING_DOWN) from None
+        finally:
+            run.queue_entry = None
         self._last_queue_timeout = None
         return allocation
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
+    from bfaas.pool import Allocation
+
 RECENT_RUNS = 50
 """Ended runs that `/status` lists."""
 
@@ -30,7 +32,8 @@ class Run:
 
     `queued_at` is the arrival of the request, `started_at` the allocation of a ready machine, `response_at`
     the start of the worker's response, `first_byte_at` the first byte of that response's body (heartbeats
-    do not count). `done` fires at the end.
+    do not count). `request_id` is the client's name for the request, if any. `queue_entry` is set while the
+    request is in the queue. `done` fires at the end.
     """
 
     id: str
@@ -43,6 +46,8 @@ class Run:
     ended_at: float | None = None
     bytes: int = 0
     outcome: Outcome = _UNKNOWN_FAILURE
+    request_id: str = ""
+    queue_entry: Deferred[Allocation] | None = None
     done: Deferred[None] = field(default_factory=Deferred)
 
 
@@ -134,6 +139,10 @@ class RunTracker:
                 **times,
             )
         run.done.callback(None)
+
+    def find(self, request_id: str) -> Run | None:
+        """Return the active run whose client has given it this name."""
+        return next((run for run in self._active if run.request_id == request_id), None)
 
     async def wait_idle(self) -> None:
         """Wait until all requests that are active now have ended."""

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 class FairQueue(Generic[T]):
     """
-    Queue entries, grouped by client. All operations take constant time.
+    Queue entries, grouped by client. All operations but `position` take constant time.
 
     The next client is the first one in `_clients`. When one of its entries gets a resource, the client moves
     to the end if it has more entries. A client without entries is appended when it enqueues one.
@@ -43,6 +43,20 @@ class FairQueue(Generic[T]):
         self._clients.setdefault(client, OrderedDict())[entry] = None
         self._length += 1
         return entry
+
+    def position(self, client: str, entry: Deferred[T]) -> int | None:
+        """Return 1 for the next entry, 2 for the one after it, and so on; None if it is not queued."""
+        entries = self._clients.get(client, OrderedDict())
+        if entry not in entries:
+            return None
+        turn = list(entries).index(entry) + 1
+        behind = False
+        position = 0
+        for other, queued in self._clients.items():
+            # Clients behind this one have had one turn less when its turn comes.
+            position += min(len(queued), turn - behind)
+            behind = behind or other == client
+        return position
 
     def assign(self, resource: T) -> None:
         """Assign a resource to the next entry. The queue must not be empty."""

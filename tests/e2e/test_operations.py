@@ -12,9 +12,9 @@ import pytest
 import pytest_twisted
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.internet.defer import Deferred, gatherResults
-from twisted.internet.task import deferLater
 
-from tests.e2e.coordinator import Running, reactor, start_coordinator, start_listening, stop
+from bfaas import __version__
+from tests.e2e.coordinator import Running, start_coordinator, start_listening, stop
 from tests.e2e.fly import start_fly
 from tests.support.network import free_port
 from tests.support.waiting import wait_until
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 with_twisted = pytest_twisted.ensureDeferred
 
 
-async def status(coordinator: Running) -> Any:
-    response = await coordinator.get("/status")
+async def status(coordinator: Running, query: str = "") -> Any:
+    response = await coordinator.get(f"/status{query}")
     assert response.status == 200
     assert response.headers["content-type"] == "application/json"
     return json.loads(response.body)
@@ -55,9 +55,16 @@ async def test_status_has_the_pool_the_queue_and_the_latest_runs() -> None:
     assert payload["runs"] == {"running": 0, "recent": []}
 
     busy = await coordinator.begin("echo started; sleep 1000")
-    waiting = Deferred.fromCoroutine(coordinator.run("exit 3"))
-    await deferLater(reactor, 0.3)
+    waiting = Deferred.fromCoroutine(coordinator.run("exit 3", headers={"Request-Id": "mine"}))
+
+    async def is_queued() -> bool:
+        return bool((await status(coordinator, "?request=mine"))["queue"]["position"] == 1)
+
+    await wait_until(is_queued)
+    assert (await status(coordinator, "?request=other"))["queue"]["position"] is None
     payload = await status(coordinator)
+    assert payload["queue"].keys() == {"waiting", "limit", "expected_wait_ms"}
+    assert (payload["version"], payload["sandbox"] in ("bubblewrap", "none")) == (__version__, True)
     assert payload["pool"]["machines"] == {"running": 1}
     assert (payload["queue"]["waiting"], payload["runs"]["running"]) == (1, 1)
     busy.leave()

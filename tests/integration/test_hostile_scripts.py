@@ -360,7 +360,13 @@ def compose(machines: LocalMachines, port: int, env: dict[str, str]) -> CoordSer
     template = replace(config.template, env={**config.template.env, **env})
     pool = Pool(machines, proxy, reactor, SystemRandom(), replace(config, template=template))
     coordinator = Coordinator(
-        reactor, settings, pool, proxy, time.time, RunTracker(reactor, time.time, SystemRandom())
+        reactor,
+        settings,
+        pool,
+        proxy,
+        time.time,
+        RunTracker(reactor, time.time, SystemRandom()),
+        sandbox="none",
     )
     site = BoundedSite(reactor, coordinator.app.resource(), settings.max_body)
     listener = listening(f"tcp:{port}:interface=127.0.0.1", site, reactor)

@@ -185,7 +185,7 @@ MUTANTS = [
     Mutation(
         "coordinator.app:Coordinator._allocate",
         "raise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
-        "self._limiter.acquire(client)\nraise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
+        "self._limiter.acquire(run.client)\nraise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
         "a rejected client keeps a part of its quota",
     ),
     Mutation(
@@ -373,8 +373,8 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.app:Coordinator._allocate",
-        "Deadline(self._clock, _1).run(self._pool.allocate(_2))",
-        "self._pool.allocate(_2)",
+        "Deadline(self._clock, _1).run(run.queue_entry)",
+        "run.queue_entry",
         "a request is queued forever",
     ),
     Mutation(

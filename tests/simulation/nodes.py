@@ -109,6 +109,7 @@ class Node:
             worker_client,
             self._wall_clock,
             RunTracker(self.clock, self._wall_clock, Random(0)),
+            sandbox="none",
         )
 
     def __str__(self) -> str:

@@ -52,6 +52,21 @@ class FairQueueTests(SynchronousTestCase):
 
         self.assertEqual(["a0", "b0", "c0", "a1", "b1", "a2", "a3"], self.assign(7))
 
+    @given(st.lists(st.sampled_from("abc"), max_size=12), st.integers(0, 12))
+    def test_position_is_the_number_of_assignments_until_the_entry_has_its_resource(
+        self, clients: list[str], assigned: int
+    ) -> None:
+        queue: FairQueue[int] = FairQueue()
+        entries = [(client, queue.enqueue(client)) for client in clients]
+        for number in range(min(assigned, len(entries))):
+            queue.assign(number)
+        positions = [queue.position(*entry) for entry in entries]
+        for number in range(len(queue)):
+            queue.assign(-number - 1)
+
+        found = [self.successResultOf(entry) for _, entry in entries]
+        self.assertEqual([None if number >= 0 else -number for number in found], positions)
+
     def test_many_requests_of_one_client_delay_another_by_one(self) -> None:
         self.enqueue("many", 1000)
         self.assign(500)
