@@ -1,7 +1,11 @@
 // The page: its controls, and the state of the current run.
 
 import {byId, descriptionItem} from "./dom.js";
+import {Downloads} from "./downloads.js";
+import {Editor} from "./editor.js";
+import {History, load, store} from "./history.js";
 import {PoolView, duration, limitText} from "./pool.js";
+import {FieldError, RequestFields, curlCommand, requestBody, size} from "./request.js";
 import {RunError, runScript} from "./run.js";
 import {Terminal} from "./terminal.js";
 
@@ -37,28 +41,43 @@ const REASONS = {
   "not-started": "Bash could not be started",
 };
 
-const script = byId("script");
-const pool = new PoolView();
+const editor = new Editor(byId("script"), byId("line-numbers"));
+const fields = new RequestFields(changed);
+const history_ = new History(edit);
+const downloads = new Downloads(byId("downloads"));
+const pool = new PoolView(showTimes);
 const terminal = new Terminal(byId("output"), showDropped);
 let current = null; // the active run
+let latest = null; // the run whose result is shown, until its times are known
 
 // Running
 
 async function start() {
   if (current !== null) return;
-  const run = (current = {abort: new AbortController(), sentAt: performance.now(), startedAt: null, details: []});
+  const run = (current = {
+    abort: new AbortController(),
+    name: randomName(),
+    request: {script: editor.text, ...fields.values},
+    sentAt: performance.now(),
+    startedAt: null,
+    details: {},
+  });
+  latest = null;
   switchButtons(true);
   terminal.clear();
+  downloads.clear();
+  byId("output").dataset.placeholder = "";
   for (const id of ["details", "problem"]) byId(id).hidden = true;
   announce("Waiting for a machine.");
   run.ticker = setInterval(() => showProgress(run), 100);
   showProgress(run);
-  pool.busy = true;
-  pool.refresh();
   try {
-    const exit = await runScript(script.value, run.abort.signal, {
+    const {body, headers} = await requestBody(editor.text, fields.values, fields.files);
+    pool.follow(run.name);
+    const exit = await runScript({body, headers: {...headers, "Request-Id": run.name}}, run.abort.signal, {
       started: (headers) => started(run, headers),
       output: (stream, text) => terminal.write(stream, text),
+      file: (data) => downloads.add(data),
     });
     finished(run, exit);
   } catch (error) {
@@ -67,44 +86,69 @@ async function start() {
   } finally {
     clearInterval(run.ticker);
     current = null;
+    latest = run;
+    run.entry = {request: run.request, state: byId("state").dataset.state, result: run.result, endedAt: Date.now()};
+    history_.add(run.entry);
+    byId("output").dataset.placeholder = "No output.";
     switchButtons(false);
-    pool.busy = false;
-    pool.refresh();
+    pool.unfollow();
   }
+}
+
+/** A name that no other request has. `crypto.randomUUID` is for secure contexts only. */
+function randomName() {
+  return Array.from(crypto.getRandomValues(new Uint32Array(4)), (number) => number.toString(16).padStart(8, "0")).join("");
 }
 
 function started(run, headers) {
   run.startedAt = performance.now();
-  run.details.push(["Waited", duration(run.startedAt - run.sentAt)]);
-  run.ids = [["Machine", headers.get("Worker")], ["Run ID", headers.get("Run-Id")]];
+  run.id = headers.get("Run-Id");
+  run.details["Machine"] = headers.get("Worker");
+  run.details["Run ID"] = run.id;
   announce("Running.");
   showProgress(run);
+}
+
+/**
+ * Shows how long the latest run waited and ran, as the coordinator has measured it: the list of recent runs has
+ * the same values.
+ */
+function showTimes(status) {
+  if (latest === null) return;
+  const measured = status.runs.recent.find((run) => run.id === latest.id);
+  if (!measured) return;
+  Object.assign(latest.details, {"Waited": duration(measured.wait_ms), "Ran": duration(measured.run_ms)});
+  showDetails(latest);
+  history_.setTimes(latest.entry, measured.wait_ms, measured.run_ms);
+  latest = null;
 }
 
 function showProgress(run) {
   const elapsed = performance.now() - (run.startedAt ?? run.sentAt);
   const time = `${(elapsed / 1000).toFixed(1)} s`;
-  const waiting = pool.latest?.queue.waiting;
-  const queue = waiting ? ` · ${waiting} in the queue` : "";
+  const {position, waiting} = pool.latest?.queue ?? {};
+  const queue = position ? ` · ${position} of ${waiting} in the queue` : "";
   if (run.startedAt === null) showState("waiting", `Waiting for a machine… ${time}${queue}`);
   else showState("running", `Running… ${time}`);
 }
 
 function finished(run, exit) {
   const good = exit.code === 0 && !exit.reason;
-  const ran = exit.wall_ms ?? performance.now() - run.startedAt;
-  const result = resultText(exit, good, ran);
+  const result = resultText(exit, good, exit.wall_ms);
   const signal = exit.signal ? ` (${exit.signal})` : "";
-  showState(good ? "good" : "bad", `${result} · exit code ${exit.code}${signal}`);
-  run.details.unshift(["Exit code", String(exit.code)]);
-  showDetails(run, [
-    ["Signal", exit.signal],
-    ["Reason", exit.reason],
-    ["Ran", duration(ran)],
-    ["CPU time", exit.cpu_ms === undefined ? null : duration(exit.cpu_ms)],
-    ["Memory", exit.max_rss_kb === undefined ? null : size(1024 * exit.max_rss_kb)],
-    ["Truncated", exit.truncated ? `yes, the output limit dropped ${size(exit.dropped_bytes ?? 0)}` : null],
-  ]);
+  showResult(run, good ? "good" : "bad", `${result} · exit code ${exit.code}${signal}`);
+  run.details = {
+    "Exit code": String(exit.code),
+    "Signal": exit.signal,
+    "Reason": exit.reason,
+    "Waited": null, // later, see showTimes
+    "Ran": null,
+    "CPU time": exit.cpu_ms === undefined ? null : duration(exit.cpu_ms),
+    "Memory": exit.max_rss_kb === undefined ? null : size(1024 * exit.max_rss_kb),
+    "Truncated": exit.truncated ? `yes, the output limit dropped ${size(exit.dropped_bytes ?? 0)}` : null,
+    ...run.details,
+  };
+  showDetails(run);
   const {stdout, stderr} = terminal.lines;
   announce(`${result}. Exit code ${exit.code}${signal}. ${stdout + stderr} lines of output, ${stderr} on standard error.`);
 }
@@ -117,18 +161,18 @@ function resultText(exit, good, ran) {
 }
 
 function cancelled(run) {
-  showState("cancelled", `Cancelled after ${duration(performance.now() - run.sentAt)}`);
-  if (run.startedAt !== null) showDetails(run, []);
+  showResult(run, "cancelled", `Cancelled after ${duration(performance.now() - run.sentAt)}`);
+  if (run.startedAt !== null) showDetails(run);
   announce(run.startedAt === null ? "Cancelled." : "Cancelled. The script was stopped.");
 }
 
 function failed(run, error) {
-  if (!(error instanceof RunError)) console.error(error);
-  showState("bad", run.startedAt === null ? "Not run" : "Interrupted");
+  if (!(error instanceof RunError || error instanceof FieldError)) console.error(error);
+  showResult(run, "bad", run.startedAt === null ? "Not run" : "Interrupted");
   const retry = error.retryAfter === undefined || error.retryAfter === null ? "" : ` Try again in ${error.retryAfter} s.`;
   byId("problem").textContent = sentence(error.message) + retry;
   byId("problem").hidden = false;
-  if (run.startedAt !== null) showDetails(run, []);
+  if (run.startedAt !== null) showDetails(run);
   announce(byId("problem").textContent);
 }
 
@@ -139,8 +183,13 @@ function showState(name, text) {
   byId("state").textContent = text;
 }
 
-function showDetails(run, more) {
-  const details = [...run.details, ...more, ...run.ids].filter(([, value]) => value);
+function showResult(run, state, text) {
+  run.result = text;
+  showState(state, text);
+}
+
+function showDetails(run) {
+  const details = Object.entries(run.details).filter(([, value]) => value);
   byId("details").replaceChildren(...details.map(([term, value]) => descriptionItem(term, value)));
   byId("details").hidden = false;
 }
@@ -165,15 +214,29 @@ function switchButtons(running) {
   if (focused === byId(running ? "run" : "cancel")) byId(running ? "cancel" : "run").focus();
 }
 
-function size(bytes) {
-  if (bytes < 1000) return `${bytes} bytes`;
-  if (bytes < 999_500) return `${(bytes / 1e3).toPrecision(3)} kB`;
-  return `${(bytes / 1e6).toPrecision(3)} MB`;
-}
-
 const sentence = (text) => (/[.?!]$/.test(text) ? text : `${text}.`);
 
-// Links and the curl command
+// The form, links and the curl command
+
+/** Fills the form with a request. */
+function edit({script, ...values}) {
+  editor.text = script;
+  fields.values = values;
+  byId("examples").value = "";
+  byId("from-link").hidden = true;
+  byId("script").focus();
+}
+
+/** The form was changed, by the user or the page. */
+function changed() {
+  store("draft", {script: editor.text, ...fields.values});
+  byId("command").textContent = commandText();
+}
+
+function commandText() {
+  const address = new URL("run", location.href);
+  return curlCommand(address.origin + address.pathname, editor.text, fields.values, fields.files);
+}
 
 function encode(text) {
   const bytes = new TextEncoder().encode(text);
@@ -192,27 +255,13 @@ function readLink() {
   if (!location.hash.startsWith("#script=")) return;
   const notice = byId("from-link");
   try {
-    setScript(decode(location.hash.slice("#script=".length)));
+    editor.text = decode(location.hash.slice("#script=".length));
+    changed();
     notice.textContent = "This script came with the link you opened. Read it before you run it.";
   } catch {
     notice.textContent = "The link you opened is damaged: its script cannot be decoded.";
   }
   notice.hidden = false;
-}
-
-function setScript(text) {
-  script.value = text;
-  showCommand();
-}
-
-/** The curl command for the script, quoted for a shell: each single quote becomes '\''. */
-function curlCommand() {
-  const address = new URL("run", location.href);
-  return `curl -sN '${address.origin}${address.pathname}' --data-raw '${script.value.replaceAll("'", "'\\''")}'`;
-}
-
-function showCommand() {
-  byId("command").textContent = curlCommand();
 }
 
 async function copy(button, text) {
@@ -247,12 +296,13 @@ async function toClipboard(text) {
 for (const name of Object.keys(EXAMPLES)) byId("examples").append(new Option(name, name));
 byId("examples").addEventListener("change", ({target}) => {
   if (!target.value) return;
-  setScript(EXAMPLES[target.value]);
+  editor.text = EXAMPLES[target.value];
   byId("from-link").hidden = true;
+  changed();
 });
-script.addEventListener("input", () => {
+byId("script").addEventListener("input", () => {
   byId("examples").value = "";
-  showCommand();
+  changed();
 });
 byId("run").addEventListener("click", start);
 byId("cancel").addEventListener("click", () => current?.abort.abort());
@@ -262,13 +312,16 @@ document.addEventListener("keydown", (event) => {
   start();
 });
 byId("link").addEventListener("click", ({currentTarget}) => {
-  history.replaceState(null, "", `#script=${encode(script.value)}`);
+  history.replaceState(null, "", `#script=${encode(editor.text)}`);
   copy(currentTarget, location.href);
 });
-byId("curl").addEventListener("click", ({currentTarget}) => copy(currentTarget, curlCommand()));
+byId("curl").addEventListener("click", ({currentTarget}) => copy(currentTarget, commandText()));
 window.addEventListener("hashchange", readLink);
 
-if (!script.value) script.value = EXAMPLES.Hello;
+const draft = load("draft");
+if (typeof draft?.script === "string") edit(draft);
+else editor.text = EXAMPLES.Hello;
+document.activeElement?.blur();
 readLink();
-showCommand();
+changed();
 pool.start();

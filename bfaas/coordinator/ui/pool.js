@@ -2,7 +2,9 @@
 
 import {byId, descriptionItem, element} from "./dom.js";
 
-// Milliseconds between two polls: during a run, otherwise, and for a coordinator without /status.
+// Milliseconds between two polls: just after a run, while something changes, otherwise, and for a coordinator
+// without /status.
+const QUICK_INTERVAL = 250;
 const BUSY_INTERVAL = 1000;
 const IDLE_INTERVAL = 4000;
 const NO_STATUS_INTERVAL = 60_000;
@@ -21,12 +23,45 @@ const PHASES = {
   destroying: "being removed",
 };
 
-/** Keeps the view up to date. The page sets `busy` during a run; `latest` is the last status, or null. */
+// Milliseconds after a run during which its machine is usually wiped.
+const WIPE_TIME = 1500;
+
+const SETTLED = ["stopped", "ready", "suspended"];
+const SANDBOXES = {
+  "virtual machine": "Each script runs in a virtual machine of its own.",
+  "bubblewrap": "Sandbox: bubblewrap, without a network.",
+  "none": "No sandbox: scripts can read files of this host and reach its network.",
+};
+
+/**
+ * Keeps the view up to date. `latest` is the last status, or null. During a run, `request` is its Request-Id.
+ *
+ * `onStatus(status)` is called for each status.
+ */
 export class PoolView {
-  busy = false;
   latest = null;
+  #onStatus;
+  #request = null;
+  #quickUntil = 0;
   #timer = null;
   #requests = 0;
+
+  constructor(onStatus) {
+    this.#onStatus = onStatus;
+  }
+
+  /** Polls more often, and for the position of a request, from now on. */
+  follow(request) {
+    this.#request = request;
+    this.refresh();
+  }
+
+  /** The run has ended: polls often until its machine is wiped. */
+  unfollow() {
+    this.#request = null;
+    this.#quickUntil = performance.now() + WIPE_TIME;
+    this.refresh();
+  }
 
   start() {
     document.addEventListener("visibilitychange", () => this.refresh());
@@ -40,13 +75,15 @@ export class PoolView {
     const number = (this.#requests += 1);
     let interval = IDLE_INTERVAL;
     try {
-      const response = await fetchStatus();
+      const response = await fetchStatus(this.#request);
       if (response.status === 404) interval = NO_STATUS_INTERVAL;
       if (!response.ok) throw new Error(`the coordinator responded with status ${response.status}`);
       const status = await response.json();
       if (number !== this.#requests) return;
       this.latest = status;
       show(status);
+      this.#onStatus(status);
+      interval = this.#interval(status);
     } catch (error) {
       if (number !== this.#requests) return;
       this.latest = null;
@@ -56,14 +93,20 @@ export class PoolView {
           ? "This coordinator does not report its machines."
           : `Not available: ${error.message}.`;
     }
-    if (interval === IDLE_INTERVAL && this.busy) interval = BUSY_INTERVAL;
     this.#timer = setTimeout(() => this.refresh(), interval);
+  }
+
+  #interval({pool, queue}) {
+    const changing = queue.waiting || Object.keys(pool.machines).some((phase) => !SETTLED.includes(phase));
+    if (changing && performance.now() < this.#quickUntil) return QUICK_INTERVAL;
+    return changing || this.#request !== null ? BUSY_INTERVAL : IDLE_INTERVAL;
   }
 }
 
-async function fetchStatus() {
+async function fetchStatus(request) {
+  const query = request === null ? "" : `?request=${encodeURIComponent(request)}`;
   try {
-    return await fetch("status", {cache: "no-store", signal: AbortSignal.timeout(10_000)});
+    return await fetch(`status${query}`, {cache: "no-store", signal: AbortSignal.timeout(10_000)});
   } catch {
     throw new Error("the coordinator could not be reached");
   }
@@ -81,7 +124,10 @@ export function duration(ms) {
 /** Formats a limit in milliseconds, without trailing zeros. */
 export const limitText = (ms) => duration(ms).replace(/(\.\d*?)0+ s$/, "$1 s").replace(". s", " s");
 
-function show({pool, queue, runs, max_req_time_ms: limit, draining}) {
+function show({version, sandbox, pool, queue, runs, max_req_time_ms: limit, draining}) {
+  byId("version").textContent = `bfaas ${version}`;
+  byId("sandbox").textContent = SANDBOXES[sandbox] ?? `Sandbox: ${sandbox}.`;
+  byId("sandbox").className = sandbox === "none" ? "notice" : "hint";
   byId("pool").hidden = false;
   const standby = pool.standby ? `, ${pool.standby} kept ready` : "";
   byId("pool-state").textContent = draining

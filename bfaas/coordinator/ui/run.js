@@ -9,11 +9,12 @@ export class RunError extends Error {
 }
 
 /**
- * Runs a script. Calls `started(headers)` once, then `output(stream, text)` for each piece of output; resolves
- * with the exit. Rejects with a RunError, or with an AbortError if `signal` is aborted.
+ * Sends a request with a body and headers. Calls `started(headers)` once, then `output(stream, text)` for each
+ * piece of output and `file(data)` for each piece of a file; resolves with the exit. Rejects with a RunError, or
+ * with an AbortError if `signal` is aborted.
  */
-export async function runScript(script, signal, {started, output}) {
-  const response = await send(script, signal);
+export async function runScript(request, signal, {started, output, file}) {
+  const response = await send(request, signal);
   if (!response.ok) throw await httpError(response);
   started(response.headers);
   let exit = null;
@@ -21,6 +22,7 @@ export async function runScript(script, signal, {started, output}) {
     for await (const [name, data] of events(response.body)) {
       if (name === "exit") exit = data;
       else if (name === "stdout" || name === "stderr") output(name, data);
+      else if (name === "file") file(data);
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
@@ -31,9 +33,9 @@ export async function runScript(script, signal, {started, output}) {
   return exit;
 }
 
-async function send(script, signal) {
+async function send({body, headers}, signal) {
   try {
-    return await fetch("run", {method: "POST", body: script, signal, cache: "no-store"});
+    return await fetch("run", {method: "POST", body, headers, signal, cache: "no-store"});
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new RunError("The coordinator could not be reached. Is it running, and are you online?");
