@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 import pytest_twisted
+from twisted.internet.defer import Deferred
+from twisted.internet.utils import getProcessOutput
 
+from bfaas import __version__
 from tests.e2e import chromium
-from tests.e2e.coordinator import Running, start_coordinator, stop
+from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from playwright.sync_api import Page
 
 with_twisted = pytest_twisted.ensureDeferred
 
@@ -23,6 +30,7 @@ needs_chromium = pytest.mark.skipif(
     chromium.PROGRAM is None and "CI" not in os.environ, reason="chromium is not installed"
 )
 
+TERMINAL = "document.querySelector('#output')"
 STATE, OUTPUT = "document.querySelector('#state').textContent", "document.querySelector('#output').innerText"
 
 
@@ -60,10 +68,20 @@ async def test_output_is_shown_as_it_arrives_and_then_the_result() -> None:
         await browser.wait_until(f"{STATE}.startsWith('Failed')")
         assert "exit code 3" in await browser.text("#state")
         assert (await browser.text("#output")).rstrip().endswith("last")
-        details = await browser.text("#details")
-        for name in ("Exit code", "Waited", "Ran", "Machine", "Run ID"):
-            assert name in details
-        await browser.wait_until("document.querySelector('#recent tbody').innerText.includes('exit 3')")
+        await browser.wait_until("document.querySelector('#details').innerText.includes('Ran')")
+        details = await browser.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('#details div')].map((item) =>"
+            " [item.children[0].textContent, item.children[1].textContent]))"
+        )
+        assert list(details) == ["Exit code", "Waited", "Ran", "CPU time", "Machine", "Run ID"]
+        # Each place shows the same times.
+        row = await browser.evaluate(
+            "[...document.querySelectorAll('#recent tbody tr:first-child td')]"
+            ".map((cell) => cell.textContent)"
+        )
+        assert row[1:] == ["exit 3", details["Waited"], details["Ran"]]
+        history = await browser.text("#runs small")
+        assert history.endswith(f"waited {details['Waited']} · ran {details['Ran']}")
         assert "1 running" not in await browser.text("#phases")
     assert await stop(coordinator) == 0
 
@@ -165,6 +183,9 @@ async def test_page_works_with_the_keyboard_and_on_a_phone() -> None:
         await browser.do(lambda page: page.keyboard.press("Control+Enter"))
         await browser.wait_until(f"{STATE}.startsWith('Done')")
         await browser.do(lambda page: page.keyboard.press("Tab"))
+        assert await browser.evaluate(focused) == "script"
+        for key in ("Escape", "Tab", "Tab"):
+            await browser.do(partial(_press, key=key))
         assert await browser.evaluate(focused) == "run"
 
         await browser.do(lambda page: page.fill("#script", "sleep 1000"))
@@ -181,6 +202,137 @@ async def test_page_works_with_the_keyboard_and_on_a_phone() -> None:
         await browser.do(lambda page: page.set_viewport_size({"width": 390, "height": 844}))
         assert await browser.evaluate("document.documentElement.scrollWidth") == 390
         assert await browser.evaluate("document.querySelector('#script').offsetWidth") > 300
+        widths = await browser.evaluate(
+            "['run', 'cancel'].map((id) => document.getElementById(id).offsetWidth)"
+        )
+        assert widths[0] == widths[1] > 150
+    assert await stop(coordinator) == 0
+
+
+def _press(page: Page, key: str) -> None:
+    page.keyboard.press(key)
+
+
+@needs_chromium
+@with_twisted
+async def test_tab_indents_lines_and_can_be_undone() -> None:
+    coordinator = await start_coordinator()
+    async with page_of(coordinator) as browser:
+
+        async def press(*keys: str) -> str:
+            for key in keys:
+                await browser.do(partial(_press, key=key))
+            return await browser.do(lambda page: page.input_value("#script"))
+
+        await browser.do(lambda page: page.fill("#script", "for i in 1 2; do\necho $i\n\ndone"))
+        numbers = await browser.evaluate("document.querySelector('#line-numbers').textContent")
+        assert numbers == "1\n2\n3\n4"
+        assert await press("Control+Home", "Shift+Tab") == "for i in 1 2; do\necho $i\n\ndone"
+        assert await press("ArrowDown", "Tab") == "for i in 1 2; do\n  echo $i\n\ndone"
+        assert await press("Control+z") == "for i in 1 2; do\necho $i\n\ndone"
+        indented = "  for i in 1 2; do\n  echo $i\n\n  done"
+        assert await press("Control+a", "Tab") == indented
+        assert await press("Tab") == "    for i in 1 2; do\n    echo $i\n\n    done"
+        assert await press("Shift+Tab", "Shift+Tab", "Shift+Tab") == "for i in 1 2; do\necho $i\n\ndone"
+        # The first two lines without the third, at whose beginning the selection ends.
+        assert await press("Control+Home", "Shift+ArrowDown", "Shift+ArrowDown", "Tab") == (
+            "  for i in 1 2; do\n  echo $i\n\ndone"
+        )
+    assert await stop(coordinator) == 0
+
+
+@needs_chromium
+@with_twisted
+async def test_input_variables_and_time_limit_are_sent_and_the_curl_command_does_the_same() -> None:
+    coordinator = await start_coordinator(MAXREQTIME="20s")
+    async with page_of(coordinator) as browser:
+        await browser.do(lambda page: page.click("#options summary"))
+        await browser.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
+        await browser.do(lambda page: page.fill("#env", "GREETING=a=b c\n\nEMPTY="))
+        await browser.do(lambda page: page.fill("#timeout", "1.5s"))
+        await run(browser, 'cat; echo "$GREETING,$EMPTY."; sleep 1000')
+        await browser.wait_until(f"{STATE}.startsWith('Timed out after')")
+        assert (await browser.text("#output")).split() == ["it's", "input", "a=b", "c,."]
+        assert await browser.text("#options-summary") == "(input, 2 variables, at most 1.5s)"
+
+        command = await browser.evaluate("document.querySelector('#command').textContent")
+        shown = (await getProcessOutput("bash", ["-c", command], os.environ, reactor=reactor)).decode()
+        pieces = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith('data: "')]
+        assert "".join(pieces) == "it's\ninput\na=b c,.\n"
+        assert '"reason": "timeout"' in shown
+
+        await browser.do(lambda page: page.fill("#env", "no equals sign"))
+        await run(browser, "true")
+        await browser.wait_until("!document.querySelector('#problem').hidden")
+        assert "NAME=value" in await browser.text("#problem")
+        await browser.do(lambda page: page.fill("#env", ""))
+        await browser.do(lambda page: page.fill("#timeout", "soon"))
+        await run(browser, "true")
+        await browser.wait_until("document.querySelector('#problem').textContent.startsWith('400: ')")
+    assert await stop(coordinator) == 0
+
+
+@needs_chromium
+@with_twisted
+async def test_history_survives_a_reload_and_is_not_sent() -> None:
+    coordinator = await start_coordinator()
+    async with page_of(coordinator) as browser:
+        sent: list[tuple[str, str | None]] = []
+        await browser.do(
+            lambda page: page.on("request", lambda each: sent.append((each.method, each.post_data)))
+        )
+        placeholder = f"getComputedStyle({TERMINAL}, '::before').content"
+        assert "appears here" in await browser.evaluate(placeholder)
+        await browser.do(lambda page: page.click("#options summary"))
+        await browser.do(lambda page: page.fill("#env", "A=first"))
+        await run(browser, "echo $A\nexit 4")
+        await browser.wait_until(f"{STATE}.startsWith('Failed')")
+        await browser.do(lambda page: page.fill("#env", ""))
+        await run(browser, "true")
+        await browser.wait_until(f"{STATE}.startsWith('Done')")
+        assert await browser.evaluate(placeholder) == '"No output."'
+
+        await browser.do(lambda page: page.fill("#script", "a draft"))
+        await browser.do(lambda page: page.reload())
+        assert await browser.do(lambda page: page.input_value("#script")) == "a draft"
+        runs = await browser.evaluate(
+            "[...document.querySelectorAll('#runs li')].map((item) =>"
+            " [...item.children].slice(0, 2).map((part) => part.textContent))"
+        )
+        assert runs == [["true", "Done · exit code 0"], ["echo $A …", "Failed · exit code 4"]]
+
+        await browser.do(lambda page: page.click("#runs li:nth-child(2) button"))
+        assert await browser.do(lambda page: page.input_value("#script")) == "echo $A\nexit 4"
+        assert await browser.do(lambda page: page.input_value("#env")) == "A=first"
+        await browser.do(lambda page: page.click("#clear-history"))
+        await browser.do(lambda page: page.reload())
+        assert not await browser.do(lambda page: page.is_visible("#history"))
+        assert [body for method, body in sent if body] == [
+            json.dumps({"script": "echo $A\nexit 4", "env": {"A": "first"}}, separators=(",", ":")),
+            "true",
+        ]
+    assert await stop(coordinator) == 0
+
+
+@needs_chromium
+@with_twisted
+async def test_position_in_the_queue_is_shown_and_the_panel_follows_the_run() -> None:
+    coordinator = await start_coordinator(POOLSIZE="1")
+    busy = await coordinator.begin("echo started; sleep 1000")
+    others = [Deferred.fromCoroutine(coordinator.run("true")) for _ in range(2)]
+    async with page_of(coordinator) as browser:
+        await browser.wait_until("document.querySelector('#queue').innerText.includes('2 of')")
+        await run(browser, "true")
+        await browser.wait_until(f"{STATE}.endsWith('3 of 3 in the queue')")
+        busy.leave()
+        await browser.wait_until(f"{STATE}.startsWith('Done')")
+        # The machine is wiped within moments, and the panel shows it.
+        await browser.wait_until("!document.querySelector('#phases').innerText.includes('running')")
+        for other in others:
+            await other
+        sandbox, version = await browser.text("#sandbox"), await browser.text("#version")
+        assert "andbox" in sandbox
+        assert version == f"bfaas {__version__}"
     assert await stop(coordinator) == 0
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-SEEDS = 2000
+SEEDS = 4000
 """Episodes within which a mutant must be noticed."""
 
 _COLLECT_EVERY = 256  # episodes between two garbage collections
