@@ -1,7 +1,6 @@
 // The page: its controls, and the state of the current run.
 
 import {byId, descriptionItem} from "./dom.js";
-import {Downloads} from "./downloads.js";
 import {Editor} from "./editor.js";
 import {History, load, store} from "./history.js";
 import {PoolView, duration, limitText} from "./pool.js";
@@ -44,7 +43,6 @@ const REASONS = {
 const editor = new Editor(byId("script"), byId("line-numbers"));
 const fields = new RequestFields(changed);
 const history_ = new History(edit);
-const downloads = new Downloads(byId("downloads"));
 const pool = new PoolView(showTimes);
 const terminal = new Terminal(byId("output"), showDropped);
 let current = null; // the active run
@@ -65,19 +63,17 @@ async function start() {
   latest = null;
   switchButtons(true);
   terminal.clear();
-  downloads.clear();
   byId("output").dataset.placeholder = "";
   for (const id of ["details", "problem"]) byId(id).hidden = true;
   announce("Waiting for a machine.");
   run.ticker = setInterval(() => showProgress(run), 100);
   showProgress(run);
   try {
-    const {body, headers} = await requestBody(editor.text, fields.values, fields.files);
+    const {body, headers} = requestBody(editor.text, fields.values);
     pool.follow(run.name);
     const exit = await runScript({body, headers: {...headers, "Request-Id": run.name}}, run.abort.signal, {
       started: (headers) => started(run, headers),
       output: (stream, text) => terminal.write(stream, text),
-      file: (data) => downloads.add(data),
     });
     finished(run, exit);
   } catch (error) {
@@ -235,7 +231,7 @@ function changed() {
 
 function commandText() {
   const address = new URL("run", location.href);
-  return curlCommand(address.origin + address.pathname, editor.text, fields.values, fields.files);
+  return curlCommand(address.origin + address.pathname, editor.text, fields.values);
 }
 
 function encode(text) {
