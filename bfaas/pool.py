@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from random import Random
 
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
     from bfaas.pooling.lifecycle import ReadinessProbe
     from bfaas.pooling.scheduler import Inspected
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 _OCCUPIED = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
 """Phases of slots that cannot serve a request before their present use is over."""
+
+_STANDBY_DELAY = 0.01
+"""Seconds after a request in which no machine starts for standby: the request is sent to its worker first."""
 
 _TURNAROUND_WINDOW = 5
 """The weight of the latest turnaround in the mean is 1/5, or more while there are fewer than five."""
@@ -93,6 +96,7 @@ class Pool(Scheduler):
         self._closing = False
         self._destroying = False
         delays = JitteredBackoff(clock, random)
+        self._standby_timer: IDelayedCall | None = None
         self._create_backoff = Backoff(clock, delays, self.rebalance)
         self._standby_backoff = Backoff(clock, delays, self.rebalance)
         self._lifecycle = MachineLifecycle(api, probe, clock, delays, config)
@@ -170,8 +174,14 @@ class Pool(Scheduler):
         Fails with `PoolClosedError` when the pool closes first.
         """
         entry = self._queue.enqueue(client)
+        if self._config.standby and self._standby_timer is None:
+            self._standby_timer = self._clock.callLater(_STANDBY_DELAY, self._replace_standby)
         self.rebalance()
         return entry
+
+    def _replace_standby(self) -> None:
+        self._standby_timer = None
+        self.rebalance()
 
     async def close(self) -> None:
         """Stop every machine, for the pool's next instance to adopt. Waits for running requests."""
@@ -180,6 +190,8 @@ class Pool(Scheduler):
         self._reconciler.close()
         self._create_backoff.close()
         self._standby_backoff.close()
+        if self._standby_timer is not None:
+            self._standby_timer.cancel()
         self._queue.close(PoolClosedError)
         for slot in list(self._slots):
             slot.wake(wanted=False)
@@ -265,7 +277,7 @@ class Pool(Scheduler):
         constraints = Constraints(
             machines_known=self._machines_known,
             create_backoff=self._create_backoff.active,
-            standby_backoff=self._standby_backoff.active,
+            standby_backoff=self._standby_backoff.active or self._standby_timer is not None,
             rate_limited=self._create_rate_limited,
         )
         states = [_state(slot) for slot in self._slots]

@@ -114,6 +114,15 @@ class StartTests(PartsCase):
         self.assertEqual([State.STARTED], self.states())
         self.assertGreater(self.lease_left(slot), 290)
 
+    def test_lease_is_extended_about_once_per_minute(self) -> None:
+        slot = self.ready_slot()
+        for seconds, extensions in ((30, 0), (35, 1), (30, 1)):
+            self.result_of(self.lifecycle.stop(slot))
+            self.advance(seconds)
+            self.result_of(self.lifecycle.start(slot))
+
+            self.assertEqual(extensions, self.api.count("refresh_lease"))
+
     def test_start_right_after_a_stop_is_retried(self) -> None:
         slot = self.ready_slot()
         stopping = self.start(self.lifecycle.stop(slot))
