@@ -72,7 +72,7 @@ STARVATION_WINDOW = 60.0
 """Seconds after a queue timeout during which `/readyz` reports 503, unless a request gets a machine."""
 
 
-class RejectedError(HTTPError):
+class RunRejectedError(HTTPError):
     """A request is answered with this error; `kind` is its outcome."""
 
     def __init__(self, code: int, message: str, kind: OutcomeKind, retry_after: str | None = None) -> None:
@@ -130,7 +130,7 @@ class Coordinator:
             raise
         try:
             await self._run(request, run_request, run_id)
-        except RejectedError as error:
+        except RunRejectedError as error:
             self._runs.rejected(error.kind)
             raise
 
@@ -151,7 +151,7 @@ class Coordinator:
                 await self._run_on(allocation.machine, request, run_request, run)
             finally:
                 allocation.release()
-        except RejectedError as error:
+        except RunRejectedError as error:
             run.outcome = Outcome(error.kind)
             raise
         except CancelledError:
@@ -233,7 +233,7 @@ class Coordinator:
         )
 
     async def _allocate(self, run: Run) -> Allocation:
-        """Wait for a machine. Raise `RejectedError` if the queue is full, or after `MAXWAIT`."""
+        """Wait for a machine. Raise `RunRejectedError` if the queue is full, or after `MAXWAIT`."""
         settings = self._settings
         if self._pool.queue_depth_ahead > settings.max_queue:
             raise self._rejection(503, "too many requests are waiting", OutcomeKind.QUEUE_FULL)
@@ -253,7 +253,7 @@ class Coordinator:
 
     def _replay_elsewhere(self, request: Request, run_request: RunRequest) -> None:
         """
-        Raise a `RejectedError` that has Fly's proxy send the request to another coordinator, if configured.
+        Raise a `RunRejectedError` that has Fly's proxy replay the request elsewhere, if configured.
 
         A request is replayed only if it would have to wait here, and only once: the proxy returns the state
         set here in `fly-replay-src`. If the proxy reaches no other machine within `REPLAY_TIMEOUT`,
@@ -279,9 +279,9 @@ class Coordinator:
         )
         raise rejection
 
-    def _rejection(self, code: int, message: str, kind: OutcomeKind) -> RejectedError:
+    def _rejection(self, code: int, message: str, kind: OutcomeKind) -> RunRejectedError:
         """Return a rejection with `Retry-After`."""
-        return RejectedError(code, message, kind, self._retry_after)
+        return RunRejectedError(code, message, kind, self._retry_after)
 
     @property
     def _retry_after(self) -> str:
@@ -298,7 +298,7 @@ class Coordinator:
         """
         Run the script on a machine, and stream its output to the client, within the run's time limit.
 
-        Set the outcome, the times and the size of `run`. Raise `RejectedError` if no response was started.
+        Set the outcome, the times and the size of `run`. Raise `RunRejectedError` if no response was started.
         """
         settings = self._settings
         started_at = self._clock.seconds()
@@ -315,13 +315,15 @@ class Coordinator:
             worker_response = await response_deadline.run(
                 client.start_run(machine, auth_token, run.id, run_request, format_)
             )
-            exit_ = await deadline.run(client.stream(worker_response, format_, response, headers))
+            exit_ = await deadline.run(
+                client.stream(machine, run.id, worker_response, format_, response, headers)
+            )
             run.outcome = Outcome.from_exit(exit_)
         except DeadlineExceededError:
             run.outcome = Outcome(OutcomeKind.TIMEOUT)
             if not response.started:
                 message = "the worker did not respond in time"
-                raise RejectedError(504, message, OutcomeKind.WORKER_TIMEOUT) from None
+                raise RunRejectedError(504, message, OutcomeKind.WORKER_TIMEOUT) from None
             elapsed_ms = round(1000 * (self._clock.seconds() - started_at))
             response.end(formats.Exit.forced(formats.Reason.TIMEOUT, elapsed_ms))
         except WorkerError as error:
@@ -330,8 +332,8 @@ class Coordinator:
             )
             if isinstance(error, NotStartedError):
                 message = "the worker could not start the script"
-                raise RejectedError(502, message, OutcomeKind.NOT_STARTED) from None
-            raise RejectedError(502, "the worker failed", OutcomeKind.WORKER_FAILED) from None
+                raise RunRejectedError(502, message, OutcomeKind.NOT_STARTED) from None
+            raise RunRejectedError(502, "the worker failed", OutcomeKind.WORKER_FAILED) from None
         finally:
             response.close()
             run.response_at, run.first_byte_at = response.started_at, response.first_byte_at

@@ -147,6 +147,8 @@ class WorkerClient(ReadinessProbe):
 
     async def stream(
         self,
+        machine: Machine,
+        run_id: str,
         worker_response: IResponse,
         format_: formats.Format,
         response: RunResponse,
@@ -155,9 +157,9 @@ class WorkerClient(ReadinessProbe):
         """
         Stream the worker's output to the client, in `format_`; return the run's exit.
 
-        Starts the client's response at once, with `headers`. Any failure of the worker is an exit with a
-        reason. Cancelling closes the connection to the worker, and leaves the client's response to the
-        caller.
+        Starts the client's response at once, with `headers`. Any failure of the worker is logged, and is an
+        exit with a reason. Cancelling closes the connection to the worker, and leaves the client's response
+        to the caller.
         """
         reader = run_reader(format_, self._max_output)
 
@@ -186,7 +188,12 @@ class WorkerClient(ReadinessProbe):
             reason = formats.Reason.OUTPUT_LIMIT
             if not isinstance(error, OutputLimitError):
                 reason = formats.Reason.WORKER_LOST
-                self._log.warn("lost a worker: {error}", error="no exit" if error is None else repr(error))
+                self._log.warn(
+                    "run {run}: lost the worker on {machine}: {error}",
+                    run=run_id,
+                    machine=machine.id,
+                    error="no exit" if error is None else repr(error),
+                )
             exit_ = formats.Exit.forced(reason)
         response.end(exit_)
         return exit_

@@ -367,8 +367,8 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.app:Coordinator._run_on",
-        "deadline.run(client.stream(_1, _2, _3, _4))",
-        "client.stream(_1, _2, _3, _4)",
+        "deadline.run(client.stream(_1, _2, _3, _4, _5, _6))",
+        "client.stream(_1, _2, _3, _4, _5, _6)",
         "a run has no deadline",
     ),
     Mutation(

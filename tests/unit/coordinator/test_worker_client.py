@@ -75,10 +75,13 @@ class OneWorkerResource(Resource):
 
     async def _run(self) -> Exit:
         run_request, headers = RunRequest.plain(b"script"), {"Worker": "m1", "Coord": "c1"}
+        target, run_id = machine(self.url), "0" * 16
         worker_response = await self._worker_client.start_run(
-            machine(self.url), "token", "0" * 16, run_request, self.format
+            target, "token", run_id, run_request, self.format
         )
-        return await self._worker_client.stream(worker_response, self.format, self.response, headers)
+        return await self._worker_client.stream(
+            target, run_id, worker_response, self.format, self.response, headers
+        )
 
 
 def machine(url: str | None) -> Machine:
@@ -242,7 +245,9 @@ class LostWorkerTests(WorkerClientTestCase):
             with capturedLogs() as logs:
                 body, _ = await self.run_it(format_, head_of(format_), LAST_CHUNK)
             self.assertEqual(LOST[format_], body)
-            self.assertIn("lost a worker: no exit", map(formatEvent, logs))
+            [event] = [event for event in logs if "machine" in event]
+            self.assertEqual(("0" * 16, "m1"), (event["run"], event["machine"]))
+            self.assertEqual(f"run {'0' * 16}: lost the worker on m1: no exit", formatEvent(event))
 
     async def test_body_without_framing_is_a_lost_worker(self) -> None:
         for format_, sent in ((Format.EVENTS, STDOUT), (Format.RAW, b"x")):
