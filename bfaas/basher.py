@@ -1,7 +1,8 @@
 """
 The worker: runs one authenticated script, streams its output, then exits.
 
-Started by `twistd bfaas-basher`, or by `python -m bfaas.basher`, which skips twistd's start-up.
+Started by `twistd bfaas-basher`, or by `python -m bfaas.basher`, which skips twistd's start-up; or forked by
+`python -m bfaas.basher --fork-server` (see `bfaas.worker.fork_server`).
 
 A machine boots for each run while a client may be waiting. So the worker listens as early as possible, and
 loads what only a run needs (`bfaas.worker.app`, klein) after its first health check response.
@@ -24,6 +25,7 @@ if __name__ == "__main__":
 
 import gc
 import os
+import sys
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -194,4 +196,9 @@ def _load_settings(environ: Mapping[str, str]) -> tuple[BasherSettings, Confinem
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--fork-server"]:
+        from bfaas.worker.fork_server import import_everything, serve_forks
+
+        import_everything()
+        serve_forks()
     run_service(Options(), makeService)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 KILL_TIMEOUT = 2.0
 """Seconds after which `kill_descendants` gives up on processes that survive SIGKILL."""
 
+_PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
+_PR_SET_NAME = 15
 _PR_SET_CHILD_SUBREAPER = 36
 _MAX_ROUNDS = 20
 
@@ -277,7 +279,17 @@ def set_non_dumpable() -> bool:
     return _prctl(_PR_SET_DUMPABLE, 0)
 
 
-def _prctl(option: int, value: int) -> bool:
+def set_death_signal(number: int) -> bool:
+    """Have this process receive a signal when its parent dies. Return whether the system supports that."""
+    return _prctl(_PR_SET_PDEATHSIG, number)
+
+
+def set_name(name: bytes) -> bool:
+    """Set the name of this process, of at most 15 bytes. Return whether the system supports that."""
+    return _prctl(_PR_SET_NAME, name)
+
+
+def _prctl(option: int, value: int | bytes) -> bool:
     if sys.platform != "linux":
         return False
     import ctypes  # noqa: PLC0415 - takes time to load, and only processes that run scripts need it

@@ -21,9 +21,11 @@ from twisted.web.http_headers import Headers
 from bfaas.deadline import Deadline
 from bfaas.http.client import BodyReceiver, BytesProducer, single_use_agent
 from bfaas.system import process_tree
+from bfaas.worker.fork_server import PROCESS_NAME
 from tests.support.network import free_port
 from tests.support.responses import Response
 from tests.support.waiting import TIMEOUT
+from tests.support.workers import is_fork_server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -134,12 +136,13 @@ class Running:
         return Response(exchange.status, exchange.headers, b"".join(pieces))
 
     def processes(self) -> list[process_tree.Process]:
-        """Return all processes below the coordinator: workers and scripts."""
-        return [process for process in process_tree.descendants(self.pid) if not process.dead]
+        """Return all processes below the coordinator but its fork server: workers and scripts."""
+        processes = process_tree.descendants(self.pid)
+        return [each for each in processes if not each.dead and not is_fork_server(each.pid)]
 
     def workers(self) -> list[int]:
         """Return the process ids of the workers."""
-        return [process.pid for process in self.processes() if b"bfaas.basher" in command(process.pid)]
+        return [process.pid for process in self.processes() if name(process.pid) == PROCESS_NAME]
 
     async def settle(self) -> None:
         """Wait until no process is below the coordinator: every machine is stopped."""
@@ -163,6 +166,14 @@ class Running:
 
     def kill(self, number: signal.Signals = signal.SIGTERM) -> None:
         os.kill(self.pid, number)
+
+
+def name(pid: int) -> bytes:
+    """Return the name of a process; nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_bytes().strip()
+    except OSError:
+        return b""
 
 
 def command(pid: int) -> bytes:

@@ -28,7 +28,7 @@ from bfaas.coordinator.run_tracker import RunTracker
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.http.server import BoundedSite
 from bfaas.machines.api import MachineConfig, State
-from bfaas.machines.local.host import WORKER_COMMAND, examine_host
+from bfaas.machines.local.host import FORK_SERVER, examine_host
 from bfaas.machines.local.processes import LocalMachines
 from bfaas.pool import Pool
 from bfaas.pooling.config import pool_config
@@ -247,7 +247,7 @@ class MachineTestCase(HostileTestCase):
     honest_script = "ls -A; touch x && echo fine"
 
     def machines(
-        self, *, sandboxed: bool, command: tuple[str, ...] = (*LIMITS, *WORKER_COMMAND)
+        self, *, sandboxed: bool, command: tuple[str, ...] = (*LIMITS, *FORK_SERVER)
     ) -> LocalMachines:
         self.leftovers = watch_for_leftovers(self)
         machines = LocalMachines(reactor, lambda: 0.0, sandboxed=sandboxed, command=command)
@@ -304,7 +304,7 @@ class HostTests(MachineTestCase):
         await self.run_on_machine(self.machines(sandboxed=False), case, RUN_AS=str(uid), HOME=home)
 
     async def test_a_script_that_kills_its_worker_is_killed_itself(self) -> None:
-        machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *WORKER_COMMAND))
+        machines = self.machines(sandboxed=False, command=(*leaders_for_all(_UID), *FORK_SERVER))
         env = {"PUBLIC": KEYS.public, "RUN_AS": "", "HOME": str(make_home(self, _UID))}
         machine, _ = await machines.create("m", "ams", MachineConfig("i", env), 600)
         with self.assertRaises(ResponseFailed):
@@ -318,7 +318,7 @@ class CoordinatorTests(HostileTestCase):
     async def test_a_script_that_kills_its_worker_is_a_lost_worker_and_the_next_run_succeeds(self) -> None:
         leaders = leaders_for_all(_UID)
         leftovers = watch_for_leftovers(self)
-        machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *WORKER_COMMAND))
+        machines = LocalMachines(reactor, time.time, sandboxed=False, command=(*leaders, *FORK_SERVER))
         coordinator = Worker(free_port())
         service = compose(machines, coordinator.port, {"RUN_AS": "", "HOME": str(make_home(self, _UID))})
         service.startService()

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ from tests.support import machines_contract
 from tests.support.hostile_worker import LoopbackTestCase, reactor
 from tests.support.machines_contract import CONFIG, TTL
 from tests.support.waiting import wait_until
-from tests.support.workers import watch_for_leftovers
+from tests.support.workers import fork_server_for, watch_for_leftovers
 
 if TYPE_CHECKING:
     from bfaas.machines.api import Machine
@@ -120,7 +119,7 @@ class ProcessTests(LoopbackTestCase):
         self.outside.mkdir(mode=0o750)
         (self.outside / "file").touch()
         program = MESSY_WORKER.format(outside=str(self.outside), report=str(self.report))
-        self.machines = self.with_command(sys.executable, "-c", program)
+        self.machines = self.with_command(*fork_server_for(program))
 
     def with_command(self, *command: str) -> LocalMachines:
         machines = LocalMachines(reactor, lambda: 0.0, sandboxed=False, command=command)
@@ -223,15 +222,15 @@ class ProcessTests(LoopbackTestCase):
             await self.machines.wait(machine, State.STOPPED, 20)
             self.assertIs(None, names(environment["HOME"]))
 
-    async def test_machine_stops_if_its_program_does_not_exist(self) -> None:
+    async def test_machine_fails_if_its_program_does_not_exist(self) -> None:
         machines = self.with_command("/no/such/program")
         machine, _ = await machines.create("m", "ams", MachineConfig("i"), TTL)
 
-        await machines.wait(machine, State.STOPPED, 20)
+        await machines.wait(machine, State.FAILED, 20)
 
     async def test_shutdown_waits_for_a_stop_in_progress(self) -> None:
         machine, nonce, environment = await self.start_messy_worker()
-        pid = self.machines._processes._workers[machine.id].transport.pid
+        pid = self.machines._processes._workers[machine.id].pid
         await self.machines.stop(machine.id, nonce)
         self.assertIs(State.STOPPING, (await self.machines.get(machine.id)).state)
 

@@ -19,6 +19,7 @@ from twisted.web.http_headers import Headers
 import bfaas
 from bfaas.system import process_tree
 from bfaas.tokens import Signer, genkey
+from bfaas.worker.fork_server import PROCESS_NAME
 from tests.support.network import free_port
 from tests.support.responses import Response
 from tests.support.waiting import TIMEOUT, wait_until
@@ -48,20 +49,40 @@ def auth_token(machine_id: str = MACHINE, private: str = KEYS.private) -> str:
     return Signer(private).sign(machine_id, time.time())
 
 
+def fork_server_for(program: str) -> tuple[str, ...]:
+    """Return the command of a fork server whose workers run a Python program."""
+    start = "from bfaas.worker.fork_server import serve_forks\nserve_forks()\n"
+    return (sys.executable, "-c", start + program)
+
+
+def is_fork_server(pid: int) -> bool:
+    """Return whether a process forks workers. Its workers have its command line, and another name."""
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        name = Path(f"/proc/{pid}/comm").read_bytes()
+    except OSError:
+        return False
+    return (b"--fork-server" in command or b"serve_forks" in command) and name.strip() != PROCESS_NAME
+
+
 def watch_for_leftovers(test: TestCase) -> Callable[[], list[process_tree.Process]]:
     """
     Become a subreaper; return a function that returns the live processes that tests have started.
 
-    At the end of the test there must be none. Remaining ones are killed.
+    Fork servers do not count. At the end of the test there must be none, and no fork server. Remaining ones
+    are killed.
     """
     process_tree.become_subreaper()
     known = frozenset(process_tree.children(os.getpid()))
 
-    def leftovers() -> list[process_tree.Process]:
+    def alive() -> list[process_tree.Process]:
         return [process for process in process_tree.descendants(os.getpid(), known) if not process.dead]
 
+    def leftovers() -> list[process_tree.Process]:
+        return [process for process in alive() if not is_fork_server(process.pid)]
+
     def clean_up() -> None:
-        found = leftovers()
+        found = alive()
         while process_tree.kill_descendants_once(os.getpid(), known):
             process_tree.reap_orphans(known)
             time.sleep(0.005)

@@ -33,7 +33,8 @@ _log = Logger()
 # the current directory could replace any module of a worker.
 _PYTHON = sys.executable or os.path.realpath("/proc/self/exe")
 
-WORKER_COMMAND = (_PYTHON, "-P", "-m", "bfaas.basher")
+FORK_SERVER = (_PYTHON, "-P", "-m", "bfaas.basher", "--fork-server")
+"""The command of the process that forks workers."""
 
 _IMPORT_CHECK = """
 import importlib.util
