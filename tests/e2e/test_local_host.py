@@ -25,6 +25,7 @@ from tests.e2e.coordinator import (
     PATIENCE,
     TWISTD,
     Running,
+    name,
     reactor,
     start,
     start_coordinator,
@@ -33,6 +34,7 @@ from tests.e2e.coordinator import (
 )
 from tests.support.network import free_port
 from tests.support.waiting import wait_until
+from tests.support.workers import is_fork_server
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -120,8 +122,8 @@ def state_of(pid: int) -> str:
 
 
 async def kill(coordinator: Running) -> None:
-    """Kill a coordinator, and wait until all its descendants have ended."""
-    processes = coordinator.processes()
+    """Kill a coordinator, and wait until all its descendants have ended, its fork server included."""
+    processes = process_tree.descendants(coordinator.pid)
     coordinator.kill(signal.SIGKILL)
     await Deadline(reactor, PATIENCE).run(coordinator.program.ended)
 
@@ -174,9 +176,11 @@ async def test_sigkill_leaves_no_worker_suspended_during_its_boot(path: str, tmp
         created = await emulator.request("POST", "/v1/apps/workers/machines", config, pieces.append, headers)
         await created.end()
         assert created.status == 200, pieces
-        machine = json.loads(b"".join(pieces))["id"]
-        url = f"/v1/apps/workers/machines/{machine}/suspend"
-        suspended = await emulator.request("POST", url, headers=headers)
+        url = f"/v1/apps/workers/machines/{json.loads(b''.join(pieces))['id']}"
+        started = await emulator.request("GET", f"{url}/wait?state=started&timeout=20", headers=headers)
+        assert started.status == 200
+        await started.end()
+        suspended = await emulator.request("POST", f"{url}/suspend", headers=headers)
         assert suspended.status == 200
         await suspended.end()
 
@@ -185,6 +189,36 @@ async def test_sigkill_leaves_no_worker_suspended_during_its_boot(path: str, tmp
 
     await wait_until(stopped)
     await kill(emulator)
+
+
+@with_twisted
+async def test_a_killed_fork_server_is_replaced_and_its_workers_end(path: str, tmp: Path) -> None:
+    coordinator = await start_coordinator(PATH=path, POOL_STANDBY="1", TMPDIR=str(tmp))
+    for _ in range(2):
+        pieces: list[bytes] = []
+        run = await coordinator.begin("echo up; setsid sleep 1000 & sleep 1000", take=pieces.append)
+
+        async def sleeps() -> bool:
+            return len([each for each in coordinator.processes() if name(each.pid) == b"sleep"]) == 2
+
+        await wait_until(sleeps)
+        descendants = process_tree.descendants(coordinator.pid)
+        [server] = [process for process in descendants if is_fork_server(process.pid)]
+        os.kill(server.pid, signal.SIGKILL)
+        await run.end()
+        assert b'"reason": "worker-lost"' in b"".join(pieces)
+
+        async def gone(descendants: list[process_tree.Process] = descendants) -> bool:
+            return not any(map(process_tree.is_running, descendants))
+
+        await wait_until(gone)
+
+        async def runs() -> bool:  # until the pool has noticed that its standby has ended
+            return (await coordinator.run("echo again")).status == 200
+
+        await wait_until(runs)
+    assert await stop(coordinator) == 0
+    assert b"the fork server ended with None" in coordinator.program.output
 
 
 @with_twisted
