@@ -117,7 +117,7 @@ async def test_large_output_is_complete_in_constant_memory() -> None:
 
 @with_twisted
 async def test_a_slow_reader_pauses_the_script_in_constant_memory() -> None:
-    coordinator = await start_coordinator(MAXREQTIME="5s", MAXOUTPUT="100GiB")
+    coordinator = await start_coordinator(MAXREQTIME="60s", MAXOUTPUT="100GiB")
     received, started = 0, reactor.seconds()
 
     def take(data: bytes) -> None:

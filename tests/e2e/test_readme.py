@@ -117,8 +117,8 @@ def shape(value: Any) -> Any:
 def recipe(target: str) -> str:
     """Return the last command of a target of the Makefile."""
     command = ["make", "--dry-run", "--no-print-directory", target, f"VENV={BIN.parent}"]
-    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    return lines[-1]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return output.replace("\\\n", "").splitlines()[-1]
 
 
 def test_every_command_is_run() -> None:
