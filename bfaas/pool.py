@@ -26,7 +26,7 @@ from bfaas.pooling.plan import Constraints, Create, SlotState, Wake, plan
 from bfaas.pooling.reconciler import Reconciler
 from bfaas.pooling.scheduler import Scheduler, StandbyAction
 from bfaas.pooling.slot import NullPhaseObserver, Phase, PhaseObserver, Slot
-from bfaas.pooling.standby import Standby
+from bfaas.pooling.standby import AFTER_REQUEST, Standby
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
 
 _OCCUPIED = (Phase.RUNNING, Phase.STOPPING, Phase.DESTROYING)
 """Phases of slots that cannot serve a request before their present use is over."""
-
-_STANDBY_DELAY = 0.01
-"""Seconds after a request in which no machine starts for standby: the request is sent to its worker first."""
 
 _TURNAROUND_WINDOW = 5
 """The weight of the latest turnaround in the mean is 1/5, or more while there are fewer than five."""
@@ -175,7 +172,7 @@ class Pool(Scheduler):
         """
         entry = self._queue.enqueue(client)
         if self._config.standby and self._standby_timer is None:
-            self._standby_timer = self._clock.callLater(_STANDBY_DELAY, self._replace_standby)
+            self._standby_timer = self._clock.callLater(AFTER_REQUEST, self._replace_standby)
         self.rebalance()
         return entry
 

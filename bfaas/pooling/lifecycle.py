@@ -281,16 +281,15 @@ class MachineLifecycle:
         await self._within(self._timeouts.start, self._call_start(slot))
         await self.wait_until_ready(slot)
 
-    async def monitor(self, slot: Slot) -> None:
-        """Extend the lease of a standby machine in the background; return when it stops or fails."""
+    async def monitor(self, slot: Slot) -> str:
+        """Extend the lease of a standby machine until it stops or fails; return what happened to it."""
         try:
             await deferLater(self._clock, self._WATCH_DELAY)
             while not await self._stops_within(slot, self._until_renewal(slot)):
                 await self._renew(slot)
         except (MachinesError, DeadlineExceededError) as error:
-            self._log.warn("standby machine {name} failed: {error}", name=slot.name, error=error)
-        else:
-            self._log.warn("standby machine {name} stopped by itself", name=slot.name)
+            return f"failed: {error}"
+        return "stopped by itself"
 
     def _until_renewal(self, slot: Slot) -> float:
         """Return the seconds until the lease is renewed: a third of the TTL, less after failures."""

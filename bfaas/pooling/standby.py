@@ -6,7 +6,7 @@ The pool decides which machines remain in standby, and how many.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from bfaas.pooling.backoff import Backoff
     from bfaas.pooling.lifecycle import MachineLifecycle
     from bfaas.pooling.scheduler import Scheduler
+
+
+AFTER_REQUEST = 0.01
+"""
+Seconds after a request arrives in which work that can wait is postponed, so that the request is sent first.
+
+Cancelling a call to the API takes longer than all that a request needs before it is sent to its worker.
+"""
 
 
 class Standby:
@@ -73,14 +81,26 @@ class Standby:
 
     async def _wait_for_wakeup(self, slot: Slot) -> bool:
         """Park the slot while its machine is monitored. Return whether the machine is wanted."""
-        monitoring = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
+        monitoring: Deferred[Any] = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
         monitoring.addErrback(ignore_cancellation)
         monitoring.addErrback(
             lambda failure: self._log.failure("while monitoring {name}", failure, name=slot.name)
         )
         wakeup = slot.park()
-        monitoring.addCallback(lambda _: slot.wake(wanted=False))
+
+        def ended(event: str | None) -> None:
+            if slot.wakeup is wakeup:
+                if event is not None:
+                    self._log.warn("standby machine {name} {event}", name=slot.name, event=event)
+                slot.wake(wanted=False)
+
+        monitoring.addCallback(ended)
+        wanted = False
         try:
-            return await wakeup
+            wanted = await wakeup
         finally:
-            monitoring.cancel()
+            if wanted:
+                slot.clock.callLater(AFTER_REQUEST, monitoring.cancel)
+            else:
+                monitoring.cancel()
+        return wanted

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twisted.logger import capturedLogs
+
 from bfaas.machines.api import RejectedError, State, UnavailableError
 from bfaas.pooling.backoff import Backoff
 from bfaas.pooling.scheduler import Inspected, Scheduler, StandbyAction
 from bfaas.pooling.slot import Phase, Slot
-from bfaas.pooling.standby import Standby
+from bfaas.pooling.standby import AFTER_REQUEST, Standby
 from tests.support.faults import Refuse
 from tests.unit.pooling.parts import PartsCase
 
@@ -92,6 +94,23 @@ class StandbyTests(PartsCase):
 
         self.assertIs(False, self.successResultOf(waiting))
         self.assertTrue(self.pause.active)
+
+    def test_stop_right_after_a_request_is_not_a_failure(self) -> None:
+        waiting = self.wait_for_work(suspend=False)
+        self.start(self.machines.stop(self.standby_slot.machine.id, self.standby_slot.nonce))
+        self.clock.advance(0.5 - AFTER_REQUEST / 2)
+        self.scheduler.action = StandbyAction.SERVE
+        self.standby_slot.wake(wanted=True)
+        self.assertIs(True, self.successResultOf(waiting))
+        parked = self.standby_slot.park()  # as the pool does once the machine is stopped
+        with capturedLogs() as logs:
+            self.clock.advance(AFTER_REQUEST / 2)
+            self.assertEqual([State.STOPPED], self.states())
+            self.advance(5)
+
+        self.assertNoResult(parked)
+        self.assertEqual([], logs)
+        self.assert_no_timers()
 
     def test_failed_suspension_causes_a_pause(self) -> None:
         self.api.next("suspend", Refuse(RejectedError("too much memory")))
