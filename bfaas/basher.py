@@ -139,6 +139,7 @@ class Worker(Service):
     def startService(self) -> None:
         """Start to listen. Raises `StartError`."""
         try:
+            self._own_home()
             os.chdir(self._settings.home)
         except (OSError, ValueError) as error:
             raise StartError(f"HOME: {error}") from None
@@ -146,6 +147,14 @@ class Worker(Service):
         process_tree.set_non_dumpable()
         super().startService()
         self._listener.startService()
+
+    def _own_home(self) -> None:
+        """Give a file system that is mounted as the home, which belongs to root at first, to its user."""
+        home, user = self._settings.home, self._confinement.user
+        if user is None or home == "/" or not os.path.ismount(home):
+            return
+        if os.stat(home).st_uid != user.uid:  # noqa: PTH116
+            os.chown(home, *user)
 
     def stopService(self) -> Deferred[None]:
         """Kill the run, stop listening, and wait until all output is delivered."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from random import SystemRandom
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -19,6 +20,7 @@ from bfaas.http.client import pooled_agent
 from bfaas.http.origin_check import cross_origin_reason
 from bfaas.http.server import MAX_CONNECTIONS, BoundedSite
 from bfaas.machines.fly import FlyMachines
+from bfaas.machines.local.containers import compose_container_machines
 from bfaas.machines.local.host import examine_host
 from bfaas.machines.local.processes import LocalMachines
 from bfaas.pool import Pool
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from twisted.application.service import IService
 
     from bfaas.machines.api import MachinesAPI
-    from bfaas.settings import FlySettings
+    from bfaas.settings import DockerSettings, FlySettings
 
 _log = Logger()
 
@@ -54,6 +56,9 @@ FEW_CONNECTIONS = 256
 
 FILES_PER_MACHINE = 4
 """Open files per machine: three pipes of a local one, and a connection to it."""
+
+
+_LOOPBACK = "tcp:8000:interface=127.0.0.1"
 
 
 class CoordService(MultiService):
@@ -104,7 +109,7 @@ class Options(RoleOptions):
     role = "bfaas-coord"
 
     optParameters: ClassVar = [
-        ["listen", "l", None, "Endpoint for requests [default: tcp:8000; with WORKER_APP=mock on loopback]."],
+        ["listen", "l", None, "Endpoint for requests [default: tcp:8000; on loopback with local machines]."],
         ["metrics", "m", None, "Endpoint for Prometheus metrics, at /metrics [default: none]."],
     ]
 
@@ -131,7 +136,21 @@ def _local_provider(reactor: Any) -> _Provider:
     host = examine_host()
     machines = LocalMachines(reactor, time.time, sandboxed=host.sandboxed, directory=host.directory)
     sandbox = "bubblewrap" if host.sandboxed else "none"
-    return _Provider(machines, machines.shutdown, None, "tcp:8000:interface=127.0.0.1", sandbox)
+    return _Provider(machines, machines.shutdown, None, _LOOPBACK, sandbox)
+
+
+def _container_provider(reactor: Any, pool: str, docker: DockerSettings) -> _Provider:
+    machines = compose_container_machines(reactor, time.time, docker, pool, os.environ)
+    sandbox = f"container ({docker.runtime})" if docker.runtime else "container"
+    return _Provider(machines, machines.shutdown, None, _LOOPBACK, sandbox)
+
+
+def _provider(reactor: Any, random: Random, settings: CoordSettings) -> _Provider:
+    if settings.fly is not None:
+        return _fly_provider(reactor, random, settings.fly)
+    if settings.docker is not None:
+        return _container_provider(reactor, settings.machine_id, settings.docker)
+    return _local_provider(reactor)
 
 
 def makeService(options: Options, reactor: Any = None) -> IService:
@@ -147,8 +166,8 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     # delay deadlines.
     reactor.callWhenRunning(gc.freeze)
 
-    random, fly = SystemRandom(), settings.fly
-    provider = _local_provider(reactor) if fly is None else _fly_provider(reactor, random, fly)
+    random = SystemRandom()
+    provider = _provider(reactor, random, settings)
     worker_client = WorkerClient(reactor, provider.worker_url, settings.max_output)
     metrics = Metrics()
     pool = Pool(provider.machines, worker_client, reactor, random, pool_config(settings), metrics)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 N = TypeVar("N", int, float)
 
 _MOCK = "mock"
+_DOCKER = "docker"
 
 _MAX_BODY = 1 << 20
 _MAX_OUTPUT = 64 << 20
@@ -33,9 +34,19 @@ _FLY_IDLE_TIMEOUT = 60.0
 _MAX_SUSPENDED_MB = 2048
 """Largest memory of a machine that can be suspended (https://fly.io/docs/reference/suspend-resume/)."""
 
+_DOCKER_HOST = "unix:///var/run/docker.sock"
+_TCP_HOST = re.compile(r"(?:tcp|https?)://(?P<address>[^/]+:[0-9]+)/?")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,254}")
+_NO_NETWORK = "none"
+
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 _URL = re.compile(r"https?://(?:\[(?P<address>[^][/]+)\]|[A-Za-z0-9_.-]+)(?::(?P<port>[0-9]+))?/?")
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,63}")
+
+
+def uses_containers(environ: Mapping[str, str]) -> bool:
+    """Return whether machines are containers, so that no Fly app is needed."""
+    return environ.get("WORKER_APP", "").strip() == _DOCKER
 
 
 class SettingsError(Exception):
@@ -71,12 +82,52 @@ class FlySettings:
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """
+    How to reach a container engine: `host` is DOCKER_HOST.
+
+    `socket` is the path of its UNIX socket. If that is None, `url` is its URL, and `certificates` the
+    directory with ca.pem, cert.pem and key.pem for TLS.
+    """
+
+    host: str
+    socket: str | None
+    url: str | None = None
+    certificates: str | None = None
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> EngineSettings:
+        """Read the settings. Raise `SettingsError` with all problems."""
+        with _Reader(environ) as read:
+            return _engine(read)
+
+
+@dataclass(frozen=True)
+class DockerSettings:
+    """
+    Workers in containers: the engine, the worker's image, and what a container has.
+
+    `disk_mb` is the size of each writable directory. `network` is the name of a network, or none.
+    `runtime` is the OCI runtime, or empty for the engine's default. `socket_directory` contains the sockets
+    of workers, and is None for the default.
+    """
+
+    engine: EngineSettings
+    worker_image: str
+    disk_mb: int
+    network: str
+    runtime: str
+    socket_directory: str | None
+
+
+@dataclass(frozen=True)
 class CoordSettings:
     """
     Settings of the coordinator. Durations are in seconds, sizes in bytes.
 
-    `fly` is None if workers are local processes. `proxy_idle_timeout` is how long the proxy in front of the
-    coordinator keeps a connection without data; None means Fly's default, or no proxy for local workers.
+    `fly` is None if workers are local: containers if there is `docker`, processes otherwise.
+    `proxy_idle_timeout` is how long the proxy in front of the coordinator keeps a connection without data;
+    None means Fly's default, or no proxy for local workers.
     """
 
     max_req_time: float
@@ -97,37 +148,38 @@ class CoordSettings:
     max_output: int
     destroy_on_exit: bool = False
     proxy_idle_timeout: float | None = None
+    docker: DockerSettings | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
         """Read the settings. Raise `SettingsError` with all problems."""
         with _Reader(environ) as read:
-            worker_app = read.required("WORKER_APP", _name, "a Fly app, or mock for local machines")
-            mock = worker_app == _MOCK
+            worker_app = read.required("WORKER_APP", _name, "a Fly app; docker or mock for local machines")
+            local = worker_app in (_MOCK, _DOCKER)
             pool_size = read.optional("POOLSIZE", _positive(_integer), 2)
             standby_suspended = read.optional(
                 "POOL_STANDBY_STATE", _choice("started", "suspended"), default=False
             )
             parse_memory: Callable[[str], int] = _integer
-            if standby_suspended and not mock:
+            if standby_suspended and not local:
                 parse_memory = _at_most(_MAX_SUSPENDED_MB, "the maximum for suspended machines on Fly")
             return cls(
                 max_req_time=read.required("MAXREQTIME", _positive(parse_duration), "a duration such as 10s"),
-                fly=None if mock else _fly(read, worker_app),
+                fly=None if local else _fly(read, worker_app),
                 replay=read.optional("FLY_REPLAY", _boolean, default=False),
                 signer=(
                     read.optional("PRIVATE", Signer, Signer(genkey().private))
-                    if mock
+                    if local
                     else read.required("PRIVATE", Signer, "a private key from `bfaas genkey`")
                 ),
                 machine_id=(
-                    read.optional("FLY_MACHINE_ID", _name, _MOCK)
-                    if mock
+                    read.optional("FLY_MACHINE_ID", _name, worker_app)
+                    if local
                     else read.required("FLY_MACHINE_ID", _name, "this machine's name")
                 ),
                 region=(
                     read.optional("FLY_REGION", str, "local")
-                    if mock
+                    if local
                     else read.required("FLY_REGION", str, "a region such as ams")
                 ),
                 pool_size=pool_size,
@@ -142,6 +194,7 @@ class CoordSettings:
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
                 destroy_on_exit=read.optional("POOL_ON_EXIT", _choice("stop", "destroy"), default=False),
                 proxy_idle_timeout=read.optional("PROXY_IDLE_TIMEOUT", _positive(parse_duration), None),
+                docker=_docker(read) if worker_app == _DOCKER else None,
             )
 
     @property
@@ -203,6 +256,32 @@ def _fly(read: _Reader, worker_app: str) -> FlySettings:
         worker_image=read.required("WORKER_IMAGE", str, "the image of workers"),
         worker_url=read.optional("WORKER_URL", _url, f"http://{worker_app}.flycast"),
     )
+
+
+def _docker(read: _Reader) -> DockerSettings:
+    return DockerSettings(
+        engine=_engine(read),
+        worker_image=read.optional("WORKER_IMAGE", _image, "bfaas-basher"),
+        disk_mb=read.optional("WORKER_DISK_MB", _positive(_integer), 64),
+        network=read.optional("WORKER_NETWORK", _network, _NO_NETWORK),
+        runtime=read.optional("WORKER_RUNTIME", _name_with_dots, ""),
+        socket_directory=read.optional("WORKER_SOCKETS", _absolute_path, None),
+    )
+
+
+def _engine(read: _Reader) -> EngineSettings:
+    host = read.optional("DOCKER_HOST", _docker_host, _DOCKER_HOST)
+    verify = read.optional("DOCKER_TLS_VERIFY", bool, default=False)
+    certificates = read.optional("DOCKER_CERT_PATH", _absolute_path, None)
+    if host is None or host.startswith("unix://"):
+        return EngineSettings(host, host and host.removeprefix("unix://"))
+    match = _TCP_HOST.fullmatch(host)
+    address = match["address"] if match else ""
+    if not verify:
+        return EngineSettings(host, None, f"http://{address}")
+    if certificates is None:
+        certificates = read.required("DOCKER_CERT_PATH", str, "the directory of ca.pem, cert.pem and key.pem")
+    return EngineSettings(host, None, f"https://{address}", certificates)
 
 
 def _api(read: _Reader, worker_app: str) -> ApiSettings:
@@ -308,6 +387,42 @@ def _boolean(text: str) -> bool:
 def _name(text: str) -> str:
     if not _NAME.fullmatch(text):
         raise ValueError(f"{quoted(text)} is not 1 to 63 letters, digits, dashes and underscores")
+    return text
+
+
+def _name_with_dots(text: str) -> str:
+    """Parse the name of a runtime or a network in a container engine."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}", text):
+        raise ValueError(f"{quoted(text)} is not a name of letters, digits, dots, dashes and underscores")
+    return text
+
+
+def _network(text: str) -> str:
+    """Parse the name of a network. The host's own is not allowed."""
+    if text == "host":
+        raise ValueError("host would give scripts the network of this host; create a network for them")
+    return _name_with_dots(text)
+
+
+def _image(text: str) -> str:
+    if not _IMAGE.fullmatch(text):
+        raise ValueError(f"{quoted(text)} is not the name of an image")
+    return text
+
+
+def _absolute_path(text: str) -> str:
+    if not text.startswith("/"):
+        raise ValueError(f"{quoted(text)} is not an absolute path")
+    return text
+
+
+def _docker_host(text: str) -> str:
+    if text.startswith("unix:///"):
+        return text
+    match = _TCP_HOST.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{quoted(text)} is neither unix:///PATH nor tcp://HOST:PORT")
+    _url(f"http://{match['address']}")
     return text
 
 

@@ -7,6 +7,7 @@ so no coordinator uses it. If it is left behind, any coordinator destroys it aft
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -26,7 +27,7 @@ from bfaas.cli.machines import format_count
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import abort_body, pooled_agent, read_body, send_request, single_use_agent
-from bfaas.http.endpoints import CertificateError, describe, root_cause
+from bfaas.http.endpoints import CertificateError, describe, root_cause, unix_path
 from bfaas.machines.api import (
     CapacityError,
     MachinesError,
@@ -37,6 +38,8 @@ from bfaas.machines.api import (
 )
 from bfaas.machines.codec import WORKER_PORT
 from bfaas.machines.fly import FlyMachines
+from bfaas.machines.local.containers import PULL_TIMEOUT, compose_container_machines
+from bfaas.machines.local.engine import EngineError, examine_engine
 from bfaas.machines.local.host import HostError, examine_host
 from bfaas.machines.local.processes import LocalMachines
 from bfaas.pooling.config import machine_name, pool_config
@@ -54,11 +57,14 @@ if TYPE_CHECKING:
 
     from bfaas.machines.api import Machine, MachinesAPI
     from bfaas.pooling.config import PoolConfig
+    from bfaas.settings import DockerSettings
 
 T = TypeVar("T")
 
 _CHECK_TIMEOUT = 60.0
 """Seconds that a check may take by default."""
+
+_CONTAINERS_NAMESPACE = "bfaas.machines.local.containers"
 
 _POLL_PERIOD = 0.5
 _PROBE_TIMEOUT = 5.0
@@ -90,7 +96,9 @@ def run_checks(environ: Mapping[str, str]) -> int:
 async def _check_all(reactor: Any, settings: CoordSettings) -> bool:
     fly = settings.fly
     try:
-        if fly is None:
+        if settings.docker is not None:
+            await _check_containers(reactor, settings, settings.docker)
+        elif fly is None:
             try:
                 host = examine_host()
             except HostError as error:
@@ -118,6 +126,37 @@ async def _check_all(reactor: Any, settings: CoordSettings) -> bool:
         _report_remedy(failure.remedy)
         return False
     return True
+
+
+async def _check_containers(reactor: Any, settings: CoordSettings, docker: DockerSettings) -> None:
+    """Check the engine, its limits, the runtime and the image, and run a script in a container."""
+    globalLogPublisher.addObserver(_report_worker_log)
+    try:
+        info = examine_engine(docker.engine)
+        containers = compose_container_machines(reactor, time.time, docker, "doctor", os.environ)
+    except (EngineError, HostError) as error:
+        _report("FAIL", "engine", str(error))
+        raise CheckFailed(
+            str(error), "is Docker or Podman installed and running? See docs/configuration.md"
+        ) from None
+    _report("ok", "engine", f"{info.name}, API {info.api_version}, at {docker.engine.host}")
+    try:
+        runtime = docker.runtime or info.default_runtime
+        if docker.runtime and not info.has_runtime(docker.runtime):
+            finding = f"the engine has no runtime {docker.runtime}, but {', '.join(info.runtimes)}"
+            _report("FAIL", "runtime", finding)
+            raise CheckFailed(
+                finding, "WORKER_RUNTIME: install it, and name it in the engine's configuration"
+            )
+        _report("ok", "runtime", runtime or "the engine's default")
+        on_image: dict[type[Exception], str] = {
+            EngineError: "WORKER_IMAGE: `make images` builds it; one of a private registry is pulled by hand"
+        }
+        image_id = await _check(reactor, "image", containers.wait_for_image(), on_image, PULL_TIMEOUT)
+        _report("ok", "image", f"{docker.worker_image} is {image_id}")
+        await _check_machine(reactor, settings, containers, None)
+    finally:
+        await containers.shutdown()
 
 
 async def _check_api(reactor: Any, settings: CoordSettings, api: MachinesAPI) -> None:
@@ -199,7 +238,7 @@ async def _check_machine(
         remedy = f"WORKER_URL: is {url} the workers' app? WORKER_IMAGE: is it of this version?"
         script = _run_script(reactor, settings, machine, url)
         await _check(reactor, "script", script, {Exception: remedy})
-        _report("ok", "worker", f"ran a script at {url}")
+        _report("ok", "worker", f"ran a script at {unix_path(url)}")
     finally:
         await _remove(api, name, machine)
 
@@ -320,10 +359,13 @@ async def _remove(api: MachinesAPI, name: str, machine: Machine | None) -> None:
 
 @provider(ILogObserver)
 def _report_worker_log(event: LogEvent) -> None:
-    if event["log_level"] >= LogLevel.warn and event["log_namespace"].startswith("bfaas.machines."):
+    """Report warnings and errors of machines, and the progress of pulling an image."""
+    level, namespace = event["log_level"], event["log_namespace"]
+    is_progress = namespace == _CONTAINERS_NAMESPACE and level is LogLevel.info
+    if is_progress or (level >= LogLevel.warn and namespace.startswith("bfaas.machines.")):
         # An observer's exceptions are lost; the next line raises the same one.
         with suppress(BrokenPipeError, OutputError):
-            _report("warn", "log", formatEvent(event))
+            _report("" if is_progress else "warn", "log", formatEvent(event))
 
 
 def _report(status: str, check: str, text: str) -> None:

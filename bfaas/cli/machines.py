@@ -1,4 +1,4 @@
-"""`bfaas machines` and `bfaas destroy`: list the machines of an app, and destroy those of a pool."""
+"""`bfaas machines` and `bfaas destroy`: list the machines that exist, and destroy those of a pool."""
 
 from __future__ import annotations
 
@@ -9,26 +9,56 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from bfaas.http.client import pooled_agent
 from bfaas.machines.api import NotFoundError
 from bfaas.machines.fly import FlyMachines
+from bfaas.machines.local.containers import ContainerInventory
+from bfaas.machines.local.engine import Engine, examine_engine
 from bfaas.pooling.config import pool_of
 from bfaas.pooling.reconciler import destroy_own
+from bfaas.settings import ApiSettings, EngineSettings, uses_containers
 from bfaas.system.runtime import run_with_reactor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Mapping
 
     from twisted.internet.defer import Deferred
 
-    from bfaas.machines.api import Machine, MachinesAPI
-    from bfaas.settings import ApiSettings
+    from bfaas.machines.api import Machine, MachineInventory
 
 T = TypeVar("T")
 
 _HEADERS = ("ID", "POOL", "STATE", "AGE", "LEASE", "NAME")
 
 
-def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]) -> T:
-    """Call `work` with the Machines API, in a reactor, and return its result. Raise `MachinesError`."""
+def with_machines(
+    environ: Mapping[str, str], work: Callable[[MachineInventory], Coroutine[Deferred[Any], Any, T]]
+) -> T:
+    """
+    Call `work` with the machines that the environment names, in a reactor, and return its result.
 
+    Raises `SettingsError`, `EngineError` or `MachinesError`.
+    """
+    if uses_containers(environ):
+        return _with_containers(EngineSettings.from_environment(environ), work)
+    return _with_api(ApiSettings.from_environment(environ), work)
+
+
+def _with_containers(
+    settings: EngineSettings, work: Callable[[MachineInventory], Coroutine[Deferred[Any], Any, T]]
+) -> T:
+    info = examine_engine(settings)
+
+    async def run(reactor: Any) -> T:
+        engine = Engine(reactor, settings, info)
+        try:
+            return await work(ContainerInventory(engine))
+        finally:
+            await engine.close()
+
+    return run_with_reactor(run)
+
+
+def _with_api(
+    settings: ApiSettings, work: Callable[[MachineInventory], Coroutine[Deferred[Any], Any, T]]
+) -> T:
     async def run(reactor: Any) -> T:
         agent, connections = pooled_agent(reactor)
         api = FlyMachines(reactor, agent, SystemRandom(), settings.url, settings.worker_app, settings.token)
@@ -40,7 +70,7 @@ def with_api(settings: ApiSettings, work: Callable[[MachinesAPI], Coroutine[Defe
     return run_with_reactor(run)
 
 
-async def format_table(api: MachinesAPI) -> str:
+async def format_table(api: MachineInventory) -> str:
     """Return a table of the app's machines: pool, state, age, and remaining time of the lease."""
     rows = [_HEADERS]
     for machine in sorted(await api.list(), key=lambda machine: machine.name):
@@ -55,12 +85,12 @@ async def format_table(api: MachinesAPI) -> str:
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
 
-async def machines_of(api: MachinesAPI, pool: str) -> list[Machine]:
+async def machines_of(api: MachineInventory, pool: str) -> list[Machine]:
     """Return a pool's machines."""
     return [machine for machine in await api.list() if pool_of(machine.name) == pool]
 
 
-async def destroy(api: MachinesAPI, machines: list[Machine]) -> int:
+async def destroy(api: MachineInventory, machines: list[Machine]) -> int:
     """Destroy machines, one after the other. Return how many."""
     for machine in machines:
         await destroy_own(api, machine)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.defer import Deferred
 
-    from bfaas.machines.api import MachinesAPI
+    from bfaas.machines.api import MachineInventory
 
     Command = Callable[[Namespace, Mapping[str, str]], int]  # runs the command and returns its exit code
 
@@ -146,7 +146,9 @@ def _parser() -> ArgumentParser:
     command = commands.add_parser("doctor", help="check the configuration end to end")
     command.set_defaults(command=_doctor)
 
-    command = commands.add_parser("machines", help="list the machines of the app $WORKER_APP")
+    command = commands.add_parser(
+        "machines", help="list the machines of the app $WORKER_APP, or with docker those of the engine"
+    )
     command.set_defaults(command=_machines)
 
     command = commands.add_parser("destroy", help="destroy a pool's machines, after a confirmation")
@@ -230,7 +232,7 @@ def _doctor(_arguments: Namespace, environ: Mapping[str, str]) -> int:
 def _machines(_arguments: Namespace, environ: Mapping[str, str]) -> int:
     from bfaas.cli import machines as commands  # noqa: PLC0415 - see the module's docstring
 
-    write_output(_with_api(environ, commands.format_table))
+    write_output(_with_machines(environ, commands.format_table))
     return 0
 
 
@@ -241,7 +243,7 @@ def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
     if not pool:
         raise CommandError("no pool: use --pool, or set FLY_MACHINE_ID")
 
-    async def confirm_and_destroy(api: MachinesAPI) -> int | None:
+    async def confirm_and_destroy(api: MachineInventory) -> int | None:
         machines = await commands.machines_of(api, pool)
         for machine in machines:
             write_output(f"{machine.id}  {machine.state}  {machine.name}\n")
@@ -252,7 +254,7 @@ def _destroy(arguments: Namespace, environ: Mapping[str, str]) -> int:
         )
         return await commands.destroy(api, machines) if confirmed else None
 
-    destroyed = _with_api(environ, confirm_and_destroy)
+    destroyed = _with_machines(environ, confirm_and_destroy)
     if destroyed is None:
         raise CommandError("nothing was destroyed")
     write_output(f"destroyed {commands.format_count(destroyed)} of {pool}\n")
@@ -268,17 +270,18 @@ async def _confirm(question: str) -> bool:
     return answer.strip().lower() in (b"y", b"yes")
 
 
-def _with_api(
-    environ: Mapping[str, str], work: Callable[[MachinesAPI], Coroutine[Deferred[Any], Any, T]]
+def _with_machines(
+    environ: Mapping[str, str], work: Callable[[MachineInventory], Coroutine[Deferred[Any], Any, T]]
 ) -> T:
-    """Call `work` with the Machines API that the environment names, and return its result."""
-    from bfaas.cli.machines import with_api  # noqa: PLC0415
+    """Call `work` with the machines that the environment names, and return its result."""
+    from bfaas.cli.machines import with_machines  # noqa: PLC0415
     from bfaas.machines.api import MachinesError  # noqa: PLC0415
-    from bfaas.settings import ApiSettings, SettingsError  # noqa: PLC0415
+    from bfaas.machines.local.engine import EngineError  # noqa: PLC0415
+    from bfaas.settings import SettingsError  # noqa: PLC0415
 
     try:
-        return with_api(ApiSettings.from_environment(environ), work)
-    except (SettingsError, MachinesError) as error:
+        return with_machines(environ, work)
+    except (SettingsError, EngineError, MachinesError) as error:
         raise CommandError(str(error)) from None
 
 

@@ -19,17 +19,18 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.protocol import Protocol
 from twisted.python.failure import Failure
 from twisted.web.client import Agent, HTTPConnectionPool, ResponseDone
+from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgent, IBodyProducer
 from zope.interface import implementer
 
-from bfaas.http.endpoints import Endpoints
+from bfaas.http.endpoints import UNIX_HOST, UNIX_SCHEME, Endpoints
 from bfaas.http.strict_agent import StrictAgent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twisted.internet.interfaces import IConsumer
-    from twisted.web.http_headers import Headers
+    from twisted.internet.ssl import CertificateOptions
     from twisted.web.iweb import IResponse
 
 
@@ -49,11 +50,15 @@ def single_use_agent(reactor: Any) -> IAgent:
     return StrictAgent(Endpoints(reactor))
 
 
-def pooled_agent(reactor: Any) -> tuple[IAgent, HTTPConnectionPool]:
-    """Return an agent with persistent connections, for trusted servers, and its connection pool."""
+def pooled_agent(reactor: Any, tls: CertificateOptions | None = None) -> tuple[IAgent, HTTPConnectionPool]:
+    """
+    Return an agent with persistent connections, for trusted servers, and its connection pool.
+
+    `tls` replaces the system's trust store, and may have a certificate for this client.
+    """
     pool = HTTPConnectionPool(reactor)
     pool.maxPersistentPerHost = MAX_IDLE_CONNECTIONS
-    return Agent.usingEndpointFactory(reactor, Endpoints(reactor), pool=pool), pool
+    return Agent.usingEndpointFactory(reactor, Endpoints(reactor, tls=tls), pool=pool), pool
 
 
 async def send_request(
@@ -90,6 +95,8 @@ async def send_request(
 
 # treq imports the global reactor if it gets none; it uses it only for its `timeout` argument.
 _NO_REACTOR: Any = object()
+
+_UNIX = f"{UNIX_SCHEME}:".encode()
 
 
 class _Placeholder(EncodedURL):
@@ -136,6 +143,9 @@ class _FixedURLAgent:
         bodyProducer: IBodyProducer | None = None,
     ) -> Deferred[IResponse]:
         """Send a request."""
+        if self._url.startswith(_UNIX):
+            headers = headers.copy() if headers else Headers()
+            headers.setRawHeaders("host", [UNIX_HOST])
         return self._agent.request(method, self._url, headers, bodyProducer)
 
 

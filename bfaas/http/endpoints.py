@@ -1,5 +1,5 @@
 """
-TCP and TLS connections to a host, by any name or address that the system resolves.
+TCP and TLS connections to a host, by any name or address that the system resolves, and UNIX sockets.
 
 Twisted's `HostnameEndpoint` and `optionsForClientTLS` accept names of IDNA 2008 only. Those have no
 underscores, unlike Fly's `_api.internal` and some names in /etc/hosts and in private zones.
@@ -11,6 +11,7 @@ import socket
 from collections import deque
 from threading import Thread
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
 from weakref import ref
 
 from OpenSSL.SSL import VERIFY_FAIL_IF_NO_PEER_CERT, VERIFY_PEER, X509VerificationCodes
@@ -21,7 +22,12 @@ from service_identity.hazmat import DNS_ID, IPAddress_ID, verify_service_identit
 from service_identity.pyopenssl import extract_patterns
 from twisted.internet.abstract import isIPAddress, isIPv6Address
 from twisted.internet.defer import Deferred, fail
-from twisted.internet.endpoints import TCP4ClientEndpoint, TCP6ClientEndpoint, wrapClientTLS
+from twisted.internet.endpoints import (
+    TCP4ClientEndpoint,
+    TCP6ClientEndpoint,
+    UNIXClientEndpoint,
+    wrapClientTLS,
+)
 from twisted.internet.error import DNSLookupError
 from twisted.internet.error import TimeoutError as ConnectTimeoutError
 from twisted.internet.interfaces import IOpenSSLClientConnectionCreator, IStreamClientEndpoint
@@ -47,12 +53,31 @@ CONNECT_TIMEOUT = 5.0
 LOOKUP_TIMEOUT = 10.0
 """Seconds that a lookup may take: two attempts of resolv.conf(5)."""
 
+UNIX_SCHEME = "http+unix"
+"""
+Scheme of URLs for HTTP over a UNIX socket, whose percent-encoded path is the host, as in other clients
+(https://pypi.org/project/requests-unixsocket/).
+"""
+
+UNIX_HOST = b"localhost"
+"""The Host header of requests to a UNIX socket, whose path is not a valid one."""
+
 _ATTEMPT_DELAY = 0.25
 """Seconds after which the next address is tried too (RFC 8305, section 8)."""
 
 
 class CertificateError(Exception):
     """The server's certificate is not trusted, or not valid for this host."""
+
+
+def unix_url(path: str) -> str:
+    """Return the URL of the HTTP server that listens on a UNIX socket."""
+    return f"{UNIX_SCHEME}://{quote(path, safe='')}"
+
+
+def unix_path(url: str) -> str:
+    """Return the path in a URL of `unix_url`."""
+    return unquote(url.removeprefix(f"{UNIX_SCHEME}://"))
 
 
 class Resolver:
@@ -247,7 +272,7 @@ class _QuietEndpoint:
 @implementer(IAgentEndpointFactory)
 class Endpoints:
     """
-    Chooses TCP or TLS by a URL's scheme.
+    Chooses TCP, TLS or a UNIX socket by a URL's scheme.
 
     By default certificates are verified against the system's trust store, or SSL_CERT_FILE and SSL_CERT_DIR.
     """
@@ -262,6 +287,8 @@ class Endpoints:
     def endpointForURI(self, uri: URI) -> IStreamClientEndpoint:
         """Return the endpoint."""
         host = uri.host.decode("ascii")
+        if uri.scheme.decode("ascii") == UNIX_SCHEME:
+            return _QuietEndpoint(UNIXClientEndpoint(self._reactor, unquote(host), timeout=CONNECT_TIMEOUT))
         endpoint: IStreamClientEndpoint = HostEndpoint(self._reactor, self._resolver, host, uri.port)
         if uri.scheme == b"https":
             if self._tls is None:  # once, since it reads the whole trust store

@@ -14,11 +14,13 @@ from twisted.web.http_headers import Headers
 from twisted.web.iweb import UNKNOWN_LENGTH, IAgent, IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
 
+from bfaas.http.endpoints import UNIX_HOST, UNIX_SCHEME
 from bfaas.http.response_parser import ResponseHead, ResponseParser
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IProtocol
 
+_UNIX = UNIX_SCHEME.encode()
 _REQUEST = re.compile(rb"[A-Z]+ /[!-~]*")
 
 
@@ -176,7 +178,7 @@ def _request_head(method: bytes, uri: URI, headers: Headers, body: IBodyProducer
         raise ValueError("the length of the body is unknown")
     headers = headers.copy()
     headers.removeHeader(b"transfer-encoding")
-    headers.setRawHeaders(b"host", [uri.netloc])
+    headers.setRawHeaders(b"host", [UNIX_HOST if uri.scheme == _UNIX else uri.netloc])
     headers.setRawHeaders(b"connection", [b"close"])
     headers.setRawHeaders(b"accept-encoding", [b"identity"])
     headers.setRawHeaders(b"content-length", [b"%d" % (body.length if body else 0)])

@@ -98,7 +98,23 @@ def has_ended(state: State, wanted: State) -> bool:
     return wanted is State.STOPPED and state in _FAILED
 
 
-class MachinesAPI(Protocol):
+class MachineInventory(Protocol):
+    """The part of `MachinesAPI` that shows which machines exist, and destroys some."""
+
+    async def list(self) -> list[Machine]:
+        """Return every machine that is not destroyed."""
+        ...
+
+    async def get_lease(self, machine_id: str) -> Lease:
+        """Return the lease in force. Raises `NotFoundError` if there is none."""
+        ...
+
+    async def destroy(self, machine_id: str, nonce: str | None) -> None:
+        """Destroy a machine in any state. Raises `NotFoundError` if it does not exist any more."""
+        ...
+
+
+class MachinesAPI(MachineInventory, Protocol):
     """
     Machines of one app, and their leases.
 

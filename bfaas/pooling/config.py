@@ -133,6 +133,8 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
 
     Workers read the public key that they trust, and their limits, from the template's environment.
     """
+    images = (settings.fly, settings.docker)
+    image = next((provider.worker_image for provider in images if provider is not None), "local")
     environment = {
         "PUBLIC": settings.signer.public,
         "MAXREQTIME": f"{settings.max_req_time:.9f}s",
@@ -144,7 +146,7 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
         size=settings.pool_size,
         region=settings.region,
         template=MachineConfig(
-            image=settings.fly.worker_image if settings.fly else "local",
+            image=image,
             env=environment,
             cpus=settings.worker_cpus,
             memory_mb=settings.worker_memory_mb,

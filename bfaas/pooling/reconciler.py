@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
-    from bfaas.machines.api import Machine, MachinesAPI
+    from bfaas.machines.api import Machine, MachineInventory, MachinesAPI
     from bfaas.pooling.backoff import JitteredBackoff
     from bfaas.pooling.config import PoolConfig
     from bfaas.pooling.scheduler import Scheduler
@@ -265,7 +265,7 @@ class Reconciler:
         _log.info("destroyed {name}, whose lease had expired", name=machine.name)
 
 
-async def destroy_own(api: MachinesAPI, machine: Machine) -> None:
+async def destroy_own(api: MachineInventory, machine: Machine) -> None:
     """Destroy a machine of our own, using its lease if it has one. Raises `MachinesError`."""
     try:
         nonce = (await api.get_lease(machine.id)).nonce

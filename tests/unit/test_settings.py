@@ -116,7 +116,7 @@ class CoordSettingsTests(SynchronousTestCase):
 
     def test_reports_all_missing_variables_together(self) -> None:
         expected = (
-            "WORKER_APP: missing; a Fly app, or mock for local machines",
+            "WORKER_APP: missing; a Fly app; docker or mock for local machines",
             "MAXREQTIME: missing; a duration such as 10s",
             "FLY_TOKEN: missing; an API token that can manage the worker app",
             "WORKER_IMAGE: missing; the image of workers",

@@ -26,7 +26,7 @@ class MachineBackend(Protocol):
         ...
 
     async def pause(self, machine_id: str) -> None:
-        """Pause a running process."""
+        """Pause a running process. Raises `OSError`."""
         ...
 
     async def resume(self, machine_id: str) -> None:

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from random import Random, SystemRandom
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
@@ -254,8 +254,8 @@ class EmulatedMachines(MachinesAPI):
         """Cancel everything in progress, kill all machines and forget them."""
         for deferred in list(self._tasks):
             deferred.cancel()
-        for machine_id in list(self._entries):
-            await self._backend.kill(machine_id)
+        kills = [Deferred.fromCoroutine(self._backend.kill(machine_id)) for machine_id in self._entries]
+        await gatherResults(kills)
         self._entries.clear()
 
     def _entry(self, machine_id: str) -> _Entry:
@@ -357,9 +357,14 @@ class EmulatedMachines(MachinesAPI):
 
     async def _suspend(self, entry: _Entry) -> None:
         self._set_state(entry, State.SUSPENDING)
-        await self._backend.pause(entry.machine.id)
+        state = State.SUSPENDED
+        try:
+            await self._backend.pause(entry.machine.id)
+        except OSError as error:
+            self._log.warn("cannot suspend {name}: {error}", name=entry.machine.name, error=error)
+            state = State.STARTED
         if entry.machine.state is State.SUSPENDING:
-            self._set_state(entry, State.SUSPENDED)
+            self._set_state(entry, state)
 
     async def _resume(self, entry: _Entry) -> None:
         """Resume a suspended machine, or boot it if that fails. A stop or a destruction cancels this."""
