@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: run fly test coverage load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
+.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -34,15 +34,21 @@ fly: $(VENV)/installed
 	FLY_FLAPS_BASE_URL=http://127.0.0.1:4280 WORKER_URL=http://127.0.0.1:4281 \
 	$(BIN)/twistd -n --pidfile= bfaas-coord --listen tcp:8000:interface=127.0.0.1
 
-# Trial runs its own cases, pytest (with pytest-twisted) the end-to-end tests: the two do not share a session.
-# Each prints its ten slowest tests. UNIT_TRIAL runs the unit tests, which `.ci/run` measures the coverage of.
+# Trial runs its own cases, pytest (with pytest-twisted) the end-to-end tests, side by side: most of these wait. The
+# output of each appears at its end, with its ten slowest tests. UNIT_TRIAL runs the unit tests, which `.ci/run` measures
+# the coverage of.
 TRIAL = $(BIN)/trial
 UNIT_TRIAL = $(TRIAL)
+SLOWEST = 2>&1 | $(BIN)/python -m tests.support.slowest
 test: $(VENV)/installed-test
-	{ $(UNIT_TRIAL) --reporter=timing tests.unit && \
-	$(TRIAL) --reporter=timing tests.integration tests.project tests.simulation; \
-	} 2>&1 | $(BIN)/python -m tests.support.slowest
-	$(BIN)/python -m pytest --durations=10 tests/e2e
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-trial test-e2e
+
+test-trial: $(VENV)/installed-test
+	$(UNIT_TRIAL) --reporter=timing tests.unit $(SLOWEST)
+	$(TRIAL) --reporter=timing tests.integration tests.project tests.simulation $(SLOWEST)
+
+test-e2e: $(VENV)/installed-test
+	$(BIN)/python -m pytest --numprocesses=4 --dist=worksteal --durations=10 tests/e2e
 
 # Statement and branch coverage of bfaas/ by all tests, in every process that exits normally: build/coverage/html.
 coverage: $(VENV)/installed-test

@@ -395,9 +395,11 @@ class WorkerTests(TestCase):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
             await self.wait_until_up(reader)
-            for process in reversed(process_tree.process_and_descendants(worker.pid)):  # as systemd does
-                with contextlib.suppress(ProcessLookupError):  # the worker may have killed it by then
-                    os.kill(process.pid, signal.SIGTERM)
+            # As systemd does. Stopped, the worker receives its signal before it notices the end of the script.
+            os.kill(worker.pid, signal.SIGSTOP)
+            for process in process_tree.process_and_descendants(worker.pid):
+                os.kill(process.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGCONT)
             await reader.finished
             self.assertIn(end, reader.data)
             await self.assert_ends(worker)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import Deferred
+from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IReadDescriptor
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
@@ -104,7 +105,8 @@ class ForkServer(ProcessProtocol):
         """Kill the server, and wait until it has ended."""
         if self.alive:
             self._stopped = Deferred()
-            self.transport.signalProcess("KILL")
+            with suppress(ProcessExitedAlready):
+                self.transport.signalProcess("KILL")
             await self._stopped
 
     # The connection to the server.
