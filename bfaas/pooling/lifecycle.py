@@ -282,13 +282,13 @@ class MachineLifecycle:
         await self.wait_until_ready(slot)
 
     async def monitor(self, slot: Slot) -> str:
-        """Extend the lease of a standby machine until it stops or fails; return what happened to it."""
+        """Extend the lease of a standby machine until it stops or fails; return the reason."""
         try:
             await deferLater(self._clock, self._WATCH_DELAY)
             while not await self._stops_within(slot, self._until_renewal(slot)):
                 await self._renew(slot)
         except (MachinesError, DeadlineExceededError) as error:
-            return f"failed: {error}"
+            return str(error)
         return "stopped by itself"
 
     def _until_renewal(self, slot: Slot) -> float:

@@ -88,10 +88,10 @@ class Standby:
         )
         wakeup = slot.park()
 
-        def ended(event: str | None) -> None:
+        def ended(reason: str | None) -> None:
             if slot.wakeup is wakeup:
-                if event is not None:
-                    self._log.warn("standby machine {name} {event}", name=slot.name, event=event)
+                if reason is not None:
+                    self._log.warn("standby machine {name} ended: {reason}", name=slot.name, reason=reason)
                 slot.wake(wanted=False)
 
         monitoring.addCallback(ended)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import signal
@@ -395,7 +394,7 @@ class WorkerTests(TestCase):
             worker = await Worker.start(self)
             reader = await worker.stream("echo up; sleep 1000; :", query)
             await self.wait_until_up(reader)
-            # As systemd does. Stopped, the worker receives its signal before it notices the end of the script.
+            # As systemd does. Stopped, the worker gets its signal before it notices the end of the script.
             os.kill(worker.pid, signal.SIGSTOP)
             for process in process_tree.process_and_descendants(worker.pid):
                 os.kill(process.pid, signal.SIGTERM)
