@@ -1,10 +1,11 @@
 """
 What confines a script: its user, its limits, a sandbox, and its place as the first victim of low memory.
 
-All of it is done by a command prefix: a chain of programs (setsid, choom, setpriv, bwrap), each of which
+Nearly all of it is done by a command prefix: a chain of programs (setsid, setpriv, bwrap), each of which
 changes one thing and executes the next. Twisted could change the user itself, but then it cannot use
 posix_spawn(3), and starting a process is slow. The last program of the chain is a bash that sets limits,
-reports that everything before it has worked, and executes the script's command.
+reports that everything before it has worked, and executes the script's command. A program takes about a
+millisecond to load, so there is none for what can be inherited (`first_victim_of_low_memory`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import pwd
 import re
 import resource
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 from bfaas.settings import SettingsError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 BASH = "/bin/bash"
 
@@ -38,7 +40,8 @@ SANDBOX_HOME = "/home/worker"
 SANDBOX_ACCOUNT = "worker"
 """The name of a script's user inside a sandbox, where its id has no name on the host."""
 
-_OOM_SCORE_ADJ = "1000"
+_OOM_SCORE_FILE = "/proc/self/oom_score_adj"
+_OOM_SCORE_ADJ = b"1000"
 """The highest value: when memory runs out, Linux kills the script before the worker, however small it is."""
 
 
@@ -105,13 +108,17 @@ class Confinement:
         the script does not share that count with the worker. No limit is raised above that of this process.
         Raises `MissingProgramError`.
         """
-        words = [find_program("setsid"), find_program("choom"), "-n", _OOM_SCORE_ADJ, "--"]
+        # Bubblewrap's own process, which stays outside, then remains in the session of this one.
+        creates_session = self.uses_bubblewrap and "--new-session" in self.sandbox
+        words = [] if creates_session else [find_program("setsid")]
+        if not os.access(_OOM_SCORE_FILE, os.W_OK):  # as for a worker that is not root, and not dumpable
+            words += [find_program("choom"), "-n", _OOM_SCORE_ADJ.decode(), "--"]
         if self.user is not None:
             words += [find_program("setpriv"), f"--reuid={self.user.uid}", f"--regid={self.user.gid}"]
             words += ["--clear-groups", "--no-new-privs", "--"]
         words += self.sandbox
         limits = [*_LIMITS]
-        if self.uses_bubblewrap:
+        if self.uses_bubblewrap and not creates_session:
             # Bubblewrap forks: without another session, the script's process group would include bwrap.
             words.append(find_program("setsid"))
         if self.user is not None or self.uses_bubblewrap:
@@ -265,6 +272,26 @@ def _last_step(limits: Sequence[_Limit]) -> str:
     )
 
 
+@contextmanager
+def first_victim_of_low_memory() -> Iterator[None]:
+    """
+    Let Linux kill processes that are started in this context first when memory runs out.
+
+    They inherit the value of this process, which then restores its own; that needs no privilege. Does nothing
+    where this process may not change its value: there, the command prefix does it with a program.
+    """
+    if not os.access(_OOM_SCORE_FILE, os.W_OK):
+        yield
+        return
+    file = Path(_OOM_SCORE_FILE)
+    original = file.read_bytes()
+    file.write_bytes(_OOM_SCORE_ADJ)
+    try:
+        yield
+    finally:
+        file.write_bytes(original)
+
+
 _READ_ONLY = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
 _PRIVATE = ("/tmp", "/root", "/home", "/run", "/var/tmp")  # noqa: S108 - empty and private in each sandbox
 
@@ -292,7 +319,7 @@ def sandbox_prefix(home: str, accounts: str | None = None) -> tuple[str, ...]:
         names = ["--setenv", "USER", SANDBOX_ACCOUNT, "--setenv", "LOGNAME", SANDBOX_ACCOUNT]
     return (
         find_program("bwrap"),
-        "--die-with-parent",
+        *("--die-with-parent", "--new-session"),
         *("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-net", "--unshare-uts"),
         *("--cap-drop", "ALL"),
         *mounts,

@@ -26,7 +26,7 @@ from zope.interface import implementer
 
 from bfaas.protocol.formats import Exit, Reason, Stream
 from bfaas.system import process_tree
-from bfaas.system.confinement import BASH, SEARCH_PATH, STARTED_FD
+from bfaas.system.confinement import BASH, SEARCH_PATH, STARTED_FD, first_victim_of_low_memory
 from bfaas.worker.pipes import OutputReader, Pipes
 
 if TYPE_CHECKING:
@@ -178,7 +178,8 @@ class BashRun(ProcessProtocol):
             child_files |= pipes.child_ends
             child_files.setdefault(2, pipes.child_ends[1])
             command: list[bytes | str] = [*prefix, *set_variables, BASH, "-c", "--", script]
-            self._reactor.spawnProcess(self, prefix[0], command, env=environment, childFDs=child_files)
+            with first_victim_of_low_memory():
+                self._reactor.spawnProcess(self, prefix[0], command, env=environment, childFDs=child_files)
             pipes.release_parent_ends()  # the transport closes them
         # Bash may have exited already: Twisted tries to reap a process as soon as it is started.
         if self._status is None:
@@ -220,7 +221,8 @@ class BashRun(ProcessProtocol):
             return
         self._killed = True
         self._reason = reason
-        # Bash is not reaped yet, so its pid is still valid. Its group may not exist yet: setsid creates it.
+        # Bash is not reaped yet, so its pid is still valid. Its group may not exist: setsid creates it. With
+        # bubblewrap there is none: all processes in it die with the one that is killed.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.transport.pid, signal.SIGKILL)
         self.transport.signalProcess("KILL")

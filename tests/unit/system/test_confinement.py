@@ -9,7 +9,15 @@ from pathlib import Path
 from twisted.trial.unittest import SynchronousTestCase
 
 from bfaas.settings import SettingsError
-from bfaas.system.confinement import SANDBOX_ACCOUNT, Confinement, User, find_program, write_accounts
+from bfaas.system.confinement import (
+    SANDBOX_ACCOUNT,
+    Confinement,
+    User,
+    find_program,
+    first_victim_of_low_memory,
+    sandbox_prefix,
+    write_accounts,
+)
 
 
 class ResolveTests(SynchronousTestCase):
@@ -53,11 +61,26 @@ class CommandPrefixTests(SynchronousTestCase):
         ):
             self.assertEqual(limited, " -u 512 " in f"{confinement.command_prefix()[-2]} ", confinement)
 
-    def test_bubblewrap_is_followed_by_another_session(self) -> None:
+    def test_bubblewrap_is_followed_by_another_session_unless_it_creates_one(self) -> None:
         prefix = Confinement(None, ("/usr/bin/bwrap", "--")).command_prefix()
         setsid = find_program("setsid")
         self.assertEqual([setsid, setsid], [word for word in prefix if word == setsid])
         self.assertEqual(setsid, prefix[prefix.index("/usr/bin/bwrap") + 2])
+        self.assertNotIn(setsid, Confinement(None, sandbox_prefix("/home")).command_prefix())
+
+    def test_script_is_the_first_victim_of_low_memory_and_this_process_is_not(self) -> None:
+        score = Path("/proc/self/oom_score_adj")
+        original = score.read_text()
+        with self.assertRaises(ZeroDivisionError), first_victim_of_low_memory():
+            self.assertEqual("1000\n", score.read_text())
+            _ = 1 / 0
+        self.assertEqual(original, score.read_text())
+        self.assertNotIn(find_program("choom"), Confinement().command_prefix())
+
+        self.patch(os, "access", lambda *_: False)
+        self.assertEqual([find_program("choom"), "-n", "1000", "--"], Confinement().command_prefix()[1:5])
+        with first_victim_of_low_memory():
+            self.assertEqual(original, score.read_text())
 
     def test_another_user_has_no_groups_and_gains_no_privileges(self) -> None:
         prefix = Confinement(User(7, 8)).command_prefix()
