@@ -15,7 +15,7 @@ run: $(VENV)/installed
 	@echo
 	@echo "      curl -sN localhost:8000/run -d uptime"
 	@echo
-	WORKER_APP=mock MAXREQTIME=$${MAXREQTIME:-10s} MAXPERCLIENT=$${MAXPERCLIENT:-1000} POOLSIZE=$${POOLSIZE:-4} \
+	WORKER_APP=$${WORKER_APP:-mock} MAXREQTIME=$${MAXREQTIME:-10s} MAXPERCLIENT=$${MAXPERCLIENT:-1000} POOLSIZE=$${POOLSIZE:-4} \
 	POOL_STANDBY=$${POOL_STANDBY:-$${POOLSIZE:-4}} $(BIN)/twistd -n --pidfile= bfaas-coord
 
 # The same, configured as on Fly, with an emulator of the Machines API on this host.

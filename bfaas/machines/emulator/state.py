@@ -36,9 +36,10 @@ from bfaas.machines.emulator.rate_limits import RateLimiter, Unlimited
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
 
 
+_GONE = (State.DESTROYING, State.DESTROYED)
 _OWNER = "local@tokens.fly.io"  # on Fly, a UUID in place of "local", or the address of a user
 
 
@@ -103,6 +104,7 @@ class EmulatedMachines(MachinesAPI):
         self._limits = RateLimiter(clock) if rate_limited else Unlimited()
         self._entries: dict[str, _Entry] = {}
         self._tasks: set[Deferred[None]] = set()
+        self._tombstones: dict[str, IDelayedCall] = {}
 
     async def create(
         self, name: str, region: str, config: MachineConfig, lease_ttl: int
@@ -185,7 +187,10 @@ class EmulatedMachines(MachinesAPI):
         """
         deadline = Deadline(self._clock, timeout)
         entry = self._entries.get(machine.id)
-        while entry is not None and not self._has_reached(entry, machine, state) and not _is_gone(entry):
+        last = (State.DESTROYED,) if state is State.DESTROYED else _GONE
+        while entry is not None and not (
+            self._has_reached(entry, machine, state) or entry.machine.state in last
+        ):
             if state is State.STARTED and has_ended(entry.machine.state, state):
                 raise EndedError(f"{state}, currently {entry.machine.state}")
             change: Deferred[None] = Deferred(entry.watchers.remove)
@@ -254,6 +259,9 @@ class EmulatedMachines(MachinesAPI):
         """Cancel everything in progress, kill all machines and forget them."""
         for deferred in list(self._tasks):
             deferred.cancel()
+        for tombstone in self._tombstones.values():
+            tombstone.cancel()
+        self._tombstones.clear()
         kills = [Deferred.fromCoroutine(self._backend.kill(machine_id)) for machine_id in self._entries]
         await gatherResults(kills)
         self._entries.clear()
@@ -389,10 +397,15 @@ class EmulatedMachines(MachinesAPI):
         entry.generation += 1
         self._set_state(entry, State.DESTROYING)
         await self._backend.kill(entry.machine.id)
+        # Before the change, because that may resume a caller which shuts everything down.
+        self._tombstones[entry.machine.id] = self._clock.callLater(
+            self._timing.tombstone_ttl, self._forget, entry.machine.id
+        )
         self._set_state(entry, State.DESTROYED)
-        await deferLater(self._clock, self._timing.tombstone_ttl)
-        del self._entries[entry.machine.id]
+
+    def _forget(self, machine_id: str) -> None:
+        del self._entries[machine_id], self._tombstones[machine_id]
 
 
 def _is_gone(entry: _Entry) -> bool:
-    return entry.machine.state in (State.DESTROYING, State.DESTROYED)
+    return entry.machine.state in _GONE

@@ -43,6 +43,7 @@ from bfaas.machines.api import (
     NotFoundError,
     State,
     UnavailableError,
+    WaitTimeoutError,
 )
 from bfaas.machines.emulator.backend import MachineBackend
 from bfaas.machines.emulator.state import EmulatedMachines
@@ -89,8 +90,10 @@ PULL_TIMEOUT = 3600.0
 
 _PULL_POLL_PERIOD = 0.5
 _SHUTDOWN_TIMEOUT = 20.0
-_QUIET_FAILURES = 5
-"""Failed removals before one is logged. A container that has just ended is busy removing itself."""
+_LOGGED_FAILURES = 6
+"""One failed removal in so many is logged. A container that has ended is removing itself for a moment."""
+
+_DESTROY_TIMEOUT = 15.0  # seconds; less than the pool's
 
 _LAST_LINES = 20
 _MAX_LINE = 500
@@ -355,7 +358,7 @@ class Containers(MachineBackend):
                 await self._try_to_remove(name)
                 break
             except EngineError as error:
-                if failures >= _QUIET_FAILURES:
+                if failures % _LOGGED_FAILURES == _LOGGED_FAILURES - 1:
                     _log.warn("cannot remove the container {name} yet: {error}", name=name, error=error)
             await deferLater(self._reactor, self._RETRY_BACKOFF.delay(failures, self._random))
 
@@ -519,6 +522,16 @@ class ContainerMachines(EmulatedMachines):
         except EngineError as error:
             raise UnavailableError(str(error)) from error
         return await super().list()
+
+    async def destroy(self, machine_id: str, nonce: str | None) -> None:
+        """Destroy a machine, and wait until its container is gone: it would exceed the size of the pool."""
+        machine = self.look_up(machine_id)
+        if machine.state is not State.DESTROYING:
+            await super().destroy(machine_id, nonce)
+        try:
+            await self.wait(machine, State.DESTROYED, _DESTROY_TIMEOUT)
+        except WaitTimeoutError:
+            raise UnavailableError("the container engine has not removed its container yet") from None
 
     async def wait_for_image(self) -> str:
         """Pull the image if it is missing. Return its id. Raises `EngineError`."""

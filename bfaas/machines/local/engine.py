@@ -7,6 +7,7 @@ Versions 1.41 (Docker 20.10, Podman 3 and newer) to 1.51 are used. What is calle
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
 import ssl
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlencode, urlsplit
 
 from twisted.internet.defer import CancelledError
+from twisted.internet.error import ConnectError
 from twisted.internet.ssl import (
     Certificate,
     CertificateOptions,
@@ -27,7 +29,7 @@ from twisted.web.http_headers import Headers
 
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import BodyReceiver, pooled_agent, read_body, send_request
-from bfaas.http.endpoints import describe, unix_url
+from bfaas.http.endpoints import describe, root_cause, unix_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -304,6 +306,10 @@ class Engine:
         except (CancelledError, EngineError):
             raise
         except Exception as error:  # the agent's, which has many
+            cause = root_cause(error)
+            if isinstance(cause, ConnectError):
+                reason = os.strerror(cause.osError) if cause.osError else describe(error)
+                raise self._unreachable(f"cannot be reached: {reason}") from error
             raise self._unreachable(f"sent no complete response: {describe(error)}") from error
 
     def _unreachable(self, problem: str) -> EngineUnreachableError:
