@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.settings import ApiSettings, BasherSettings, CoordSettings, FlySettings, SettingsError
+from bfaas.settings import (
+    ApiSettings,
+    BasherSettings,
+    CoordSettings,
+    DockerSettings,
+    EngineSettings,
+    FlySettings,
+    SettingsError,
+)
 from bfaas.tokens import Signer, genkey
 
 PAIR = genkey()
 
 # The required variables of each role.
 MOCK = {"MAXREQTIME": "10s", "WORKER_APP": "mock"}
+DOCKER = {"MAXREQTIME": "10s", "WORKER_APP": "docker"}
 FLY = {
     "WORKER_IMAGE": "registry/basher:1",
     "FLY_TOKEN": "FlyV1 secret",
@@ -126,6 +135,61 @@ class CoordSettingsTests(SynchronousTestCase):
         )
         self.assertEqual(expected, self.problems({}))
         self.assertEqual(expected, self.problems(dict.fromkeys(FLY, " \t")))
+
+    def test_defaults_with_containers(self) -> None:
+        found = CoordSettings.from_environment(DOCKER)
+
+        engine = EngineSettings("unix:///var/run/docker.sock", "/var/run/docker.sock")
+        self.assertEqual(DockerSettings(engine, "bfaas-basher", 64, "none", "", None), found.docker)
+        self.assertEqual((None, "docker", "local"), (found.fly, found.machine_id, found.region))
+
+    def test_reads_every_variable_of_containers(self) -> None:
+        tuning = {
+            "DOCKER_HOST": "tcp://10.0.0.1:2376",
+            "DOCKER_TLS_VERIFY": "1",
+            "DOCKER_CERT_PATH": "/certs",
+            "WORKER_IMAGE": "registry:5000/team/basher:v1.2@sha256:ab",
+            "WORKER_DISK_MB": "10",
+            "WORKER_NETWORK": "my_net.1",
+            "WORKER_RUNTIME": "io.containerd.runsc.v1",
+            "WORKER_SOCKETS": "/run/sockets",
+            "POOL_STANDBY_STATE": "suspended",
+            "WORKER_MEMORY_MB": "4096",
+        }
+        found = CoordSettings.from_environment(DOCKER | tuning)
+
+        engine = EngineSettings("tcp://10.0.0.1:2376", None, "https://10.0.0.1:2376", "/certs")
+        expected = DockerSettings(
+            engine, tuning["WORKER_IMAGE"], 10, "my_net.1", "io.containerd.runsc.v1", "/run/sockets"
+        )
+        self.assertEqual(expected, found.docker)
+
+    def test_invalid_settings_of_containers(self) -> None:
+        for name, value, problem in (
+            ("DOCKER_HOST", "npipe:////./pipe/docker_engine", "is neither unix:///PATH nor tcp://HOST:PORT"),
+            ("DOCKER_HOST", "tcp://host", "is neither unix:///PATH nor tcp://HOST:PORT"),
+            ("DOCKER_HOST", "tcp://host:0", "has an invalid port: 1 to 65535"),
+            ("DOCKER_HOST", "unix://relative", "is neither unix:///PATH nor tcp://HOST:PORT"),
+            ("WORKER_IMAGE", "a b", "is not the name of an image"),
+            ("WORKER_IMAGE", "-x", "is not the name of an image"),
+            ("WORKER_DISK_MB", "0", "is not above zero"),
+            ("WORKER_NETWORK", "host", "would give scripts the network of this host"),
+            (
+                "WORKER_NETWORK",
+                "container:x",
+                "is not a name of letters, digits, dots, dashes and underscores",
+            ),
+            ("WORKER_RUNTIME", "../x", "is not a name of letters, digits, dots, dashes and underscores"),
+            ("WORKER_SOCKETS", "sockets", "is not an absolute path"),
+        ):
+            [line] = self.problems(DOCKER | {name: value})
+            self.assertTrue(line.startswith(f"{name}: "), line)
+            self.assertIn(problem, line)
+        tls = {"DOCKER_HOST": "tcp://host:2376", "DOCKER_TLS_VERIFY": "1"}
+        self.assertEqual(
+            ("DOCKER_CERT_PATH: missing; the directory of ca.pem, cert.pem and key.pem",),
+            self.problems(DOCKER | tls),
+        )
 
     def test_warns_of_limits_beyond_the_idle_timeout_of_the_proxy(self) -> None:
         for environ, names in (

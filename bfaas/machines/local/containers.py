@@ -297,7 +297,7 @@ class Containers(MachineBackend):
         """Log each warning of the engine once, such as of a limit that its kernel does not support."""
         for warning in set(map(str, warnings)) - self._warnings:
             self._warnings.add(warning)
-            _log.warn("the container engine warns: {warning}", warning=warning)
+            _log.warn("the container engine warns: {text}", text=warning)
 
     def _follow(self, container: _Container, work: Any) -> None:
         """Follow a container in the background until it is removed."""

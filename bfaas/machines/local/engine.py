@@ -180,9 +180,7 @@ class _Connection:
             if settings.certificates is None:
                 self._connection = HTTPConnection(address, timeout=_CHECK_TIMEOUT)
             else:
-                directory = Path(settings.certificates)
-                context = ssl.create_default_context(cafile=directory / "ca.pem")
-                context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+                context = _ssl_context(Path(settings.certificates))
                 self._connection = HTTPSConnection(address, timeout=_CHECK_TIMEOUT, context=context)
 
     def __enter__(self) -> Self:
@@ -215,6 +213,16 @@ class _UnixConnection(HTTPConnection):
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(_CHECK_TIMEOUT)
         self.sock.connect(self._path)
+
+
+def _ssl_context(directory: Path) -> ssl.SSLContext:
+    """Return TLS for a blocking connection, as `_tls_options` does for others. Raises `EngineError`."""
+    try:
+        context = ssl.create_default_context(cafile=directory / "ca.pem")
+        context.load_cert_chain(directory / "cert.pem", directory / "key.pem")
+    except OSError as error:  # SSLError is one
+        raise _certificates_error(directory, error) from error
+    return context
 
 
 class Engine:
@@ -341,14 +349,16 @@ def _tls_options(directory: Path) -> CertificateOptions:
         pem = (directory / "cert.pem").read_bytes() + b"\n" + (directory / "key.pem").read_bytes()
         client = PrivateCertificate.loadPEM(pem)
     except Exception as error:  # OSError, and OpenSSL's
-        raise EngineError(
-            f"DOCKER_CERT_PATH: {directory} has no usable ca.pem, cert.pem and key.pem: {error}"
-        ) from error
+        raise _certificates_error(directory, error) from error
     return CertificateOptions(
         privateKey=client.privateKey.original,
         certificate=client.original,
         trustRoot=trustRootFromCertificates([authority]),
     )
+
+
+def _certificates_error(directory: Path, error: Exception) -> EngineError:
+    return EngineError(f"DOCKER_CERT_PATH: {directory} has no usable ca.pem, cert.pem and key.pem: {error}")
 
 
 def _decode(data: bytes, source: str) -> Any:

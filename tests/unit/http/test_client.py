@@ -1,14 +1,28 @@
 from __future__ import annotations
 
-from typing import Any
+import shutil
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectError
 
-from bfaas.http.client import BodyTooLargeError, abort_body, read_body, send_request, single_use_agent
+from bfaas.http.client import (
+    BodyTooLargeError,
+    abort_body,
+    pooled_agent,
+    read_body,
+    send_request,
+    single_use_agent,
+)
+from bfaas.http.endpoints import unix_path, unix_url
 from bfaas.http.response_parser import MalformedResponseError
 from bfaas.http.strict_agent import IncompleteResponseError
-from tests.support.hostile_worker import LAST_CHUNK, End, LoopbackTestCase, chunk, reactor
+from tests.support.hostile_worker import LAST_CHUNK, End, LoopbackTestCase, ScriptedServer, chunk, reactor
 from tests.support.waiting import wait_until
+
+if TYPE_CHECKING:
+    from twisted.web.iweb import IAgent
 
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -44,6 +58,47 @@ class SendTests(ClientTestCase):
             await send_request(self.agent, "GET", url, "/")
         lines, _ = server.peers[1].request() or ([], b"")
         self.assertEqual([], [line for line in lines if line.lower().startswith("cookie:")])
+
+
+class UNIXSocketTests(LoopbackTestCase):
+    """Both agents, over the socket of a server of Twisted, whose path needs encoding in a URL."""
+
+    def setUp(self) -> None:
+        self.directory = tempfile.mkdtemp(prefix="bfaas a:b%2F")
+        self.addCleanup(shutil.rmtree, self.directory)
+
+    async def send(self, agent: IAgent) -> list[str]:
+        path = f"{self.directory}/worker.sock"
+        server = ScriptedServer([with_length(2) + b"ok"])
+        port = reactor.listenUNIX(path, server)
+        try:
+            response = await send_request(agent, "GET", unix_url(path), "/a?b")
+            self.assertEqual(b"ok", await read_body(response, 10))
+        finally:
+            await port.stopListening()
+            for peer in server.peers:
+                peer.transport.loseConnection()
+                await peer.receive_all()
+        lines, _ = server.peers[0].request() or ([], b"")
+        return lines
+
+    async def test_path_is_decoded_and_the_host_is_local(self) -> None:
+        pooled, connections = pooled_agent(reactor)
+        for agent in (single_use_agent(reactor), pooled):
+            lines = await self.send(agent)
+            self.assertEqual("GET /a?b HTTP/1.1", lines[0])
+            self.assertEqual(["host: localhost"], [line.lower() for line in lines if "ost:" in line])
+        await connections.closeCachedConnections()
+
+    async def test_missing_socket_is_a_connection_error(self) -> None:
+        url = unix_url(f"{self.directory}/absent.sock")
+
+        with self.assertRaises(ConnectError):
+            await send_request(single_use_agent(reactor), "GET", url, "/")
+
+    def test_path_survives_the_url(self) -> None:
+        for path in ("/run/bfaas/a/worker.sock", "/tmp/a b:c%2F/@[::1]?#é.sock"):
+            self.assertEqual(path, unix_path(unix_url(path)))
 
 
 class CancelTests(ClientTestCase):
