@@ -427,8 +427,8 @@ MUTANTS = [
     ),
     Mutation(
         "http.client:_FixedURLAgent.request",
-        "self._url",
-        "uri",
+        "self._agent.request(method, self._url, headers, bodyProducer)",
+        "self._agent.request(method, uri, headers, bodyProducer)",
         "requests are not sent to their URL",
     ),
     Mutation(
