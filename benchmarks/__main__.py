@@ -13,17 +13,7 @@ import time
 from benchmarks.programs import DIE_WITH_PARENT
 from benchmarks.report import ROOT
 
-ALL = (
-    "startup",
-    "first_byte",
-    "saturation",
-    "overhead",
-    "stream",
-    "streams",
-    "scaling",
-    "overshoot",
-    "fleet",
-)
+ALL = ("startup", "first_byte", "saturation", "stream", "streams", "overshoot", "fleet")
 
 
 def main() -> None:

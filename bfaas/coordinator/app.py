@@ -19,6 +19,7 @@ from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.errors import HTTPError
 from bfaas.http.server import register_error_handlers, text_response
 from bfaas.pool import PoolClosedError
+from bfaas.pooling.config import worker_max_body
 from bfaas.pooling.slot import Phase
 from bfaas.protocol import formats
 from bfaas.protocol.http_request import parse_run_request, response_format
@@ -124,7 +125,7 @@ class Coordinator:
         run_id = self._runs.new_id()
         request.setHeader(formats.RUN_ID, run_id)
         try:
-            run_request = parse_run_request(request)
+            run_request = self._parse(request)
         except HTTPError:
             self._runs.rejected(OutcomeKind.INVALID_REQUEST)
             raise
@@ -133,6 +134,13 @@ class Coordinator:
         except RunRejectedError as error:
             self._runs.rejected(error.kind)
             raise
+
+    def _parse(self, request: Request) -> RunRequest:
+        max_body = self._settings.max_body
+        run_request = parse_run_request(request, max_unpacked=max_body)
+        if len(run_request.body) > worker_max_body(max_body):
+            raise HTTPError(413, "the form is too large as JSON: its text has too many control characters")
+        return run_request
 
     async def _run(self, request: Request, run_request: RunRequest, run_id: str) -> None:
         if self._draining:
@@ -300,6 +308,9 @@ class Coordinator:
 
         Set the outcome, the times and the size of `run`. Raise `RunRejectedError` if no response was started.
         """
+        if run_request.content_type is not None and self._worker_client.scripts_only:
+            message = "the workers of this coordinator support scripts only: no input, files or other options"
+            raise RunRejectedError(400, message, OutcomeKind.INVALID_REQUEST)
         settings = self._settings
         started_at = self._clock.seconds()
         limit = run_request.effective_timeout(settings.max_req_time)
@@ -316,7 +327,9 @@ class Coordinator:
                 client.start_run(machine, auth_token, run.id, run_request, format_)
             )
             exit_ = await deadline.run(
-                client.stream(machine, run.id, worker_response, format_, response, headers)
+                client.stream(
+                    machine, run.id, worker_response, format_, response, headers, run_request.outputs
+                )
             )
             run.outcome = Outcome.from_exit(exit_)
         except DeadlineExceededError:

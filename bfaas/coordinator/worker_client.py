@@ -27,7 +27,7 @@ from bfaas.protocol.parser import OutputLimitError, run_reader
 from bfaas.tokens import CLOCK_SKEW
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twisted.web.iweb import IAgent, IResponse
 
@@ -77,6 +77,11 @@ class WorkerClient(ReadinessProbe):
         self._worker_url = worker_url
         self._max_output = max_output
         self._agent = agent or single_use_agent(reactor)
+        self.scripts_only = False
+        """
+        Whether the workers are those of the Go original, which know no JSON requests, and would run one as a
+        script. Set by the latest readiness probe, since all machines of a pool have the same image.
+        """
 
     async def wait_until_ready(self, machine: Machine) -> None:
         """
@@ -99,6 +104,7 @@ class WorkerClient(ReadinessProbe):
                 abort_body(response)
                 is_up = response.code < 500  # noqa: PLR2004 - a server's own errors
                 if is_up and self._clock_ok(response) and _is_expected_machine(machine, response):
+                    self.scripts_only = not response.headers.hasHeader(formats.WORKER)
                     return
             await deferLater(self._reactor, self._PROBE_BACKOFF.delay(failures))
 
@@ -153,15 +159,16 @@ class WorkerClient(ReadinessProbe):
         format_: formats.Format,
         response: RunResponse,
         headers: dict[str, str],
+        outputs: Sequence[str] = (),
     ) -> formats.Exit:
         """
         Stream the worker's output to the client, in `format_`; return the run's exit.
 
-        Starts the client's response at once, with `headers`. Any failure of the worker is logged, and is an
-        exit with a reason. Cancelling closes the connection to the worker, and leaves the client's response
-        to the caller.
+        Starts the client's response at once, with `headers`. `outputs` are the request's patterns of files.
+        Any failure of the worker is logged, and is an exit with a reason. Cancelling closes the connection to
+        the worker, and leaves the client's response to the caller.
         """
-        reader = run_reader(format_, self._max_output)
+        reader = run_reader(format_, self._max_output, outputs)
 
         def forward(data: bytes) -> None:
             response.write(reader.feed(data))

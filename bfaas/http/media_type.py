@@ -1,5 +1,5 @@
 """
-Decides by a request's headers whether its body is a script or a JSON request.
+Decides by a request's headers whether its body is a script, a JSON request or a form.
 
 A body in an unsupported coding, media type or charset must not run: bash would take the first lines of a
 compressed script for unknown commands, and execute the rest.
@@ -8,6 +8,7 @@ compressed script for unknown commands, and execute the rest.
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bfaas.http.errors import HTTPError
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 
 JSON = "application/json"
 FORM = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
 
 _TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - RFC 9110, 5.6.2
 _PARAMETER = rf'({_TOKEN})=(?:({_TOKEN})|"((?:[^"\\]|\\.)*+)")'
 # Possessive, since a client may send thousands of spaces and semicolons.
 _MEDIA_TYPE = re.compile(rf"({_TOKEN}/{_TOKEN})((?:[ \t]*+;[ \t]*+(?:{_PARAMETER})?+)*+)[ \t]*+")
 _PARAMETERS = re.compile(_PARAMETER)
+
+_BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]")  # RFC 2046, 5.1.1
 
 _CHARSETS = frozenset({"utf-8", "utf8", "us-ascii", "ascii"})
 
@@ -41,9 +45,17 @@ _PAIRS = re.compile(rb"%b(?:&%b)*" % (_PAIR, _PAIR))
 _ENCODED = re.compile(rb"(?:[\w.~+*&=-]++|%[0-9A-Fa-f]{2})*+")
 
 
-def body_is_json(headers: Headers, body: bytes) -> bool:
+@dataclass(frozen=True)
+class BodyType:
+    """What a body is: a JSON request, a form if `boundary` is set, or otherwise the script itself."""
+
+    is_json: bool = False
+    boundary: bytes | None = None
+
+
+def body_type(headers: Headers, body: bytes, *, multipart: bool = False) -> BodyType:
     """
-    Return whether a body is a JSON request; otherwise it is the script itself.
+    Return what a body is. Forms (`multipart/form-data`) are supported only with `multipart`.
 
     Raises `HTTPError`: 415 for an unsupported coding, media type or charset, 400 for a partial body or an
     invalid or repeated media type.
@@ -56,18 +68,37 @@ def body_is_json(headers: Headers, body: bytes) -> bool:
         raise HTTPError(400, "more than one Content-Type")
     value = "".join(values).strip(" \t")
     if not value:
-        return False
-    match = _MEDIA_TYPE.fullmatch(value)
-    if match is None:
-        raise HTTPError(400, "invalid Content-Type")
-    media_type = match[1].lower()
-    for name, token, quoted in _PARAMETERS.findall(match[2]):
-        if name.lower() == "charset" and (token or quoted).lower() not in _CHARSETS:
-            raise _unsupported("unsupported charset: send UTF-8")
+        return BodyType()
+    media_type, boundary = _parse(value)
+    if multipart and media_type == MULTIPART:
+        if not _BOUNDARY.fullmatch(boundary):
+            raise HTTPError(400, "a multipart form without a valid boundary")
+        return BodyType(boundary=boundary.encode())
     _check_media_type(media_type)
     if media_type == FORM and is_form(body):
         raise _unsupported("the body is form data: send the script itself, or send it as text/plain")
-    return media_type == JSON
+    return BodyType(is_json=media_type == JSON)
+
+
+def _parse(value: str) -> tuple[str, str]:
+    """Return the media type, in lower case, and its boundary, which may be empty. Raises `HTTPError`."""
+    match = _MEDIA_TYPE.fullmatch(value)
+    if match is None:
+        raise HTTPError(400, "invalid Content-Type")
+    boundaries = []
+    for name, token, quoted in _PARAMETERS.findall(match[2]):
+        if name.lower() == "charset" and not is_supported_charset(token or quoted):
+            raise _unsupported("unsupported charset: send UTF-8")
+        if name.lower() == "boundary":
+            boundaries.append(token or quoted)
+    if len(boundaries) > 1:
+        raise HTTPError(400, "more than one boundary")
+    return match[1].lower(), "".join(boundaries)
+
+
+def is_supported_charset(name: str) -> bool:
+    """Return whether text in a charset is UTF-8."""
+    return name.lower() in _CHARSETS
 
 
 def is_form(body: bytes) -> bool:
@@ -95,7 +126,7 @@ def _check_media_type(media_type: str) -> None:
     family, _, name = media_type.partition("/")
     suffix = name.rpartition("+")[2]
     if family == "multipart":
-        raise _unsupported("form data is not supported: send the script itself as the body")
+        raise _unsupported("unsupported multipart type: send multipart/form-data to a coordinator")
     if media_type != JSON and (name in _OTHER_JSON or suffix == "json"):
         raise _unsupported("unsupported JSON type: send application/json")
     if family in _BINARY_TYPES or name in _ARCHIVES or ("+" in name and suffix in _ARCHIVES):
@@ -103,4 +134,4 @@ def _check_media_type(media_type: str) -> None:
 
 
 def _unsupported(message: str) -> HTTPError:
-    return HTTPError(415, message, {"Accept": f"text/plain, {JSON}"})
+    return HTTPError(415, message, {"Accept": f"text/plain, {JSON}, {MULTIPART}"})

@@ -127,6 +127,15 @@ IDLE_MARGIN = 60
 """Seconds by which the idle timeout of the workers' proxy exceeds the longest silence of a run."""
 
 
+def worker_max_body(max_body: int) -> int:
+    """
+    Return the size in bytes of the largest request that a coordinator sends to a worker.
+
+    Forms are sent as JSON, in which files are encoded in base64: up to 4/3 of their size, plus names.
+    """
+    return 2 * max_body
+
+
 def pool_config(settings: CoordSettings) -> PoolConfig:
     """
     Return the pool's configuration for a coordinator's settings.
@@ -138,7 +147,7 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
     environment = {
         "PUBLIC": settings.signer.public,
         "MAXREQTIME": f"{settings.max_req_time:.9f}s",
-        "MAXBODY": str(settings.max_body),
+        "MAXBODY": str(worker_max_body(settings.max_body)),
         "MAXOUTPUT": str(settings.max_output),
     }
     return PoolConfig(

@@ -5,7 +5,8 @@ The formats are those of the Go original (superfly/bfaas), and compatible with i
 
 * Events (the default): a stream of server-sent events
   (https://html.spec.whatwg.org/multipage/server-sent-events.html). The data of `stdout` and `stderr` events
-  is a JSON string. The last event is `exit`, whose data is a JSON object.
+  is a JSON string. `file` events, whose data is a JSON object, follow if the request has `outputs`, which the
+  original does not know. The last event is `exit`, whose data is a JSON object.
 * Raw: the output bytes unchanged, then `\nexit: CODE\n` or `\nexit: CODE REASON\n`.
 * NDJSON: one JSON object per line, `{"event": "stdout", "data": "..."}`, the last one
   `{"event": "exit", "code": N, ...}`. Coordinators do not request it from workers.
@@ -13,11 +14,12 @@ The formats are those of the Go original (superfly/bfaas), and compatible with i
 
 from __future__ import annotations
 
+import binascii
 import codecs
 import enum
 import json
 import re
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from json.encoder import encode_basestring
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -44,8 +46,14 @@ Bytes of an output event's data, as JSON. Common readers have a limit of 64 KiB 
 `bufio.Scanner`, asyncio's `StreamReader`.
 """
 
-MAX_EXIT = 4096
+MAX_EXIT = 32 * 1024
 """Bytes of an exit event's data that a reader accepts."""
+
+MAX_FILE_PIECE = 9 * 1024
+"""Bytes of a file in one event: with a path of `MAX_PATH`, the event's data is shorter than `MAX_DATA`."""
+
+MAX_OUTPUT_ERRORS = 16
+"""Entries of an exit's `output_errors`."""
 
 
 class Stream(enum.StrEnum):
@@ -67,6 +75,48 @@ class Reason(enum.StrEnum):
     def code(self) -> int:
         """The exit code: 124 for a timeout, as of `timeout(1)`; 125 for failures outside the script."""
         return 124 if self is Reason.TIMEOUT else 125
+
+
+class OutputProblem(enum.StrEnum):
+    """Why a requested file was not returned, or not reliably."""
+
+    NOT_FOUND = "not-found"
+    DIRECTORY = "directory"
+    SYMBOLIC_LINK = "symbolic-link"
+    SPECIAL_FILE = "special-file"
+    INVALID_NAME = "invalid-name"
+    OUTPUT_LIMIT = "output-limit"
+    TOO_MANY_FILES = "too-many-files"
+    UNREADABLE = "unreadable"
+    CHANGED = "changed"
+
+
+@dataclass(frozen=True)
+class OutputFailure:
+    """A file, or a pattern, that a run could not return. `error` is an `OutputProblem` of this version."""
+
+    name: str
+    error: str
+
+    _MAX_NAME = 100  # characters
+
+    @classmethod
+    def of(cls, name: str, problem: OutputProblem) -> OutputFailure:
+        """Return a failure with a short, printable name."""
+        return cls(_UNPRINTABLE.sub("\ufffd", name)[: cls._MAX_NAME], problem)
+
+    @classmethod
+    def from_json(cls, value: object) -> OutputFailure | None:
+        """Return the failure in an item of `output_errors`, or None if that is invalid."""
+        if not isinstance(value, dict):
+            return None
+        name, error = value.get("name"), _safe_token(value.get("error"))
+        if not isinstance(name, str) or error is None:
+            return None
+        return cls(_UNPRINTABLE.sub("\ufffd", name)[: cls._MAX_NAME], error)
+
+
+_UNPRINTABLE = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class Format(enum.Enum):
@@ -115,6 +165,7 @@ class Exit:
 
     `code` is 0 to 255; 128+n for a script killed by signal n. Times are in milliseconds; `cpu_ms` is the sum
     over all processes of the run, `max_rss_kb` the largest resident set of one of them, in KiB.
+    `output_errors` are requested files that are missing, `output_errors_dropped` counts further ones.
     """
 
     code: int
@@ -125,6 +176,8 @@ class Exit:
     max_rss_kb: int | None = None
     truncated: bool = False
     dropped_bytes: int = 0
+    output_errors: tuple[OutputFailure, ...] = ()
+    output_errors_dropped: int = 0
 
     def __str__(self) -> str:
         return " ".join(["exit", str(self.code), *filter(None, (self.signal, self.reason))])
@@ -139,6 +192,8 @@ class Exit:
         payload = {
             item.name: value for item in fields(self) if (value := getattr(self, item.name)) != item.default
         }
+        if self.output_errors:
+            payload["output_errors"] = [asdict(failure) for failure in self.output_errors]
         return json.dumps(payload).encode()
 
     @classmethod
@@ -153,15 +208,23 @@ class Exit:
             raise WireError("exit event without a valid code")
         keys = ("wall_ms", "cpu_ms", "max_rss_kb")
         counts = {key: payload[key] for key in keys if _is_count(payload.get(key))}
-        dropped = payload.get("dropped_bytes")
+        failures = payload.get("output_errors")
+        failures = failures[:MAX_OUTPUT_ERRORS] if isinstance(failures, list) else []
         return cls(
             code=payload["code"] & 0xFF,
             signal=_safe_token(payload.get("signal")),
             reason=_safe_token(payload.get("reason")),
             truncated=payload.get("truncated") is True,
-            dropped_bytes=dropped if isinstance(dropped, int) and _is_count(dropped) else 0,
+            dropped_bytes=_count_or_0(payload.get("dropped_bytes")),
+            output_errors=tuple(filter(None, map(OutputFailure.from_json, failures))),
+            output_errors_dropped=_count_or_0(payload.get("output_errors_dropped")),
             **counts,
         )
+
+    def with_output_errors(self, failures: Sequence[OutputFailure]) -> Exit:
+        """Return this exit with the first `MAX_OUTPUT_ERRORS` failures, and the number of the others."""
+        kept = tuple(failures[:MAX_OUTPUT_ERRORS])
+        return replace(self, output_errors=kept, output_errors_dropped=len(failures) - len(kept))
 
 
 def decode_json(data: bytes) -> Any:
@@ -181,6 +244,10 @@ def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 53
 
 
+def _count_or_0(value: object) -> int:
+    return value if isinstance(value, int) and _is_count(value) else 0
+
+
 def _safe_token(value: object) -> str | None:
     """Return a short plain word, None for anything else: the value may be printed on a terminal."""
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9+-]{1,32}", value) else None
@@ -191,6 +258,10 @@ class RunWriter(Protocol):
 
     def output(self, stream: Stream, data: bytes) -> bytes:
         """Encode a piece of output."""
+        ...
+
+    def flush(self) -> bytes:
+        """Encode any incomplete character at the end of the output."""
         ...
 
     def end(self, exit_: Exit) -> bytes:
@@ -260,6 +331,47 @@ def _boundary(encoded: bytes, start: int, stop: int) -> int:
     return stop
 
 
+@dataclass(frozen=True)
+class FilePiece:
+    """A piece of a file that a run returns: path, size and mode of the file, and some of its content."""
+
+    name: str
+    size: int
+    mode: int
+    data: bytes
+
+    @classmethod
+    def from_json(cls, data: bytes) -> FilePiece:
+        """Decode a `file` event's data. Raises `WireError`; the name is not checked."""
+        payload = decode_json(data)
+        if not isinstance(payload, dict) or payload.keys() != {"name", "size", "mode", "base64"}:
+            raise WireError("invalid file event")
+        name, size, mode, encoded = (payload[key] for key in ("name", "size", "mode", "base64"))
+        if not isinstance(name, str) or not _is_count(size) or not isinstance(encoded, str):
+            raise WireError("invalid file event")
+        if not isinstance(mode, str) or not re.fullmatch("0[0-7]{3}", mode):
+            raise WireError("invalid mode of a file")
+        try:
+            return cls(name, size, int(mode, 8), binascii.a2b_base64(encoded, strict_mode=True))
+        except ValueError as error:
+            raise WireError("invalid base64") from error
+
+
+def write_file(format_: Format, piece: FilePiece) -> bytes:
+    """Encode a piece of a file of at most `MAX_FILE_PIECE` bytes as an event."""
+    payload = {
+        "name": piece.name,
+        "size": piece.size,
+        "mode": f"{piece.mode:04o}",
+        "base64": binascii.b2a_base64(piece.data, newline=False).decode(),
+    }
+    # Paths contain no controls and line separators, so nothing else has to be escaped.
+    data = json.dumps(payload, ensure_ascii=False).encode()
+    if format_ is Format.NDJSON:
+        return b'{"event": "file", ' + data[1:] + b"\n"
+    return b"event: file\ndata: " + data + b"\n\n"
+
+
 def write_exit(format_: Format, exit_: Exit) -> bytes:
     """Encode the exit event."""
     if format_ is Format.NDJSON:
@@ -279,12 +391,15 @@ class EventWriter:
         """Encode a piece of output as events; nothing while no character is complete."""
         return self._event(stream, self._decoders[stream].decode(data))
 
+    def flush(self) -> bytes:
+        """Encode incomplete characters as U+FFFD."""
+        return b"".join(
+            self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
+        )
+
     def end(self, exit_: Exit) -> bytes:
         """Encode incomplete characters as U+FFFD, then the `exit` event."""
-        rest = [
-            self._event(stream, decoder.decode(b"", final=True)) for stream, decoder in self._decoders.items()
-        ]
-        return b"".join([*rest, write_exit(self._format, exit_)])
+        return self.flush() + write_exit(self._format, exit_)
 
     def _event(self, stream: Stream, text: str) -> bytes:
         return write_output(self._format, stream, text) if text else b""
@@ -296,6 +411,10 @@ class RawWriter:
     def output(self, stream: Stream, data: bytes) -> bytes:  # noqa: ARG002 - the protocol's signature
         """Return the output unchanged."""
         return data
+
+    def flush(self) -> bytes:
+        """Return nothing: incomplete characters are passed as they are."""
+        return b""
 
     def end(self, exit_: Exit) -> bytes:
         """Encode the exit line."""

@@ -7,19 +7,26 @@ Well-formed output is forwarded to the client. Anything else is an error, and us
 from __future__ import annotations
 
 import re
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from bfaas.protocol.files import MAX_FILES, InvalidPathError, check_path, pattern_matcher
 from bfaas.protocol.formats import (
     MAX_DATA,
+    MAX_FILE_PIECE,
     Exit,
+    FilePiece,
     Format,
     WireError,
     decode_json,
     has_raw_controls,
     is_exit_code,
     write_event,
+    write_file,
     write_output,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 MAX_EVENT = 512 * 1024
 """Bytes of one event that a reader accepts: enough for 64 KiB of output, with six bytes of JSON for each."""
@@ -59,24 +66,70 @@ class RunReader(Protocol):
 
 
 _EVENT_NAMES = {
-    b"event:%b%b" % (space, name): name for space in (b"", b" ") for name in (b"stdout", b"stderr", b"exit")
+    b"event:%b%b" % (space, name): name
+    for space in (b"", b" ")
+    for name in (b"stdout", b"stderr", b"file", b"exit")
 }
+
+
+class _FileChecker:
+    """
+    Checks that pieces make up whole files that were requested, one after the other, and each once.
+
+    Only the last file may be incomplete, if the run was ended meanwhile.
+    """
+
+    def __init__(self, outputs: Sequence[str]) -> None:
+        self._matchers = [pattern_matcher(pattern) for pattern in outputs]
+        self._names: set[str] = set()
+        self._current: FilePiece | None = None
+        self._left = 0
+
+    @property
+    def any(self) -> bool:
+        return bool(self._names)
+
+    def check(self, piece: FilePiece) -> None:
+        """Raise `WireError` unless a piece may come now."""
+        current = self._current
+        if current is None:
+            self._check_new(piece)
+            self._left = piece.size
+        elif (piece.name, piece.size, piece.mode) != (current.name, current.size, current.mode):
+            raise WireError("incomplete file")
+        self._left -= len(piece.data)
+        if self._left < 0 or len(piece.data) > MAX_FILE_PIECE or not (piece.data or not piece.size):
+            raise WireError("invalid size of a file or its piece")
+        self._current = piece if self._left else None
+
+    def _check_new(self, piece: FilePiece) -> None:
+        try:
+            check_path(piece.name)
+        except InvalidPathError:
+            raise WireError("invalid name of a file") from None
+        if piece.name in self._names or len(self._names) >= MAX_FILES:
+            raise WireError("duplicate file, or too many files")
+        if not any(matches(piece.name) for matches in self._matchers):
+            raise WireError("a file that was not requested")
+        self._names.add(piece.name)
 
 
 class EventReader:
     """
     Parses events, forwards well-formed output, and stores the exit, which the caller forwards.
 
-    Comments are dropped. Text counts towards `max_output` with the least number of bytes that a script must
-    have written for it. Output is forwarded as events or as NDJSON. Data of more than `MAX_DATA` bytes, or
-    with characters that some clients treat as line breaks, is encoded again: workers of the Go original may
-    send such events.
+    Comments are dropped. Files are accepted after all text, if they match `outputs`. Text counts towards
+    `max_output` with the least number of bytes that a script must have written for it, files with their
+    content. Output is forwarded as events or as NDJSON. Data of more than `MAX_DATA` bytes, or with
+    characters that some clients treat as line breaks, is encoded again: workers of the Go original may send
+    such events.
     """
 
     forwards_exit = False
 
-    def __init__(self, max_output: int, format_: Format = Format.EVENTS) -> None:
+    def __init__(self, max_output: int, format_: Format = Format.EVENTS, outputs: Sequence[str] = ()) -> None:
         self._format = format_
+        self._files = _FileChecker(outputs)
         self.exit: Exit | None = None
         self.error: WireError | None = None
         self._event: list[bytes] = []  # complete lines of the current event
@@ -131,13 +184,26 @@ class EventReader:
         if name == b"exit":
             self.exit = Exit.from_json(data)
             return b""
+        if name == b"file":
+            return self._parse_file(data)
+        if self._files.any:
+            raise WireError("output after a file")
         stream, text = name.decode(), _text(data)
-        self._output_left -= _min_output_bytes(text)
-        if self._output_left < 0:
-            raise OutputLimitError("output limit exceeded")
+        self._count(_min_output_bytes(text))
         if len(data) > MAX_DATA or (not data.isascii() and has_raw_controls(data)):
             return write_output(self._format, stream, text)
         return write_event(self._format, stream, data)
+
+    def _parse_file(self, data: bytes) -> bytes:
+        piece = FilePiece.from_json(data)
+        self._files.check(piece)
+        self._count(len(piece.data))
+        return write_file(self._format, piece)
+
+    def _count(self, size: int) -> None:
+        self._output_left -= size
+        if self._output_left < 0:
+            raise OutputLimitError("output limit exceeded")
 
 
 def _text(data: bytes) -> str:
@@ -197,10 +263,12 @@ class RawReader:
         return Exit(int(match[1]) & 0xFF, reason=reason)
 
 
-def run_reader(format_: Format, max_output: int) -> RunReader:
+def run_reader(format_: Format, max_output: int, outputs: Sequence[str] = ()) -> RunReader:
     """
     Return the reader for a client's format and a worker with this output limit, in bytes.
 
+    `outputs` are the patterns of files in the request.
+
     Workers send events, also for clients that get NDJSON.
     """
-    return RawReader(max_output) if format_ is Format.RAW else EventReader(max_output, format_)
+    return RawReader(max_output) if format_ is Format.RAW else EventReader(max_output, format_, outputs)

@@ -68,6 +68,14 @@ class RunResponse:
         """Write a piece of the script's output."""
         self.write(self._writer.output(stream, data))
 
+    def flush_output(self) -> None:
+        """Write incomplete characters at the end of the output, after which no more output follows."""
+        self.write(self._writer.flush())
+
+    def file(self, piece: formats.FilePiece) -> None:
+        """Write a piece of a file, which the response's format must support."""
+        self.write(formats.write_file(self._format, piece))
+
     def write(self, data: bytes) -> None:
         """Write data that is already in the response's format."""
         if data and not self.closed:

@@ -68,16 +68,18 @@ class _Endless:
 
 class Worker(ScriptedServer):
     """
-    The worker of every machine: always ready; `responses` maps scripts to responses.
+    The worker of every machine: `responses` maps scripts to responses, `ready` is that to health checks.
 
     The response to a script in `endless` never ends, and is sent as fast as it is read. `runs` contains the
     requests for runs: the lines of the head, and the body.
     """
 
-    _READY: Script = (b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\n\r\nok\n", End.CLOSE)
-
     def __init__(self) -> None:
         super().__init__(())
+        self.ready: Script = (
+            b"HTTP/1.1 200 OK\r\nWorker: any\r\nContent-Length: 3\r\n\r\nok\n",
+            End.CLOSE,
+        )
         self.responses: dict[bytes, ScriptFactory] = {}
         self.endless: set[bytes] = set()
         self.runs: list[tuple[list[str], bytes]] = []
@@ -92,7 +94,7 @@ class Worker(ScriptedServer):
                 return
             script = self.responses[body]() if body in self.responses else HONEST
         else:
-            script = self._READY
+            script = self.ready
         await super()._play(peer, takewhile(lambda _: peer.end is None, script))
 
 

@@ -6,6 +6,7 @@ Each case also bounds the cost to the coordinator, and checks that the next requ
 
 from __future__ import annotations
 
+import base64
 import enum
 import json
 import zlib
@@ -52,6 +53,7 @@ class Case:
     The response of a worker, the outcome for the client, and the output, or None if it is not deterministic.
 
     `slow` cases keep the coordinator busy: they have a longer deadline, so that they reach their limit first.
+    The requests of cases with `outputs` ask for files.
     """
 
     name: str
@@ -60,6 +62,14 @@ class Case:
     output: str | None = None
     raw: bool = False
     slow: bool = False
+    outputs: bool = False
+
+    @property
+    def request_body(self) -> bytes:
+        """The script; with `outputs` the JSON that the coordinator sends to the worker."""
+        if not self.outputs:
+            return self.name.encode()
+        return json.dumps({"script": self.name, "outputs": ["a", "d/*"]}, separators=(",", ":")).encode()
 
 
 def once(*script: bytes | End) -> ScriptFactory:
@@ -115,6 +125,12 @@ def exit_event(data: bytes) -> bytes:
     return b"event: exit\ndata: " + data + b"\n\n"
 
 
+def file_event(name: str = "a", data: str = "xyz", size: int = 3) -> bytes:
+    encoded = base64.b64encode(data.encode()).decode()
+    payload = {"name": name, "size": size, "mode": "0644", "base64": encoded}
+    return b"event: file\ndata: " + json.dumps(payload).encode() + b"\n\n"
+
+
 STRING = b'event: stdout\ndata: "'
 OUT = b'event: stdout\ndata: "out"\n\n'
 DONE = exit_event(b'{"code": 3}')
@@ -125,6 +141,7 @@ STATUS = b"HTTP/1.1 200 OK\r\n"
 INTERIM = b"HTTP/1.1 103 Early Hints\r\nfly-replay: app=evil\r\nConnection: fly-replay\r\n\r\n"
 BOMB = zlib.compress(b"\0" * (16 << 20), 9, 31)
 TINY = chunk(b"x") * 50_000
+INVALID_FAILURES = [{"name": "\x1b[31m" * 100, "error": "x y"}, 1, {}, {"name": 1, "error": "x"}, [], None]
 INVALID_FIELDS = {
     "wall_ms": 10**30, "cpu_ms": -1, "max_rss_kb": "9", "truncated": "yes", "dropped_bytes": 1e300,
     "signal": "\x1b[31m", "reason": "a\nb", "fly-replay": "app=evil",
@@ -251,6 +268,35 @@ CASES = [
     Case("an exit, then garbage", events(OUT, exit_event(b'{"code": 0}'), b"garbage\n\n"), LOST, "out"),
     Case("an invalid exit code", events(OUT, exit_event(b'{"code": 256}')), LOST, "out"),
     Case("an exit without a code", events(OUT, exit_event(b"{}")), LOST, "out"),
+    # Files.
+    Case("a file that was not requested", events(OUT, file_event(), DONE), LOST, "out"),
+    *(
+        Case(name, events(OUT, *sent), LOST, "out", outputs=True)
+        for name, sent in [
+            ("another file", [file_event("b")]),
+            ("a file above the directory", [file_event("../a")]),
+            ("a file with an absolute path", [file_event("/etc/passwd")]),
+            ("a file through dots", [file_event("d/..")]),
+            ("a file with a control character", [file_event("d/\x1b[2J")]),
+            ("a hidden file", [file_event("d/.bashrc")]),
+            ("a path of 100 kB", [file_event("d/" + "x" * 100_000)]),
+            ("a file twice", [file_event(), file_event()]),
+            ("a file that is not finished", [file_event(size=9), file_event("d/x")]),
+            ("more than the size of a file", [file_event(size=2)]),
+            ("a piece of 300 kB", [file_event(data="x" * 300_000, size=300_000)]),
+            ("a file that is not an object", [b'event: file\ndata: "a"\n\n']),
+            ("a file that is not base64", [file_event().replace(b"eHl6", b"eHl")]),
+            ("a file of a thousand nested lists", [b"event: file\ndata: " + b"[" * 100_000 + b"\n\n"]),
+            ("output after a file", [file_event(), OUT]),
+            ("1001 files", [*[file_event(f"d/{number}", "", 0) for number in range(1001)]]),
+        ]
+    ),
+    Case("files without end",
+         lambda: chain([HEAD], (chunk(file_event(f"d/{number}", "x" * 9000, 9000)) for number in count())),
+         LIMIT, outputs=True),
+    Case("invalid output errors",
+         events(exit_event(json.dumps({"code": 3, "output_errors": INVALID_FAILURES}).encode())),
+         FINE, "", outputs=True),
     # Above the limits of size and time.
     Case("endless output", endless(HEAD, chunk(STRING + b"x" * 8192 + b'"\n\n')),
          LIMIT, "x" * MAX_OUTPUT),
@@ -293,14 +339,16 @@ def read(received: bytes, *, raw: bool) -> tuple[str, str]:
     assert "exit" not in dict(output_events)
     assert set(exit_) <= {"code", "reason", "wall_ms"}, exit_
     outcome = f"{exit_['code']} {exit_.get('reason', '')}".strip()
-    return outcome, "".join(data for _, data in output_events)
+    return outcome, "".join(data for name, data in output_events if name != "file")
 
 
 async def run(harness: Harness, case: Case) -> None:
     """Run one case, and check the properties that all cases have in common."""
-    harness.worker.responses[case.name.encode()] = case.script
+    harness.worker.responses[case.request_body] = case.script
     spent = Spent(harness.coordinator)
-    received, seconds = await harness.request(post("/run?raw=1" if case.raw else "/run", case.name.encode()))
+    fields = ["Content-Type: application/json"] if case.outputs else []
+    path = "/run?raw=1" if case.raw else "/run"
+    received, seconds = await harness.request(post(path, case.request_body, *fields))
     outcome, output = read(received, raw=case.raw)
     assert outcome == case.outcome.value
     assert case.output is None or output == case.output

@@ -15,7 +15,7 @@ import pytest_twisted
 import yaml
 from twisted.internet.utils import getProcessOutputAndValue
 
-from bfaas.protocol.formats import Exit, Format, Reason
+from bfaas.protocol.formats import Exit, Format, OutputFailure, OutputProblem, Reason
 from bfaas.protocol.request import InvalidRequestError, RunRequest
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 from tests.e2e.test_run_requests import ACCEPT_NDJSON, post, run_json
@@ -27,6 +27,8 @@ RUN = DOCUMENT["paths"]["/run"]["post"]
 SCHEMAS = DOCUMENT["components"]["schemas"]
 
 with_twisted = pytest_twisted.ensureDeferred
+
+INVALID_PATHS = ["", ".", "..", "/a", "a/", "a//b", "./a", "../a", "a/..", "a/./b", "a\nb", "a\0", "a\x7f"]
 
 JSON_TYPES = {"string": str, "integer": int, "boolean": bool, "object": dict, "array": list}
 
@@ -47,7 +49,7 @@ def assert_matches(value: dict[str, Any], schema: dict[str, Any]) -> None:
         described = schema["properties"][name]
         if "$ref" in described:
             described = SCHEMAS[described["$ref"].rpartition("/")[2]]
-        if "properties" in described:
+        if "properties" in described and isinstance(item, dict):
             assert_matches(item, described)
             continue
         assert type(item) is JSON_TYPES[described["type"]], (name, item)
@@ -64,6 +66,19 @@ def test_the_document_is_valid() -> None:
     openapi_spec_validator.validate(DOCUMENT)
 
 
+# Random bytes are no archives. And what is no string in a schema is one in a form.
+HOOKS = """
+import schemathesis
+from hypothesis import strategies as st
+
+schemathesis.openapi.format("tar", st.just("\\0" * 1024))
+
+@schemathesis.hook
+def filter_case(context, case):
+    return case.media_type != "multipart/form-data" or case.meta.generation.mode.value == "positive"
+"""
+
+
 @with_twisted
 async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     # `make api` sets more examples.
@@ -75,8 +90,10 @@ async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
     if examples == "5":
         options += ["--seed", "1"]
     arguments = ["run", str(DOCUMENT_PATH), "--url", url, *options]
+    (tmp_path / "hooks.py").write_text(HOOKS)
+    environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": str(tmp_path)}
     output, _, code = await getProcessOutputAndValue(
-        str(program), arguments, env=os.environ, path=str(tmp_path), reactor=reactor
+        str(program), arguments, env=environment, path=str(tmp_path), reactor=reactor
     )
     assert code == 0, output.decode()
     assert b"Tested: 5" in output
@@ -84,13 +101,16 @@ async def test_schemathesis_finds_no_failure(tmp_path: Path) -> None:
 
 
 def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
-    for request in (
+    requests: list[dict[str, Any]] = [
         {"script": "echo", "stdin": "", "env": {"A_1": ""}, "timeout": "1m2.5s"},
         {"script": "", "timeout": "0.5s"},
-    ):
+        {"script": "", "files": {"a": "", "d/.b": {"base64": "AA==", "mode": "0755"}, "...": "", "-": ""}},
+        {"script": "", "stdin_base64": "AAAA", "outputs": ["**/*.[ch]", "a?"]},
+    ]
+    for request in requests:
         validate(request, "Request")
         RunRequest.from_json(json.dumps(request).encode())
-    for invalid in (
+    rejected: list[dict[str, Any]] = [
         {"script": "a\0b"},
         {"script": "\ufeffecho"},
         {"script": "", "env": {"1A": ""}},
@@ -100,7 +120,16 @@ def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
         {"script": "", "timeout": "-1s"},
         {"script": "", "unknown": ""},
         {"stdin": ""},
-    ):
+        {"script": "", "stdin": "", "stdin_base64": ""},
+        {"script": "", "stdin_base64": "A"},
+        {"script": "", "files": {"a": {"base64": "A==="}}},
+        {"script": "", "files": {"a": {}}},
+        {"script": "", "files": {"a": {"base64": "", "mode": "755"}}},
+        *({"script": "", "files": {path: ""}} for path in INVALID_PATHS),
+        *({"script": "", "outputs": [path]} for path in [*INVALID_PATHS, "a\\b"]),
+        {"script": "", "outputs": ["a"] * 21},
+    ]
+    for invalid in rejected:
         with pytest.raises(jsonschema.ValidationError):
             validate(invalid, "Request")
         with pytest.raises(InvalidRequestError):
@@ -108,10 +137,20 @@ def test_the_schema_and_the_parser_reject_the_same_requests() -> None:
 
 
 def test_exactly_the_keys_of_a_request_are_described() -> None:
-    examples: dict[str, Any] = {"script": ":", "stdin": "x", "env": {"A": "b"}, "timeout": "1s"}
+    examples: dict[str, Any] = {
+        "script": ":",
+        "stdin": "x",
+        "env": {"A": "b"},
+        "timeout": "1s",
+        "files": {"a": "x"},
+        "outputs": ["a"],
+        "stdin_base64": "AA==",
+    }
     assert_matches(examples, SCHEMAS["Request"])
     assert examples.keys() == SCHEMAS["Request"]["properties"].keys()
-    RunRequest.from_json(json.dumps(examples).encode())
+    for name in ("stdin", "stdin_base64"):
+        request = {key: value for key, value in examples.items() if key != name}
+        RunRequest.from_json(json.dumps(request).encode())
     for name in examples:
         invalid = {"script": ":", name: 1}
         try:
@@ -122,9 +161,16 @@ def test_exactly_the_keys_of_a_request_are_described() -> None:
 
 
 def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
-    full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1)
+    failures = [OutputFailure.of("a", problem) for problem in OutputProblem] * 2
+    full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1).with_output_errors(
+        failures
+    )
     fields = json.loads(full.to_json())
     assert_matches(fields, SCHEMAS["Exit"])
+    validate(fields, "Exit")
+    assert {str(problem) for problem in OutputProblem} == set(
+        SCHEMAS["OutputError"]["properties"]["error"]["enum"]
+    )
     assert fields.keys() == SCHEMAS["Exit"]["properties"].keys()
     assert set(SCHEMAS["Exit"]["properties"]["reason"]["enum"]) == {str(reason) for reason in Reason}
     assert RUN["responses"]["200"]["content"].keys() == {format_.media_type for format_ in Format}
@@ -132,7 +178,9 @@ def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
 
 @with_twisted
 async def test_responses_match_the_schema(coordinator: Running) -> None:
-    *events, end = await run_json(coordinator, script="echo out; echo err >&2")
+    script = "echo out; echo err >&2; echo 1 > a"
+    *events, end = await run_json(coordinator, script=script, outputs=["a", "b"])
+    assert "file" in [event["event"] for event in events]
     for event in events:
         assert_matches(event, SCHEMAS["Line"])
     assert end.pop("event") == "exit"

@@ -164,8 +164,11 @@ async def test_curls_default_content_type_is_accepted_unless_the_body_is_a_form(
         (["--data-urlencode", "script=echo hello"], b"", "accept: text/plain, application/json"),
         (["--data-urlencode", "script@-"], b"echo hello\necho again\n", "accept: text/plain"),
         (["--data-urlencode", "@-"], b"#!/bin/bash\necho hello\n", "accept: text/plain"),
-        (["-F", "script=echo hello"], b"", "accept: text/plain"),
-        (["-F", "script=@-"], b"echo hello\n", "accept: text/plain"),
+        (
+            ["-H", "Content-Type: multipart/mixed; boundary=x", "--data-binary", "@-"],
+            script,
+            "accept: text/plain, application/json, multipart/form-data",
+        ),
         (
             ["-H", "Content-Encoding: gzip", "--data-binary", "@-"],
             gzip.compress(script),

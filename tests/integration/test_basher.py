@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import skipUnless
 
@@ -379,6 +381,44 @@ class WorkerTests(TestCase):
 
         scripts = ("trap '' TERM; while :; do :; done", "sleep 1000 | cat", "kill -STOP $$")
         await gatherResults([Deferred.fromCoroutine(expire(script)) for script in scripts])
+
+    async def test_files_that_cannot_be_written_are_a_start_error(self) -> None:
+        worker = await Worker.start(self, HOME="/proc")
+        response = await worker.run_json(script="echo ran", files={"a": "x"})
+        self.assertEqual((500, b"bash cannot be started\n"), (response.status, response.body))
+        self.assertIn(b"files: ", worker.output + worker.errors)
+        await self.assert_ends(worker)
+
+    async def test_time_limit_includes_writing_and_reading_files(self) -> None:
+        cases: tuple[tuple[dict[str, Any], str], ...] = (
+            ({"script": ":", "files": {"a": "x" * 100_000}}, "1ns"),
+            ({"script": "truncate -s 1G a", "outputs": ["a"]}, "2s"),
+        )
+        for fields, limit in cases:
+            worker = await Worker.start(self, HOME=self.make_directory(), MAXREQTIME=limit, MAXOUTPUT="2GiB")
+            response = await worker.run_json(**fields)
+            self.assertEqual((124, "timeout"), (response.exit["code"], response.exit["reason"]))
+            await self.assert_ends(worker)
+
+    def make_directory(self) -> str:
+        directory = Path(self.mktemp()).absolute()
+        directory.mkdir()
+        return str(directory)
+
+    async def test_shutdown_while_files_are_read_ends_the_run(self) -> None:
+        worker = await Worker.start(self, HOME=self.make_directory(), MAXOUTPUT="1GiB")
+        body = json.dumps({"script": "truncate -s 900M a", "outputs": ["a"]}).encode()
+        response = await worker.send("POST", "/run", body, auth_token(), "application/json")
+        reader = Reader()
+        response.deliverBody(reader)
+        await wait_until(lambda: b"event: file" in reader.data, "a file is sent")
+        worker.send_signal("TERM")
+        reader.pause()
+        reader.resume()
+        await reader.finished
+        self.assertTrue(reader.data.endswith(b"\n\n"))
+        self.assertIn(b'event: exit\ndata: {"code": 125, "reason": "worker-lost"', reader.data[-200:])
+        await self.assert_ends(worker)
 
     async def test_signals_end_the_run_and_the_worker(self) -> None:
         for program, name in ((BASHER, "TERM"), (BASHER, "HUP"), (TWISTD, "HUP"), (TWISTD, "INT")):

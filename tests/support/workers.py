@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -210,18 +211,30 @@ class Worker(ProcessProtocol):
         return os.waitstatus_to_exitcode(self.status)
 
     async def send(
-        self, method: str, path: str, body: bytes = b"", authorization: str | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        authorization: str | None = None,
+        content_type: str | None = None,
     ) -> _Response:
         """Send a request; return its response, whose body is still to be read."""
         headers = Headers({} if authorization is None else {"Authorization": [authorization]})
+        if content_type is not None:
+            headers.setRawHeaders("Content-Type", [content_type])
         url = f"http://127.0.0.1:{self.port}{path}"
         return await self._client.request(method, url, data=body, headers=headers, unbuffered=True)
 
     async def fetch(
-        self, method: str, path: str, body: bytes = b"", authorization: str | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes = b"",
+        authorization: str | None = None,
+        content_type: str | None = None,
     ) -> Response:
         """Send a request; return its complete response."""
-        response = await self.send(method, path, body, authorization)
+        response = await self.send(method, path, body, authorization, content_type)
         content = await response.content()
         headers = {
             name.decode().lower(): values[0].decode() for name, values in response.headers.getAllRawHeaders()
@@ -232,6 +245,11 @@ class Worker(ProcessProtocol):
         """Run a script; return the complete response."""
         body = script.encode() if isinstance(script, str) else script
         return await self.fetch("POST", f"/run{query}", body, auth_token())
+
+    async def run_json(self, **fields: object) -> Response:
+        """Send a JSON request; return the complete response."""
+        body = json.dumps(fields).encode()
+        return await self.fetch("POST", "/run", body, auth_token(), "application/json")
 
     async def stream(self, script: str, query: str = "", *, paused: bool = False) -> Reader:
         """Run a script; return a reader of the response."""

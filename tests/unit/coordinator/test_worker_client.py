@@ -217,6 +217,16 @@ class StreamTests(WorkerClientTestCase):
         self.assertEqual("GET /healthz HTTP/1.1", head[0])
         self.assertIn("Fly-Force-Instance-Id: m1", head)
 
+    async def test_workers_of_the_go_original_are_recognized_by_their_health_response(self) -> None:
+        for head, scripts_only in (
+            (b"HTTP/1.1 404 Not Found\r\n", True),
+            (b"HTTP/1.1 200 OK\r\nWorker: m1\r\n", False),
+        ):
+            _, url = self.serve_script([head + b"Content-Length: 0\r\n\r\n"])
+            worker_client = WorkerClient(self.clock, url, 0, single_use_agent(reactor))
+            await worker_client.wait_until_ready(machine(None))
+            self.assertEqual(scripts_only, worker_client.scripts_only)
+
 
 class LostWorkerTests(WorkerClientTestCase):
     async def test_loss_of_a_worker_is_reported_after_its_output(self) -> None:

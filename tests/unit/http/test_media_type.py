@@ -6,7 +6,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http_headers import Headers
 
 from bfaas.http.errors import HTTPError
-from bfaas.http.media_type import FORM, JSON, body_is_json
+from bfaas.http.media_type import FORM, JSON, body_type
 
 SCRIPTS = [
     b"",
@@ -63,7 +63,7 @@ def parse(body: bytes, *headers: tuple[str, str]) -> bool:
     named = Headers()
     for name, value in headers:
         named.addRawHeader(name, value)
-    return body_is_json(named, body)
+    return body_type(named, body).is_json
 
 
 class MediaTypeTests(SynchronousTestCase):
@@ -174,7 +174,7 @@ class MediaTypeTests(SynchronousTestCase):
             "video/mp4",
         ):
             error = self.assert_refused(415, ("Content-Type", kind), body=b"uptime")
-            self.assertEqual({"Accept": "text/plain, application/json"}, error.headers)
+            self.assertEqual({"Accept": "text/plain, application/json, multipart/form-data"}, error.headers)
 
     def test_scripts_with_the_form_media_type_are_accepted(self) -> None:
         for body in SCRIPTS:

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from bfaas.protocol.request import RunRequest
 
 
-def parse(body: bytes, content_type: str) -> RunRequest:
+def parse(
+    body: bytes, content_type: str, *, raw: bool = False, max_unpacked: int | None = None
+) -> RunRequest:
     request: Any = DummyRequest([b"run"])
     request.content = io.BytesIO(body)
+    request.args = {b"raw": [b"1"]} if raw else {}
     request.requestHeaders.setRawHeaders("Content-Type", [content_type])
-    return parse_run_request(request)
+    return parse_run_request(request, max_unpacked=max_unpacked)
 
 
 class ParseRunRequestTests(SynchronousTestCase):
@@ -30,6 +33,29 @@ class ParseRunRequestTests(SynchronousTestCase):
         self.assertEqual((b"true", 1.0), (decoded.script, decoded.timeout))
         script = parse(body, "text/plain")
         self.assertEqual((body, None), (script.script, script.timeout))
+
+    def test_forms_are_for_coordinators_only(self) -> None:
+        form = b'--B\r\nContent-Disposition: form-data; name="script"\r\n\r\ntrue\r\n--B--\r\n'
+        kind = 'Multipart/Form-Data; boundary="B"'
+        self.assertEqual(b"true", parse(form, kind, max_unpacked=9).script)
+        self.assertEqual(415, self.assertRaises(HTTPError, parse, form, kind).code)
+        for invalid in (
+            "",
+            "; boundary=",
+            '; boundary="B "',
+            "; boundary=B; boundary=C",
+            f"; boundary={'x' * 71}",
+        ):
+            with self.assertRaises(HTTPError) as raised:
+                parse(form, "multipart/form-data" + invalid, max_unpacked=9)
+            self.assertEqual(400, raised.exception.code)
+
+    def test_raw_responses_cannot_contain_outputs(self) -> None:
+        body = b'{"script": "true", "outputs": ["a"]}'
+        self.assertEqual(["a"], parse(body, "application/json").outputs)
+        with self.assertRaises(HTTPError) as raised:
+            parse(body, "application/json", raw=True)
+        self.assertEqual(400, raised.exception.code)
 
     def test_errors_have_a_status_and_a_reason(self) -> None:
         for body, content_type, status, message in (

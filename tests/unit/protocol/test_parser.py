@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import json
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -8,7 +9,18 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.protocol.formats import MAX_DATA, MAX_EXIT, SSE_HEARTBEAT, EventWriter, Exit, Format, Stream
+from bfaas.protocol.formats import (
+    MAX_DATA,
+    MAX_EXIT,
+    MAX_FILE_PIECE,
+    SSE_HEARTBEAT,
+    EventWriter,
+    Exit,
+    FilePiece,
+    Format,
+    Stream,
+    write_file,
+)
 from bfaas.protocol.parser import MAX_COMMENTS, MAX_EVENT, EventReader, OutputLimitError, RawReader
 
 if TYPE_CHECKING:
@@ -18,7 +30,7 @@ MAX_OUTPUT = 1 << 20
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=5)
 # Tokens of the format, so that random input is sometimes valid.
 FRAGMENTS = [
-    b"event: ", b"stdout", b"exit", b"data: ", b"\n", b"\n\n", b"\r", b": ", b'"', b"\\u",
+    b"event: ", b"stdout", b"file", b"exit", b"data: ", b"\n", b"\n\n", b"\r", b": ", b'"', b"\\u",
     b'{"code":', b"1", b"}", b"[", b"\xff", b"\0", b'event: stdout\ndata: "x"\n\n',
     b'event: exit\ndata: {"code": 3}\n\n', b"\nexit: 3\n",
 ]  # fmt: skip
@@ -181,6 +193,106 @@ class EventReaderTests(SynchronousTestCase):
     @example(b'event: exit\ndata: {"code": 0}\n\n\n', [1])
     def test_result_does_not_depend_on_where_input_is_split(self, data: bytes, sizes: list[int]) -> None:
         self.assertEqual(read(data, [len(data) or 1]), read(data, sizes))
+
+
+def file_event(name: object = "a", data: bytes = b"xyz", size: object = None, **more: object) -> bytes:
+    size = len(data) if size is None else size
+    payload = {"name": name, "size": size, "mode": "0644", "base64": base64.b64encode(data).decode(), **more}
+    return event("file", json.dumps(payload))
+
+
+class FileEventTests(SynchronousTestCase):
+    def read(self, *events: bytes, max_output: int = MAX_OUTPUT) -> tuple[bytes, str | None]:
+        reader = EventReader(max_output, Format.NDJSON, ["a", "d/*", "\u20ac"])
+        output = b"".join(map(reader.feed, events))
+        return output, None if reader.error is None else str(reader.error)
+
+    def test_requested_files_are_forwarded_in_one_form(self) -> None:
+        output, error = self.read(
+            event("stdout", '"x"'),
+            file_event("d/b", b"abc", 5),
+            file_event("d/b", b"de", 5),
+            event("file", '{"base64":"","mode":"0755","size":0,"name":"\\u20ac"}'),
+            b": comment\n\n",
+            event("exit", '{"code": 0}'),
+        )
+        self.assertIsNone(error)
+        self.assertEqual(
+            [
+                {"event": "stdout", "data": "x"},
+                {"event": "file", "name": "d/b", "size": 5, "mode": "0644", "base64": "YWJj"},
+                {"event": "file", "name": "d/b", "size": 5, "mode": "0644", "base64": "ZGU="},
+                {"event": "file", "name": "\u20ac", "size": 0, "mode": "0755", "base64": ""},
+            ],
+            [json.loads(line) for line in output.splitlines()],
+        )
+
+    def test_events_are_shorter_than_the_limit(self) -> None:
+        piece = FilePiece("/".join(['\U0001f600"' * 51] * 4)[:1000], 1 << 52, 0o644, bytes(MAX_FILE_PIECE))
+        self.assertLessEqual(len(write_file(Format.EVENTS, piece)), MAX_DATA)
+
+    def test_an_incomplete_last_file_is_no_error(self) -> None:
+        _, error = self.read(file_event(size=9), event("exit", '{"code": 124, "reason": "timeout"}'))
+        self.assertIsNone(error)
+
+    def test_invalid_file_events_are_errors(self) -> None:
+        big = bytes(MAX_FILE_PIECE + 1)
+        for events, message in [
+            ([file_event("b")], "not requested"),
+            ([file_event("d/e/f")], "not requested"),
+            ([file_event("d/.b")], "not requested"),
+            ([file_event("../a")], "invalid name"),
+            ([file_event("/etc/passwd")], "invalid name"),
+            ([file_event("d/..")], "invalid name"),
+            ([file_event("d//b")], "invalid name"),
+            ([file_event("d/" + "x" * 256)], "invalid name"),
+            ([file_event("d/\n")], "invalid name"),
+            ([file_event("d/\x1b[31m")], "invalid name"),
+            (
+                [event("file", '{"name": "d/\\ud800", "size": 0, "mode": "0644", "base64": ""}')],
+                "invalid name",
+            ),
+            ([file_event(), file_event()], "duplicate"),
+            ([file_event(size=9), file_event("d/b")], "incomplete"),
+            ([file_event(size=9), file_event(size=8)], "incomplete"),
+            ([file_event(size=9), file_event(size=9, mode="0755")], "incomplete"),
+            ([file_event(size=2)], "invalid size"),
+            ([file_event(size=5), file_event(size=5)], "invalid size"),
+            ([file_event(data=b"", size=5)], "invalid size"),
+            ([file_event(data=big)], "invalid size"),
+            ([file_event(size=-1)], "invalid file event"),
+            ([file_event(size=1 << 60)], "invalid file event"),
+            ([file_event(size=3.0)], "invalid file event"),
+            ([file_event(size=True)], "invalid file event"),
+            ([file_event(name=1)], "invalid file event"),
+            ([file_event(more=1)], "invalid file event"),
+            ([event("file", '"x"')], "invalid file event"),
+            ([event("file", "[]")], "invalid file event"),
+            ([event("file", '{"name": "a"}')], "invalid file event"),
+            ([event("file", "nonsense")], "invalid JSON"),
+            ([file_event(mode="4755")], "invalid mode"),
+            ([file_event(mode=420)], "invalid mode"),
+            ([file_event(base64="eHl")], "invalid base64"),
+            ([file_event(base64="eHl6\n")], "invalid base64"),
+            ([file_event(base64=1)], "invalid file event"),
+            ([file_event(), event("stdout", '"x"')], "output after a file"),
+            ([event("exit", '{"code": 0}'), file_event()], "event after the exit"),
+        ]:
+            output, error = self.read(event("stdout", '"out"'), *events)
+            self.assertIn(message, str(error), events)
+            self.assertTrue(output.startswith(b'{"event": "stdout", "data": "out"}\n'))
+        many = [file_event(f"d/{number}", b"") for number in range(1001)]
+        self.assertEqual("duplicate file, or too many files", self.read(*many)[1])
+        reader = EventReader(MAX_OUTPUT)
+        reader.feed(file_event())
+        self.assertEqual("a file that was not requested", str(reader.error))
+
+    def test_output_and_files_share_a_limit(self) -> None:
+        events = [event("stdout", '"abc"'), file_event(data=b"def")]
+        self.assertIsNone(self.read(*events, max_output=6)[1])
+        reader = EventReader(5, Format.EVENTS, ["a"])
+        self.assertEqual(event("stdout", '"abc"'), reader.feed(b"".join(events)))
+        self.assertIsInstance(reader.error, OutputLimitError)
 
 
 class RawReaderTests(SynchronousTestCase):

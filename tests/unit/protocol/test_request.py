@@ -46,7 +46,7 @@ class RunRequestTests(SynchronousTestCase):
             try:
                 RunRequest.from_json(body)
             except InvalidRequestError as error:
-                self.assertRegex(str(error), r"\A[ -~]{1,120}\Z")
+                self.assertRegex(str(error), r"\A[ -~]{1,140}\Z")
 
     def test_plain_body_is_the_script(self) -> None:
         request = RunRequest.plain(b'{"script": 1}\xff')
@@ -100,7 +100,7 @@ class RunRequestTests(SynchronousTestCase):
             with self.assertRaises(InvalidRequestError) as raised:
                 RunRequest.from_json(body)
             self.assertIn(message, str(raised.exception))
-            self.assertRegex(str(raised.exception), r"\A[ -~]{1,120}\Z")
+            self.assertRegex(str(raised.exception), r"\A[ -~]{1,140}\Z")
         self.assertRaises(InvalidRequestError, RunRequest.plain, b"a\0b")
         for mark in (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"):
             self.assertRaises(InvalidRequestError, RunRequest.plain, mark + b"echo hello\necho decoded\n")
