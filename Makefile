@@ -80,7 +80,7 @@ api: $(VENV)/installed-test
 overshoot: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks.overshoot
 
-# All benchmarks, in ten minutes. Prints tables; JSON and plots are in build/bench.
+# All benchmarks, in a quarter of an hour. Prints tables; JSON and plots are in build/bench.
 bench: $(VENV)/installed-test
 	$(BIN)/python -m benchmarks
 

@@ -13,7 +13,17 @@ import time
 from benchmarks.programs import DIE_WITH_PARENT
 from benchmarks.report import ROOT
 
-ALL = ("startup", "first_byte", "saturation", "stream", "streams", "overshoot", "fleet")
+ALL = (
+    "startup",
+    "first_byte",
+    "saturation",
+    "overhead",
+    "stream",
+    "streams",
+    "scaling",
+    "overshoot",
+    "fleet",
+)
 
 
 def main() -> None:

@@ -11,6 +11,10 @@ _TAIL_SIZE = 80
 _TIMEOUT = 120.0
 
 
+Server = int | tuple[str, int]
+"""A port on this host, or a host and a port."""
+
+
 class Response(NamedTuple):
     """
     A response that was received.
@@ -36,25 +40,26 @@ def get(path: str) -> bytes:
     return f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
 
 
-def post(script: str, query: str = "", *headers: str) -> bytes:
+def post(script: str, query: str = "", *headers: str, host: str = "localhost") -> bytes:
     """Encode a request to run a script."""
-    lines = ["Host: localhost", "Connection: close", f"Content-Length: {len(script)}", *headers]
+    lines = [f"Host: {host}", "Connection: close", f"Content-Length: {len(script)}", *headers]
     return "\r\n".join([f"POST /run{query} HTTP/1.1", *lines, "", script]).encode()
 
 
-def open_request(port: int, request: bytes) -> socket.socket:
+def open_request(server: Server, request: bytes) -> socket.socket:
     """Send a request; return its connection, from which nothing is read yet."""
-    connection = socket.create_connection(("127.0.0.1", port), _TIMEOUT)
+    address = ("127.0.0.1", server) if isinstance(server, int) else server
+    connection = socket.create_connection(address, _TIMEOUT)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.sendall(request)
     return connection
 
 
-def fetch(port: int, request: bytes) -> Response:
+def fetch(server: Server, request: bytes) -> Response:
     """Send a request, and read the response to its end. Raises `RuntimeError` unless its status is 200."""
     buffer = bytearray(_BUFFER_SIZE)
     started_at = time.perf_counter()
-    with open_request(port, request) as connection:
+    with open_request(server, request) as connection:
         start = read_to_body(connection)
         first_at = time.perf_counter()
         size, tail = len(start), start[-_TAIL_SIZE:]

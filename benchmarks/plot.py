@@ -1,10 +1,14 @@
-"""SVG bar charts of medians with interquartile ranges, for light and dark backgrounds."""
+"""SVG charts for light and dark backgrounds: bars of medians with interquartile ranges, and curves."""
 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import NamedTuple
+from math import ceil, floor, log10
+from typing import TYPE_CHECKING, NamedTuple
 from xml.sax.saxutils import escape
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 
 class Bar(NamedTuple):
@@ -17,6 +21,13 @@ class Bar(NamedTuple):
     high: float
 
 
+class Panel(NamedTuple):
+    """Curves of (x, y) by their labels. Both axes are logarithmic, and the values positive."""
+
+    title: str
+    curves: Mapping[str, Sequence[tuple[float, float]]]
+
+
 _LABELS, _BARS, _NUMBERS, _LINE = 190, 440, 90, 24
 _WIDTH = _LABELS + _BARS + _NUMBERS
 
@@ -26,6 +37,12 @@ text { font: 13px system-ui, sans-serif; fill: #1f2328 }
 .unit { fill: #59636e }
 .bar { fill: #0969da }
 .spread { stroke: #1f2328; stroke-width: 2 }
+.grid { stroke: #8c959f; stroke-opacity: 0.3 }
+.curve { fill: none; stroke-width: 2 }
+.c0 { stroke: #218bff } .t0 { fill: #218bff }
+.c1 { stroke: #8250df } .t1 { fill: #8250df }
+.c2 { stroke: #2da44e } .t2 { fill: #2da44e }
+.c3 { stroke: #d4740c } .t3 { fill: #d4740c }
 @media (prefers-color-scheme: dark) {
   text { fill: #f0f6fc }
   .unit { fill: #9198a1 }
@@ -52,8 +69,55 @@ def plot(title: str, subtitle: str, bars: list[Bar]) -> str:
         for bar in same:
             elements += _bar(bar, y, _BARS / maximum)
             y += _LINE
+    return _document(title, y, elements)
+
+
+_LEFT, _HEIGHT = 60, 160
+_COLORS = 4
+
+
+def plot_curves(title: str, subtitle: str, panels: Iterable[Panel]) -> str:
+    """Draw panels below each other."""
+    elements = [_text(0, 16, title, "title"), _text(_LABELS, 16, subtitle, "unit")]
+    y = 28
+    for panel in panels:
+        elements += [_text(_LEFT, y + 13, panel.title, "unit"), *_panel(panel, y + _LINE)]
+        y += _LINE + _HEIGHT + 2 * _LINE
+    return _document(title, y, elements)
+
+
+def _panel(panel: Panel, top: int) -> list[str]:
+    points = [point for curve in panel.curves.values() for point in curve]
+    xs, ys = sorted({x for x, _ in points}), [y for _, y in points]
+    bottom = floor(log10(min(ys)))
+    height = max(1, ceil(log10(max(ys))) - bottom)
+    span = log10(xs[-1] / xs[0]) or 1.0
+
+    def position(x: float, y: float) -> tuple[float, float]:
+        return (
+            _LEFT + _BARS * log10(x / xs[0]) / span,
+            top + _HEIGHT * (1 - (log10(y) - bottom) / height),
+        )
+
+    elements = []
+    for power in range(bottom, bottom + height + 1):
+        _, y = position(xs[0], 10.0**power)
+        elements.append(f'<line class="grid" x1="{_LEFT}" y1="{y:.1f}" x2="{_LEFT + _BARS}" y2="{y:.1f}"/>')
+        elements.append(_text(0, round(y) + 4, f"{10.0**power:g}", "unit"))
+    for x in xs:
+        left, _ = position(x, 10.0**bottom)
+        elements.append(_text(round(left) - 4, top + _HEIGHT + 18, f"{x:g}", "unit"))
+    for index, (label, curve) in enumerate(panel.curves.items()):
+        kind = f"curve c{index % _COLORS}"
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (position(*point) for point in curve))
+        elements.append(f'<polyline class="{kind}" points="{path}"/>')
+        elements.append(_text(_LEFT + _BARS + 12, top + 12 + index * _LINE, label, f"t{index % _COLORS}"))
+    return elements
+
+
+def _document(title: str, height: int, elements: Iterable[str]) -> str:
     body = "\n".join(elements)
-    size = f'width="{_WIDTH}" height="{y + 8}" viewBox="0 0 {_WIDTH} {y + 8}"'
+    size = f'width="{_WIDTH}" height="{height + 8}" viewBox="0 0 {_WIDTH} {height + 8}"'
     head = f'<svg xmlns="http://www.w3.org/2000/svg" {size}>'
     return f"{head}\n<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n{body}\n</svg>\n"
 

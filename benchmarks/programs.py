@@ -69,6 +69,16 @@ class Program:
                 raise RuntimeError(f"the machines are {current}, not {machines}")
             time.sleep(0.02)
 
+    def processor_ms(self) -> float:
+        """Return the processor time of all threads so far, in ms."""
+        tasks = Path(f"/proc/{self.process.pid}/task").iterdir()
+        return sum(int((task / "schedstat").read_text("ascii").split()[0]) for task in tasks) / 1e6
+
+    def pin(self, cores: set[int]) -> None:
+        """Keep all threads on these cores."""
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
+
     def resident_kib(self) -> int:
         """Return the resident memory in KiB."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="ascii")
@@ -76,19 +86,23 @@ class Program:
 
 
 @contextmanager
-def program(*arguments: str, **settings: str) -> Iterator[Program]:
-    """Run a program with `--listen` and these settings only; enter the context when it listens."""
+def program(*arguments: str, root: str | Path = ROOT, **settings: str) -> Iterator[Program]:
+    """
+    Run a program of the checkout `root` with `--listen` and these settings only.
+
+    Enter the context when it listens.
+    """
     port = free_port()
     environment = {
         "PATH": os.environ.get("PATH", os.defpath),
         "LANG": "C.UTF-8",
         "HOME": "/",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(root),
     }
     command = [*DIE_WITH_PARENT, sys.executable, *arguments, "--listen", f"tcp:{port}:interface=127.0.0.1"]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=environment | settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            command, cwd=root, env=environment | settings, stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
         try:
             _wait_for(process, port)
@@ -101,7 +115,9 @@ def program(*arguments: str, **settings: str) -> Iterator[Program]:
             _end(process)
 
 
-def coordinator(command: Sequence[str] = COORD, **settings: str) -> AbstractContextManager[Program]:
+def coordinator(
+    command: Sequence[str] = COORD, root: str | Path = ROOT, **settings: str
+) -> AbstractContextManager[Program]:
     """Run a coordinator, with local machines unless the settings say otherwise."""
     defaults = {
         "WORKER_APP": "mock",
@@ -109,7 +125,32 @@ def coordinator(command: Sequence[str] = COORD, **settings: str) -> AbstractCont
         "MAXPERCLIENT": "1000",
         "MAXOUTPUT": str(MAX_OUTPUT),
     }
-    return program(*command, **defaults | settings)
+    return program(*command, root=root, **defaults | settings)
+
+
+class SharedWorker(NamedTuple):
+    """One worker that serves the machines of all coordinators: see `benchmarks/shared_worker.py`."""
+
+    api: Program
+    port: int
+
+    def coordinator(self, root: str | Path = ROOT, **settings: str) -> AbstractContextManager[Program]:
+        """Run a coordinator whose machines have this worker."""
+        defaults = {
+            "WORKER_APP": "workers", "WORKER_IMAGE": "basher:1", "FLY_TOKEN": "token", "FLY_REGION": "ams",
+            "FLY_MACHINE_ID": f"coord{free_port()}", "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{self.api.port}",
+            "PRIVATE": _KEYS.private, "WORKER_URL": f"http://127.0.0.1:{self.port}", "MAXREQTIME": "600s",
+        }  # fmt: skip
+        return coordinator(root=root, **defaults | settings)
+
+
+@contextmanager
+def shared_worker() -> Iterator[SharedWorker]:
+    """Run the shared worker."""
+    port = free_port()
+    workers = f"tcp:{port}:interface=127.0.0.1"
+    with program("-m", "benchmarks.shared_worker", "--workers", workers) as api:
+        yield SharedWorker(api, port)
 
 
 def signed(script: str, query: str = "") -> bytes:

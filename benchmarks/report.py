@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from benchmarks.plot import Bar, number, plot
+from benchmarks.plot import Bar, Panel, number, plot, plot_curves
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -53,11 +53,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows in the order of the table, and notes below it."""
+    """Rows in the order of the table, notes below it, and panels of curves in place of its plot, if any."""
 
     name: str
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
     load_before: float = field(default_factory=lambda: os.getloadavg()[0])
 
     def add(self, name: str, unit: str, samples: Iterable[float], *baselines: str, **labelled: str) -> Row:
@@ -109,13 +110,15 @@ class Report:
         return json.dumps(document, indent=1)
 
     def to_svg(self) -> str:
-        """Draw the medians and quartiles."""
+        """Draw the panels, or else the medians and quartiles."""
+        environment = describe_environment(self.load_before)
+        subtitle = "{commit}, {cores} cores of {cpu}".format(**environment)
+        if self.panels:
+            return plot_curves(self.name, subtitle, self.panels)
         bars = [
             Bar(row.name, row.unit, row.median, percentile(row.samples, 25), percentile(row.samples, 75))
             for row in self.rows
         ]
-        environment = describe_environment(self.load_before)
-        subtitle = "{commit}, {cores} cores of {cpu}".format(**environment)
         return plot(self.name, subtitle, bars)
 
     def write(self) -> None:

@@ -17,16 +17,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import time
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from benchmarks.client import fetch, post
+from benchmarks.load import rate
 from benchmarks.programs import coordinator, worker
 from benchmarks.report import Report
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 _EXIT = b'"code": 0'
 _WARM_UP = 1.5
@@ -38,10 +33,11 @@ def measure(rounds: int, seconds: float, machines: int) -> Report:
     with coordinator(POOLSIZE=str(machines)) as coord:
         request = post("true")
         for _ in range(rounds):
-            rates["bash"].append(_rate(_run_bash, os.cpu_count() or 1, seconds))
-            rates["workers"].append(_rate(_use_a_worker, machines, seconds))
-            rate = _rate(lambda: fetch(coord.port, request).check(_EXIT), 2 * machines, seconds)
-            rates["coordinator"].append(rate)
+            rates["bash"].append(rate(_run_bash, os.cpu_count() or 1, seconds, _WARM_UP))
+            rates["workers"].append(rate(_use_a_worker, machines, seconds, _WARM_UP))
+            rates["coordinator"].append(
+                rate(lambda: fetch(coord.port, request).check(_EXIT), 2 * machines, seconds, _WARM_UP)
+            )
             coord.wait_for(stopped=machines)
     report = Report("saturation", notes=[f"{machines} machines, windows of {seconds:g} s"])
     report.add("bash", "runs/s", rates["bash"])
@@ -58,23 +54,6 @@ def _use_a_worker() -> None:
     with worker() as direct:
         direct.run("true").check(_EXIT)
         direct.end()
-
-
-def _rate(work: Callable[[], object], loops: int, seconds: float) -> float:
-    """Call something in parallel loops; return the calls per second after the warm-up."""
-    window_start = time.monotonic() + _WARM_UP
-
-    def loop() -> int:
-        done = 0
-        while True:
-            work()
-            now = time.monotonic()
-            if now >= window_start + seconds:
-                return done
-            done += now >= window_start
-
-    with ThreadPoolExecutor(loops) as threads:
-        return sum(threads.map(lambda _: loop(), range(loops))) / seconds
 
 
 def main() -> None:

@@ -18,10 +18,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from benchmarks.client import get, open_request, post, read_to_body
-from benchmarks.programs import coordinator, program
+from benchmarks.programs import program, shared_worker
 from benchmarks.report import Report
-from bfaas.tokens import genkey
-from tests.support.network import free_port
 
 if TYPE_CHECKING:
     from benchmarks.programs import Program
@@ -34,22 +32,11 @@ def measure(streams: int) -> Report:
     """Measure with so many streams of each kind."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * streams + 100)), hard))
-    worker_port = free_port()
     report = Report("streams", notes=[f"{streams} streams, in {_STEPS} steps"])
     with program("-m", "benchmarks.plain_twisted") as plain:
         report.add("plain", "KiB", _growth(plain, get("/open"), streams))
-    emulator = program(
-        "-m", "benchmarks.shared_worker", "--workers", f"tcp:{worker_port}:interface=127.0.0.1"
-    )
-    with emulator as api:
-        settings = {
-            "WORKER_APP": "workers", "WORKER_IMAGE": "basher:1", "FLY_TOKEN": "token", "FLY_REGION": "ams",
-            "FLY_MACHINE_ID": "measured", "FLY_FLAPS_BASE_URL": f"http://127.0.0.1:{api.port}",
-            "PRIVATE": genkey().private, "WORKER_URL": f"http://127.0.0.1:{worker_port}",
-            "POOLSIZE": str(_WARM_UP + streams), "MAXREQTIME": "600s",
-        }  # fmt: skip
-        with coordinator(**settings) as coord:
-            report.add("coordinator", "KiB", _growth(coord, post("sleep 1"), streams), "plain")
+    with shared_worker() as workers, workers.coordinator(POOLSIZE=str(_WARM_UP + streams)) as coord:
+        report.add("coordinator", "KiB", _growth(coord, post("sleep 1"), streams), "plain")
     return report
 
 
