@@ -126,9 +126,28 @@ def _parser() -> ArgumentParser:
         default=[],
         help="a variable of the script; may be repeated",
     )
-    command.add_argument("--json", action="store_true", help="print events, one JSON object per line")
+    command.add_argument(
+        "--file",
+        metavar="[NAME=]PATH",
+        action="append",
+        default=[],
+        dest="files",
+        help="a file or directory for the script's working directory; may be repeated",
+    )
+    command.add_argument(
+        "--output",
+        metavar="PATTERN",
+        action="append",
+        default=[],
+        dest="outputs",
+        help="files to return, such as 'out/*'; may be repeated",
+    )
+    command.add_argument("--output-dir", metavar="DIR", help="where to write these files; default: .")
+    command.add_argument(
+        "--json", action="store_true", help="print events, files included, one JSON object per line"
+    )
     source = command.add_mutually_exclusive_group(required=True)
-    source.add_argument("-f", "--file", metavar="FILE", help="run the script in this file")
+    source.add_argument("-f", dest="script_file", metavar="FILE", help="run the script in this file")
     source.add_argument(
         "script", metavar="SCRIPT", nargs="?", help="the script; - reads it from standard input"
     )
@@ -161,35 +180,47 @@ def _parser() -> ArgumentParser:
 
 def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
     from bfaas.cli import run  # noqa: PLC0415 - see the module's docstring
+    from bfaas.cli.files import files_to_send  # noqa: PLC0415
 
     if arguments.stdin and arguments.script == "-":
         raise UsageError("standard input cannot be both the script and its input")
+    if arguments.output_dir is not None and (arguments.json or not arguments.outputs):
+        raise UsageError("--output-dir needs --output, and cannot be used with --json")
     try:
         # Checked before any input is read, which can take long or never end.
         default = environ.get("BFAAS_URL", "").strip() or _DEFAULT_URL
         url = run.base_url(default if arguments.url is None else arguments.url)
-        env = dict(map(_variable, arguments.env))
+        options = {
+            "env": dict(map(_variable, arguments.env)),
+            "timeout": arguments.timeout,
+            "files": files_to_send(arguments.files),
+            "outputs": arguments.outputs,
+        }
         command = run.RunCommand.of(
             url,
             _script(arguments),
             read_input() if arguments.stdin else None,
-            env,
-            arguments.timeout,
+            options,
+            output_dir=arguments.output_dir or ".",
             as_json=arguments.json,
         )
-    except UnicodeDecodeError:
-        problem = "with --stdin, --env or --timeout, script, input and variables must be UTF-8"
-        raise UsageError(problem) from None
+    except UnicodeError:
+        raise UsageError("in a request with options, script, variables and names must be UTF-8") from None
     except ValueError as error:
         raise UsageError(str(error)) from None
     except InputError as error:
         raise CommandError(str(error)) from None
+    try:
+        # Before the run, whose files would be lost.
+        os.makedirs(command.output_dir, exist_ok=True)  # noqa: PTH103 - the rest of this module needs no paths
+    except OSError as error:
+        raise CommandError(f"{command.output_dir}: {error.strerror}") from None
     return run.run(command)
 
 
 def _script(arguments: Namespace) -> bytes:
-    if arguments.file is not None:
-        return read_file(arguments.file)
+    if arguments.script_file is not None:
+        return read_file(arguments.script_file)
     return read_input() if arguments.script == "-" else os.fsencode(arguments.script)
 
 

@@ -4,8 +4,9 @@
 Exit codes other than the script's (124 if it exceeded its time limit, 125 if its worker was lost):
 `EX_TEMPFAIL` (75) if the coordinator asks to try again later (429, 503), `EX_UNAVAILABLE` (69) if it rejects
 the request otherwise or cannot be reached, 125 if the response breaks off, `EX_IOERR` (74) if output cannot
-be written. After SIGINT, SIGTERM and SIGHUP the command ends by that signal, and by SIGPIPE if the pipe of
-its output is closed: a shell shows 130, 143, 129 and 141.
+be written, or if the script exited with 0 but a file that was to be returned was not. After SIGINT, SIGTERM
+and SIGHUP the command ends by that signal, and by SIGPIPE if the pipe of its output is closed: a shell shows
+130, 143, 129 and 141.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import re
 import signal
 import socket
 import sys
+from base64 import b64encode
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
+from bfaas.cli.files import ReceivedFiles
 from bfaas.http.client import BodyReceiver, read_body, send_request, single_use_agent
 from bfaas.http.endpoints import describe
 from bfaas.http.media_type import JSON
@@ -51,12 +54,19 @@ _NO_LIMIT = 1 << 62  # the coordinator has one
 
 @dataclass(frozen=True)
 class RunCommand:
-    """A request for a run, the coordinator's URL, and whether to print events instead of the output."""
+    """
+    A request for a run, the coordinator's URL, and whether to print events instead of the output.
+
+    `outputs` are the request's patterns of files, which are written below `output_dir`, but not if events are
+    printed.
+    """
 
     url: str
     headers: dict[str, str]
     body: bytes
     as_json: bool
+    outputs: tuple[str, ...] = ()
+    output_dir: str = "."
 
     @classmethod
     def of(
@@ -64,29 +74,36 @@ class RunCommand:
         url: str,
         script: bytes,
         stdin: bytes | None,
-        env: Mapping[str, str],
-        timeout: str | None,
+        options: Mapping[str, object],
         *,
+        output_dir: str = ".",
         as_json: bool,
     ) -> RunCommand:
         """
         Make a request to a URL from `base_url`: a plain body, as for the Go original, or JSON if needed.
 
-        Raise `ValueError` for requests that a coordinator rejects: `InvalidRequestError` for invalid fields,
-        `UnicodeDecodeError` for bytes that JSON cannot contain.
+        `options` are further keys of a JSON request, of which None and empty ones are left out. Raise
+        `ValueError` for requests that a coordinator rejects: `InvalidRequestError` for invalid fields,
+        `UnicodeError` for bytes that JSON cannot contain.
         """
-        if stdin is None and timeout is None and not env:
+        fields = {
+            name: value for name, value in options.items() if value is not None and value not in ({}, [])
+        }
+        if stdin is None and not fields:
             return cls(url, {}, script, as_json)
-        fields: dict[str, object] = {"script": script.decode()}
         if stdin is not None:
-            fields["stdin"] = stdin.decode()
-        if env:
-            fields["env"] = dict(env)
-        if timeout is not None:
-            fields["timeout"] = timeout
-        body = json.dumps(fields).encode()
-        RunRequest.from_json(body)
-        return cls(url, {"Content-Type": JSON}, body, as_json)
+            fields |= _stdin(stdin)
+        fields["script"] = script.decode()
+        body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        request = RunRequest.from_json(body)
+        return cls(url, {"Content-Type": JSON}, body, as_json, tuple(request.outputs), output_dir)
+
+
+def _stdin(data: bytes) -> dict[str, object]:
+    try:
+        return {"stdin": data.decode()}
+    except UnicodeDecodeError:
+        return {"stdin_base64": b64encode(data).decode()}
 
 
 @dataclass(frozen=True)
@@ -166,7 +183,7 @@ async def _relay(reactor: Any, command: RunCommand) -> _Outcome:
     if response.code != _OK:
         code = os.EX_TEMPFAIL if response.code in _TRY_LATER_STATUSES else os.EX_UNAVAILABLE
         return _Outcome(code, (f"{response.code}: {await _error_line(response)}",))
-    return await _Output(reactor, as_json=command.as_json).write(response)
+    return await _Output(reactor, command).write(response)
 
 
 async def _error_line(response: IResponse) -> str:
@@ -183,17 +200,25 @@ async def _error_line(response: IResponse) -> str:
 
 
 class _Output:
-    """Receive a run's events and write its output, at the pace of its readers."""
+    """Receive a run's events and write its output and files, at the pace of its readers."""
 
-    def __init__(self, reactor: Any, *, as_json: bool) -> None:
-        self._as_json = as_json
-        self._reader = EventReader(_NO_LIMIT, formats.Format.NDJSON)
+    def __init__(self, reactor: Any, command: RunCommand) -> None:
+        self._as_json = command.as_json
+        self._files = ReceivedFiles(command.output_dir)
+        # The names of files are checked against what was requested.
+        self._reader = EventReader(_NO_LIMIT, formats.Format.NDJSON, command.outputs)
         self._body = BodyReceiver(self._take)
         self._writer = QueuedWriter(reactor, self._pause, self._resume, self._fail)
         self._written: Deferred[None] = Deferred()
 
     async def write(self, response: IResponse) -> _Outcome:
         """Write everything, and return the outcome. Raise `BrokenPipeError` and `OutputError`."""
+        try:
+            return await self._receive(response)
+        finally:
+            self._files.close()
+
+    async def _receive(self, response: IResponse) -> _Outcome:
         response.deliverBody(self._body)
         reason = ""
         try:
@@ -209,16 +234,21 @@ class _Output:
         await self._written
         if exit_ is None:
             return _Outcome(_LOST, (f"the response broke off: {reason}".removesuffix(": "),))
-        return _Outcome(exit_.code, () if self._as_json else tuple(_remarks(exit_)))
+        code = os.EX_IOERR if exit_.code == 0 and exit_.output_errors else exit_.code
+        return _Outcome(code, () if self._as_json else tuple(_remarks(exit_, self._files.incomplete)))
 
     def _take(self, data: bytes) -> None:
         lines = self._reader.feed(data)
         if self._as_json:
             self._write(formats.Stream.STDOUT, lines)
         else:
-            events = map(json.loads, lines.splitlines())
-            for stream, group in groupby(events, lambda event: formats.Stream(event["event"])):
-                self._write(stream, "".join(event["data"] for event in group).encode())
+            for name, group in groupby(map(json.loads, lines.splitlines()), lambda event: event["event"]):
+                if name == "file":
+                    for event in group:
+                        self._files.add(event)
+                else:
+                    text = "".join(event["data"] for event in group)
+                    self._write(formats.Stream(name), text.encode())
         if self._reader.error is not None:
             raise self._reader.error
 
@@ -242,8 +272,27 @@ class _Output:
         self._body.close()
 
 
-def _remarks(exit_: formats.Exit) -> Iterator[str]:
+def _remarks(exit_: formats.Exit, incomplete: str | None) -> Iterator[str]:
     if exit_.truncated:
         yield f"{exit_.dropped_bytes} bytes of output were dropped"
     if exit_.reason:
         yield f"ended by the coordinator: {exit_.reason}"
+    if incomplete is not None:
+        yield f"{incomplete}: incomplete, and therefore not written"
+    for failure in exit_.output_errors:
+        yield f"{failure.name}: {_PROBLEMS.get(failure.error, failure.error)}"
+    if exit_.output_errors_dropped:
+        yield f"{exit_.output_errors_dropped} more files were not returned"
+
+
+_PROBLEMS: dict[str, str] = {
+    formats.OutputProblem.NOT_FOUND: "no such file after the run",
+    formats.OutputProblem.DIRECTORY: "a directory; request DIRECTORY/*",
+    formats.OutputProblem.SYMBOLIC_LINK: "a symbolic link, which is not followed",
+    formats.OutputProblem.SPECIAL_FILE: "not a regular file",
+    formats.OutputProblem.INVALID_NAME: "its name is not valid",
+    formats.OutputProblem.OUTPUT_LIMIT: "beyond the limit of output",
+    formats.OutputProblem.TOO_MANY_FILES: "beyond the limit of files",
+    formats.OutputProblem.UNREADABLE: "the script's user cannot read it",
+    formats.OutputProblem.CHANGED: "changed while it was read",
+}

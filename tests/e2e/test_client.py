@@ -145,7 +145,7 @@ async def test_invalid_arguments_are_one_line_and_nothing_is_sent(coordinator: R
         (("--env", "=1"), b'env: "" is not a name: letters, digits, underscores; no digit first'),
         (
             ("--env", "A=\udcff"),
-            b"with --stdin, --env or --timeout, script, input and variables must be UTF-8",
+            b"in a request with options, script, variables and names must be UTF-8",
         ),
         (("--timeout", "5"), b'timeout: "5" is not a duration such as 2.5s'),
         (("--timeout", "0s"), b'timeout: "0s" is not above zero'),

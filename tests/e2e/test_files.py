@@ -7,17 +7,20 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 import pytest_twisted
+from twisted.internet.utils import getProcessOutputAndValue
 
-from tests.e2e.coordinator import start_coordinator, stop
+from tests.e2e.coordinator import reactor, start_coordinator, stop
 from tests.e2e.hostile import start_harness
 from tests.e2e.test_run_requests import ACCEPT_NDJSON, output, post, run_json
-from tests.support.hostile_worker import End
+from tests.support.hostile_worker import End, ScriptedServer
 from tests.support.hostile_worker import post as http_request
+from tests.support.paths import ROOT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -297,3 +300,128 @@ async def test_workers_of_the_go_original_get_scripts_only() -> None:
             received, _ = await harness.request(http_request("/run", body, *fields_))
             assert received.startswith(b"HTTP/1.1 200 "), received
         assert [body for _, body in harness.worker.runs] == [b"plain", b"plain"]
+
+
+def bfaas(running: Running, *arguments: str, cwd: Path, stdin: bytes = b"") -> tuple[int, bytes, bytes]:
+    """Run `bfaas run` in a directory, with an umask of 027; return exit code, output and errors."""
+    command = [sys.executable, "-m", "bfaas.cli.main", "run", *arguments]
+    env = {**os.environ, "BFAAS_URL": f"http://127.0.0.1:{running.port}", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, input=stdin, capture_output=True, cwd=cwd, env=env, umask=0o027, check=False
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+@with_twisted
+async def test_the_command_sends_files_and_writes_those_that_are_returned(
+    coordinator: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "in.csv").write_bytes(b"b\r\na\r\n")
+    (tmp_path / "data.bin").write_bytes(BINARY)
+    (tmp_path / "tree" / "d").mkdir(parents=True)
+    (tmp_path / "tree" / "d" / "go").write_text("#!/bin/sh\ncat > out/stdin\n")
+    (tmp_path / "tree" / "d" / "go").chmod(0o755)
+    (tmp_path / "got" / "out").mkdir(parents=True)
+    (tmp_path / "got" / "out" / "sorted").write_text("an old file, which is longer than the new one")
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "got" / "out" / "data").symlink_to(tmp_path / "elsewhere")
+    script = """
+        mkdir out; sort in.csv > out/sorted; mv b/in out/data; ./tree/d/go; touch out/empty
+        chmod 6777 out/empty; echo done
+    """
+    arguments = (
+        "--file=in.csv", "--file", "b/in=data.bin", "--file=./tree/", "--stdin", script, "--output", "out/*",
+        "--output-dir", "got",
+    )  # fmt: skip
+    assert bfaas(coordinator, *arguments, cwd=tmp_path, stdin=b"\xff\0") == (0, b"done\n", b"")
+    assert contents(tmp_path / "got") == {
+        "out/sorted": b"a\r\nb\r\n",
+        "out/data": BINARY,
+        "out/stdin": b"\xff\0",
+        "out/empty": b"",
+    }
+    assert not (tmp_path / "got" / "out" / "data").is_symlink()
+    assert (tmp_path / "elsewhere").read_text() == "kept"
+    assert (tmp_path / "got" / "out" / "empty").stat().st_mode & 0o7777 == 0o750
+
+    code, output, _ = bfaas(coordinator, "--json", "--output=a", "echo 1 > a", cwd=tmp_path)
+    assert (code, [json.loads(line)["event"] for line in output.splitlines()]) == (0, ["file", "exit"])
+    assert not (tmp_path / "a").exists()
+
+
+@with_twisted
+async def test_the_command_reports_files_that_are_not_returned(coordinator: Running, tmp_path: Path) -> None:
+    arguments = ("--output=a", "--output=missing", "--output=link", "echo 1 > a; ln -s a link; exit $CODE")
+    lines = (
+        b"bfaas: missing: no such file after the run\nbfaas: link: a symbolic link, which is not followed\n"
+    )
+    for code, expected in (("0", os.EX_IOERR), ("3", 3)):
+        result = bfaas(coordinator, f"--env=CODE={code}", *arguments, cwd=tmp_path)
+        assert result == (expected, b"", lines)
+        assert contents(tmp_path) == {"a": b"1\n"}
+
+
+@with_twisted
+async def test_files_that_the_command_cannot_read_or_write_are_one_line(
+    coordinator: Running, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_text("")
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "link").symlink_to("/etc/passwd")
+    (tmp_path / "full").symlink_to("/proc")
+    cases: list[tuple[tuple[str, ...], int, bytes]] = [
+        (("--file=missing",), 1, b"missing: No such file or directory"),
+        (("--file=tree",), 1, b"tree/link: neither a regular file nor a directory"),
+        (
+            ("--file=../x=a",),
+            2,
+            b'files: "../x": it must be a relative path without empty components, . and ..',
+        ),
+        (("--file=a", "--file=a=tree/../a"), 2, b"--file: two files have the name 'a'"),
+        (("--file=a", "--file=a/b=a"), 2, b"files: a path is invalid: it is both a file and a directory"),
+        (("--output=/etc/passwd",), 2, b'outputs: "/etc/passwd": it must be a relative path'),
+        (("--output=a", "--output-dir=a"), 1, b"a: File exists"),
+        (("--output-dir=d",), 2, b"--output-dir needs --output, and cannot be used with --json"),
+        (("--output=x", "--output-dir=full"), 74, b"bfaas: the output cannot be written: full/x: "),
+        (("--output=x", "--output-dir=/dev/null/x"), 1, b"/dev/null/x: Not a directory"),
+    ]
+    for arguments, code, line in cases:
+        result = bfaas(coordinator, *arguments, "echo 1 > x; echo sent", cwd=tmp_path)
+        output_ = b"sent\n" if code == os.EX_IOERR else b""
+        assert (result[:2], result[2].count(b"\n")) == ((code, output_), 1), result
+        assert result[2].startswith(line)
+    await coordinator.settle()
+
+
+@with_twisted
+async def test_the_command_writes_only_complete_files_that_were_requested(tmp_path: Path) -> None:
+    broken = b"bfaas: the response broke off: "
+    incomplete = (
+        b"bfaas: ended by the coordinator: timeout\nbfaas: a: incomplete, and therefore not written\n"
+    )
+    for name, size, code, line in (
+        ("b", 1, 125, broken),
+        ("../a", 1, 125, broken),
+        ("/a", 1, 125, broken),
+        ("a", 2, 124, incomplete),
+    ):
+        piece = {"name": name, "size": size, "mode": "0644", "base64": "MQ=="}
+        server = ScriptedServer(
+            [
+                b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n",
+                b"event: file\ndata: %b\n\n" % json.dumps(piece).encode(),
+                b'event: exit\ndata: {"code": 124, "reason": "timeout"}\n\n',
+                End.CLOSE,
+            ]
+        )
+        port = reactor.listenTCP(0, server, interface="127.0.0.1")
+        url = f"--url=http://127.0.0.1:{port.getHost().port}"
+        words = ["-m", "bfaas.cli.main", "run", url, "--output=a", "--output-dir", str(tmp_path), "x"]
+        _, errors, code_ = await getProcessOutputAndValue(sys.executable, words, os.environ, reactor=reactor)
+        await port.stopListening()
+        assert (code_, errors.startswith(line)) == (code, True), errors
+        assert contents(tmp_path) == {}
