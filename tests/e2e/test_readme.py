@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import os
 import re
@@ -63,6 +64,7 @@ STATUS = [block for block in CONSOLE if "/status" in block.text]
 BACKGROUND = [block for block in BLOCKS if re.search(r" &$", block.text, re.MULTILINE)]
 DEPLOYMENT = [block for block in BLOCKS if block.text.startswith("fly ")]
 LOG_LINES = [block for block in BLOCKS if block.text.startswith("run ")]
+PYTHON = [block for block in BLOCKS if block.text.startswith(">>> ")]
 MAKE = [block for block in BLOCKS if block.text.startswith("make ")]
 
 
@@ -126,7 +128,7 @@ def test_every_command_is_run() -> None:
     assert len(CONSOLE) >= 10
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     assert {block.text.split()[1] for block in MAKE} <= targets
-    known = [*CONSOLE, *BACKGROUND, *DEPLOYMENT, *LOG_LINES, *MAKE]
+    known = [*CONSOLE, *BACKGROUND, *DEPLOYMENT, *LOG_LINES, *MAKE, *PYTHON]
     for block in BLOCKS:
         is_drawing = re.search("[─│▶]", block.text)
         is_table = block.document == "performance.md"
@@ -154,6 +156,17 @@ async def test_examples_print_what_the_documents_show(started_by_make: Running) 
             run.add(example)
             output = await shell(example.command, started_by_make.port)
             assert masked(output) == masked(example.output), example.command
+
+
+def test_python_examples(started_by_make: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("BFAAS_URL", f"http://127.0.0.1:{started_by_make.port}")
+    monkeypatch.chdir(tmp_path)
+    runner = doctest.DocTestRunner()
+    for block in PYTHON:
+        text = block.text.replace("127.0.0.1:8000", f"127.0.0.1:{started_by_make.port}")
+        runner.run(doctest.DocTestParser().get_doctest(text, {}, block.document, None, None))
+    assert runner.tries > 5
+    assert runner.failures == 0
 
 
 @with_twisted

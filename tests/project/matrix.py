@@ -56,6 +56,8 @@ def floors() -> list[str]:
     ]
     found = []
     for requirement in map(Requirement, lines):
+        if requirement.name == PROJECT["name"]:  # an extra that includes another
+            continue
         [floor] = [part.version for part in requirement.specifier if part.operator == ">="]
         found.append(f"{requirement.name}=={floor}")
     return found

@@ -28,6 +28,7 @@ KLEIN = {
     "bfaas.http.server",
 }
 TREQ = {"bfaas.http.client"}
+HTTPX = {"bfaas.client", "bfaas.client.asynchronous", "bfaas.client.blocking", "bfaas.client.exchange"}
 REACTOR = {
     "bfaas.coord",
     "bfaas.basher",
@@ -73,7 +74,7 @@ class ImportTests(SynchronousTestCase):
     modules: ClassVar = {module_name(path): path for path in (ROOT / "bfaas").rglob("*.py")}
 
     def test_libraries_are_imported_by_their_modules_alone(self) -> None:
-        for library, allowed in (("klein", KLEIN), ("treq", TREQ)):
+        for library, allowed in (("klein", KLEIN), ("treq", TREQ), ("httpx", HTTPX)):
             users = {
                 name
                 for name, path in self.modules.items()
