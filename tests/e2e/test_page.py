@@ -20,6 +20,7 @@ from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from playwright.sync_api import Page
 
@@ -361,4 +362,109 @@ async def test_page_stays_responsive_under_large_output_and_keeps_the_latest() -
         await browser.wait_until(f"{OUTPUT}.trimEnd().endsWith('200000')")
         assert await browser.evaluate("document.querySelectorAll('#output .row').length") < 10_000
         assert "earlier lines" in await browser.text("#dropped")
+    assert await stop(coordinator) == 0
+
+
+@needs_chromium
+@with_twisted
+async def test_files_are_sent_and_returned(tmp_path: Path) -> None:
+    coordinator = await start_coordinator(MAXREQTIME="20s")
+    name = 'in "1".txt'
+    (tmp_path / name).write_bytes(b"b\r\na\n")
+    (tmp_path / "data.bin").write_bytes(BINARY)
+    async with page_of(coordinator) as browser:
+        await browser.do(lambda page: page.click("#options summary"))
+        await browser.do(
+            lambda page: page.set_input_files("#files", [tmp_path / name, tmp_path / "data.bin"])
+        )
+        await browser.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
+        await browser.do(lambda page: page.fill("#env", "A=@b"))
+        await browser.do(lambda page: page.fill("#outputs", "out/* missing"))
+        script = 'mkdir out; cp data.bin out/; sort in*1*.txt > "out/s o"; cat - in*; echo "$A"'
+        await run(browser, script)
+        await browser.wait_until(f"{STATE}.startsWith('Done')")
+        assert (await browser.text("#output")).split() == ["it's", "input", "b", "a", "@b"]
+        assert await browser.text("#options-summary") == "(input, 1 variable, 2 files, files to fetch)"
+        assert await browser.text("#problem") == "Not returned: missing (no such file)"
+        links = "[...document.querySelectorAll('#downloads li')].map((item) => item.textContent)"
+        assert await browser.evaluate(links) == ["out/data.bin 2.56 kB", "out/s o 5 bytes"]
+        assert await browser.do(partial(_download, link="out/data.bin")) == ("out_data.bin", BINARY)
+        assert await browser.do(partial(_download, link="out/s o")) == ("out_s o", b"a\nb\r\n")
+        await browser.wait_until(
+            "document.querySelector('[role=status]').textContent.includes('Files to download: 2.')"
+        )
+
+        command = await browser.evaluate("document.querySelector('#command').textContent")
+        words = ["-c", f"cd {tmp_path} && {command}"]
+        shown = (await getProcessOutput("bash", words, os.environ, reactor=reactor)).decode()
+        events = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith("data: ")]
+        text = "".join(event for event in events if isinstance(event, str))
+        assert text == "it's\ninput\nb\r\na\n@b\n"
+        assert [event["name"] for event in events if "base64" in event] == ["out/data.bin", "out/s o"]
+
+        # The next run removes the downloads; without files it is JSON.
+        for _ in range(2):
+            await browser.do(lambda page: page.click("#file-list button"))
+        await run(browser, "mkdir out; echo 1 > out/1")
+        await browser.wait_until(f"{links}.join() === 'out/1 2 bytes'")
+    assert await stop(coordinator) == 0
+
+
+BINARY = bytes(range(256)) * 10
+
+
+def _download(page: Page, link: str) -> tuple[str, bytes]:
+    with page.expect_download() as download:
+        page.click(f"#downloads a:text-is('{link}')")
+    return download.value.suggested_filename, download.value.path().read_bytes()
+
+
+DROP = """
+(names) => {
+  const data = new DataTransfer();
+  for (const name of names) data.items.add(new File([name + " dropped"], name));
+  const event = (type) => new DragEvent(type, {bubbles: true, cancelable: true, dataTransfer: data});
+  const target = document.querySelector("footer");
+  const results = [target.dispatchEvent(event("dragover")), document.documentElement.className];
+  return [...results, target.dispatchEvent(event("drop")), document.documentElement.className];
+}
+"""
+
+
+@needs_chromium
+@with_twisted
+async def test_files_can_be_dropped_anywhere_and_unreadable_ones_are_named(tmp_path: Path) -> None:
+    coordinator = await start_coordinator()
+    (tmp_path / "gone").write_text("x")
+    async with page_of(coordinator) as browser:
+        # The page accepts the drag and the drop: the browser's own action is prevented.
+        dropped = await browser.do(lambda page: page.evaluate(DROP, ["a", "b"]))
+        assert dropped == [False, "drop", False, ""]
+        assert await browser.do(lambda page: page.is_visible("#file-list"))
+        assert await browser.text("#file-list li:last-child") == "b\n9 bytes\nRemove"
+        await run(browser, "cat a b")
+        await browser.wait_until(f"{OUTPUT}.includes('a droppedb dropped')")
+        await browser.do(lambda page: page.evaluate(DROP, ["a"]))
+        assert await browser.evaluate("document.querySelectorAll('#file-list li').length") == 2
+
+        await browser.do(lambda page: page.set_input_files("#files", tmp_path / "gone"))
+        (tmp_path / "gone").unlink()
+        await run(browser, "true")
+        await browser.wait_until("document.querySelector('#problem').textContent.startsWith('gone cannot')")
+        assert await browser.text("#state") == "Not run"
+    assert await stop(coordinator) == 0
+
+
+@needs_chromium
+@with_twisted
+async def test_incomplete_files_are_named() -> None:
+    coordinator = await start_coordinator(MAXOUTPUT="1GiB")
+    async with page_of(coordinator) as browser:
+        await browser.do(lambda page: page.click("#options summary"))
+        await browser.do(lambda page: page.fill("#outputs", "*"))
+        await browser.do(lambda page: page.fill("#timeout", "1.5s"))
+        await run(browser, "echo 1 > a; truncate -s 900M b")
+        await browser.wait_until(f"{STATE}.startsWith('Timed out')")
+        assert await browser.text("#problem") == "Not returned: b (the run ended before)"
+        assert (await browser.text("#downloads")).split() == ["a", "2", "bytes"]
     assert await stop(coordinator) == 0

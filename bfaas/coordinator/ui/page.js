@@ -1,6 +1,7 @@
 // The page: its controls, and the state of the current run.
 
 import {byId, descriptionItem} from "./dom.js";
+import {Downloads} from "./downloads.js";
 import {Editor} from "./editor.js";
 import {History, load, store} from "./history.js";
 import {PoolView, duration, limitText} from "./pool.js";
@@ -39,10 +40,22 @@ const REASONS = {
   "output-limit": "Output limit exceeded",
   "not-started": "Bash could not be started",
 };
+const PROBLEMS = {
+  "not-found": "no such file",
+  "directory": "a directory; its files are DIRECTORY/*",
+  "symbolic-link": "a symbolic link, which is not followed",
+  "special-file": "not a regular file",
+  "invalid-name": "its name is not valid",
+  "output-limit": "beyond the limit of output",
+  "too-many-files": "beyond the limit of files",
+  "unreadable": "the script's user cannot read it",
+  "changed": "changed while it was read",
+};
 
 const editor = new Editor(byId("script"), byId("line-numbers"));
 const fields = new RequestFields(changed);
 const history_ = new History(edit);
+const downloads = new Downloads(byId("downloads"));
 const pool = new PoolView(showTimes);
 const terminal = new Terminal(byId("output"), showDropped);
 let current = null; // the active run
@@ -63,17 +76,19 @@ async function start() {
   latest = null;
   switchButtons(true);
   terminal.clear();
+  downloads.clear();
   byId("output").dataset.placeholder = "";
   for (const id of ["details", "problem"]) byId(id).hidden = true;
   announce("Waiting for a machine.");
   run.ticker = setInterval(() => showProgress(run), 100);
   showProgress(run);
   try {
-    const {body, headers} = requestBody(editor.text, fields.values);
+    const {body, headers} = await requestBody(editor.text, fields.values, fields.files);
     pool.follow(run.name);
     const exit = await runScript({body, headers: {...headers, "Request-Id": run.name}}, run.abort.signal, {
       started: (headers) => started(run, headers),
       output: (stream, text) => terminal.write(stream, text),
+      file: (data) => downloads.add(data),
     });
     finished(run, exit);
   } catch (error) {
@@ -145,8 +160,20 @@ function finished(run, exit) {
     ...run.details,
   };
   showDetails(run);
+  const missing = missingFiles(exit);
+  if (missing) showProblem(`Not returned: ${missing}`);
   const {stdout, stderr} = terminal.lines;
-  announce(`${result}. Exit code ${exit.code}${signal}. ${stdout + stderr} lines of output, ${stderr} on standard error.`);
+  announce(`${result}. Exit code ${exit.code}${signal}. ${stdout + stderr} lines of output, ${stderr} on standard error.` +
+    (downloads.count ? ` Files to download: ${downloads.count}.` : "") + (missing ? ` Not returned: ${missing}.` : ""));
+}
+
+/** The requested files that have not arrived, and why; empty if there are none. */
+function missingFiles({output_errors = [], output_errors_dropped: more}) {
+  return [
+    downloads.incomplete !== null && `${downloads.incomplete} (the run ended before)`,
+    ...output_errors.map(({name, error}) => `${name} (${PROBLEMS[error] ?? error})`),
+    more && `${more} more`,
+  ].filter(Boolean).join(", ");
 }
 
 function resultText(exit, good, ran) {
@@ -166,8 +193,7 @@ function failed(run, error) {
   if (!(error instanceof RunError || error instanceof FieldError)) console.error(error);
   showResult(run, "bad", run.startedAt === null ? "Not run" : "Interrupted");
   const retry = error.retryAfter === undefined || error.retryAfter === null ? "" : ` Try again in ${error.retryAfter} s.`;
-  byId("problem").textContent = sentence(error.message) + retry;
-  byId("problem").hidden = false;
+  showProblem(sentence(error.message) + retry);
   if (run.startedAt !== null) showDetails(run);
   announce(byId("problem").textContent);
 }
@@ -188,6 +214,11 @@ function showDetails(run) {
   const details = Object.entries(run.details).filter(([, value]) => value);
   byId("details").replaceChildren(...details.map(([term, value]) => descriptionItem(term, value)));
   byId("details").hidden = false;
+}
+
+function showProblem(text) {
+  byId("problem").textContent = text;
+  byId("problem").hidden = false;
 }
 
 function showDropped({droppedRows, droppedCharacters}) {
@@ -231,7 +262,7 @@ function changed() {
 
 function commandText() {
   const address = new URL("run", location.href);
-  return curlCommand(address.origin + address.pathname, editor.text, fields.values);
+  return curlCommand(address.origin + address.pathname, editor.text, fields.values, fields.files);
 }
 
 function encode(text) {

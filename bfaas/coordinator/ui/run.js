@@ -10,9 +10,10 @@ export class RunError extends Error {
 
 /**
  * Sends a request with a body and headers. Calls `started(headers)` once, then `output(stream, text)` for each
- * piece of output; resolves with the exit. Rejects with a RunError, or with an AbortError if `signal` is aborted.
+ * piece of output and `file(data)` for each piece of a file; resolves with the exit. Rejects with a RunError, or
+ * with an AbortError if `signal` is aborted.
  */
-export async function runScript(request, signal, {started, output}) {
+export async function runScript(request, signal, {started, output, file}) {
   const response = await send(request, signal);
   if (!response.ok) throw await httpError(response);
   started(response.headers);
@@ -21,6 +22,7 @@ export async function runScript(request, signal, {started, output}) {
     for await (const [name, data] of events(response.body)) {
       if (name === "exit") exit = data;
       else if (name === "stdout" || name === "stderr") output(name, data);
+      else if (name === "file") file(data);
     }
   } catch (error) {
     if (error.name === "AbortError") throw error;
