@@ -7,6 +7,10 @@ Each case also bounds the cost to the coordinator, and checks that the next requ
 from __future__ import annotations
 
 import enum
+import gzip
+import io
+import json
+import tarfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -122,6 +126,31 @@ def request_line(method: bytes, target: bytes) -> ScriptFactory:
     )
 
 
+def form(*parts: bytes, end: bytes = b"--B--\r\n") -> ScriptFactory:
+    """Send a form of parts from `part`."""
+    return once(post("/run", b"".join(parts) + end, "Content-Type: multipart/form-data; boundary=B"))
+
+
+def part(name: str, data: bytes, filename: str | None = None) -> bytes:
+    file = "" if filename is None else f'; filename="{filename}"'
+    return f'--B\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'.encode() + data + b"\r\n"
+
+
+def archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: bytes = b"") -> bytes:
+    """Return a part with a tar archive of one member."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as tar:
+        member = tarfile.TarInfo(name)
+        member.type, member.linkname, member.size = kind, link, len(data)
+        tar.addfile(member, io.BytesIO(data))
+    return part("tar", packed.getvalue() if not data else gzip.compress(packed.getvalue()))
+
+
+def as_json(**fields: object) -> ScriptFactory:
+    body = json.dumps({"script": "harmless", **fields}).encode()
+    return once(post("/run", body, "Content-Type: application/json"))
+
+
 def with_secrets() -> Steps:
     fields = [
         "Authorization: evil", "Cookie: evil=1", "Proxy-Authorization: evil", "Forwarded: for=evil",
@@ -172,6 +201,48 @@ MALFORMED_REQUESTS = [
     ("endless line ends", endless(b"", b"\r\n")),
 ]  # fmt: skip
 
+SCRIPT = part("script", b"harmless")
+INCOMPLETE = "400 the body is not a complete multipart form"
+NO_PATH = "it must be a relative path without empty components, . and .."
+NO_FILE = "is neither a regular file nor a directory"
+
+INVALID_FORMS = [
+    ("a file with a path", [part("file", b"", "../a")],
+     'file: "../a" has a path: send a tar part instead'),
+    ("a file above the directory", [part("file", b"", "..")], f'files: "..": {NO_PATH}'),
+    ("a file with a line break in its name", [part("file", b"", "a\rb")],
+     "a file part has no filename"),
+    ("a file twice", [part("file", b"", "a")] * 2, 'duplicate file "a"'),
+    ("2000 parts", [part("env", b"A=")] * 2000, 'duplicate variable "A"'),
+    ("2000 files", [part("file", b"", f"{number}") for number in range(1999)], "more than 1000 files"),
+    ("an archive with an absolute path", [archive("/etc/passwd")], f'files: "/etc/passwd": {NO_PATH}'),
+    ("an archive with a path above", [archive("a/../../b")], f'files: "a/../../b": {NO_PATH}'),
+    ("an archive with a symbolic link", [archive("a", tarfile.SYMTYPE, "/")], f'tar: "a" {NO_FILE}'),
+    ("an archive with a hard link", [archive("a", tarfile.LNKTYPE, "/etc/passwd")], f'tar: "a" {NO_FILE}'),
+    ("an archive with a device", [archive("a", tarfile.BLKTYPE)], f'tar: "a" {NO_FILE}'),
+    ("an archive with a FIFO", [archive("a", tarfile.FIFOTYPE)], f'tar: "a" {NO_FILE}'),
+    ("a bomb", [archive("a", data=bytes(200 << 20))],
+     f"tar: larger than {MAX_BODY} bytes uncompressed"),
+    ("an archive of garbage", [part("tar", b"harmless" * 100)], "tar: it is not a tar archive, or damaged"),
+]  # fmt: skip
+
+INVALID_JSON: list[tuple[str, dict[str, object], str]] = [
+    ("a file that is not base64", {"files": {"a": {"base64": "x"}}},
+     'files: "a" is not base64 (RFC 4648, section 4)'),
+    ("a setuid file", {"files": {"a": {"base64": "", "mode": "4755"}}},
+     'files: "a": mode is not a string such as "0644"'),
+    ("a path of NUL", {"files": {"a\0": ""}},
+     r'files: "a\u0000": it contains a control character or is not UTF-8'),
+    ("a path of 17 components", {"files": {"a/" * 16 + "b": ""}},
+     f'files: "{"a/" * 16}b": it has more than 16 components'),
+    ("a file that is a directory", {"files": {"a": "", "a/b": ""}},
+     "files: a path is invalid: it is both a file and a directory"),
+    ("a pattern of an absolute path", {"outputs": ["/etc/*"]}, f'outputs: "/etc/*": {NO_PATH}'),
+    ("a pattern of wildcards", {"outputs": ["**/" * 3 + "*"]},
+     'outputs: "**/**/**/*": it has more than 2 components **'),
+    ("21 patterns", {"outputs": ["a"] * 21}, "outputs: more than 20 patterns"),
+]  # fmt: skip
+
 ENDLESS = post("/run", b"endless")
 MANY = START + CHUNKED + b"Connection: close\r\n\r\n" + b"".join(chunk(b"#") for _ in range(20_000))
 
@@ -209,6 +280,13 @@ CASES = [
     Case("a path with dot segments", request_line(b"POST", b"/run/../run"), NOT_FOUND),
     Case("a path that is not UTF-8", request_line(b"POST", b"/run%ff"), NOT_FOUND),
     Case("a POST to a GET path", request_line(b"POST", b"/healthz"), NOT_ALLOWED),
+    # Files.
+    *(Case(name, form(SCRIPT, *parts), f"400 {message}") for name, parts, message in INVALID_FORMS),
+    Case("a form without an end", form(SCRIPT, end=b""), INCOMPLETE),
+    Case("a form of boundaries", form(end=b"--B\r\n" * (MAX_BODY // 6)), INCOMPLETE),
+    Case("a form of headers", form(b"--B\r\n" + b"a: b\r\n" * 40_000), INCOMPLETE),
+    Case("a form with a large body", form(SCRIPT, part("file", b"x" * MAX_BODY, "a")), TOO_LARGE),
+    *(Case(name, as_json(**fields), f"400 {message}") for name, fields, message in INVALID_JSON),
     # At most one run.
     Case("a pipelined request", once(PERSISTENT + SMUGGLED), FINE, 1),
     Case("a hundred pipelined requests", once(PERSISTENT + SMUGGLED * 100), FINE, 1),
@@ -325,6 +403,9 @@ async def test_each_hostile_request_has_one_outcome_and_a_bounded_cost(subtests:
         # The first requests include imports and one-time allocations, which are not the cost of a case.
         for body in (b"x" * MAX_BODY, b"honest", b"honest"):
             await harness.request(post("/run", body))
+        for step in form(part("file", b"x" * (MAX_BODY // 2), "a"))():
+            assert isinstance(step, bytes)
+            await harness.request(step)
         for case in CASES:
             with subtests.test(case.name):
                 await run(harness, case)

@@ -380,10 +380,10 @@ async def test_files_are_sent_and_returned(tmp_path: Path) -> None:
         await browser.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
         await browser.do(lambda page: page.fill("#env", "A=@b"))
         await browser.do(lambda page: page.fill("#outputs", "out/* missing"))
-        script = 'mkdir out; cp data.bin out/; sort in*1*.txt > "out/s o"; cat - in*; echo "$A"'
+        script = 'mkdir out; cp data.bin out/; sort in*1*.txt > "out/s o"; cat -A - in*; echo "$A"'
         await run(browser, script)
         await browser.wait_until(f"{STATE}.startsWith('Done')")
-        assert (await browser.text("#output")).split() == ["it's", "input", "b", "a", "@b"]
+        assert (await browser.text("#output")).split() == ["it's$", "input$", "b^M$", "a$", "@b"]
         assert await browser.text("#options-summary") == "(input, 1 variable, 2 files, files to fetch)"
         assert await browser.text("#problem") == "Not returned: missing (no such file)"
         links = "[...document.querySelectorAll('#downloads li')].map((item) => item.textContent)"
@@ -399,7 +399,7 @@ async def test_files_are_sent_and_returned(tmp_path: Path) -> None:
         shown = (await getProcessOutput("bash", words, os.environ, reactor=reactor)).decode()
         events = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith("data: ")]
         text = "".join(event for event in events if isinstance(event, str))
-        assert text == "it's\ninput\nb\r\na\n@b\n"
+        assert text == "it's$\ninput$\nb^M$\na$\n@b\n"
         assert [event["name"] for event in events if "base64" in event] == ["out/data.bin", "out/s o"]
 
         # The next run removes the downloads; without files it is JSON.
