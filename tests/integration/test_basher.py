@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -399,6 +401,30 @@ class WorkerTests(TestCase):
             response = await worker.run_json(**fields)
             self.assertEqual((124, "timeout"), (response.exit["code"], response.exit["reason"]))
             await self.assert_ends(worker)
+
+    @skipUnless(os.geteuid() == 0, "only root can run scripts as another user")
+    async def test_files_are_written_and_read_as_the_scripts_user(self) -> None:
+        home = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, home)
+        (home / "secret").write_text("secret")
+        (home / "secret").chmod(0o600)
+        (home / "hidden").mkdir(0o700)
+        (home / "hidden" / "a").write_text("secret")
+        os.chown(home, 1_948_001, 1_948_001)
+        worker = await Worker.start(self, RUN_AS="1948001", HOME=str(home))
+        response = await worker.run_json(
+            script="stat -c '%u %g %a' a d d/b; mv secret renamed",
+            files={"a": "x", "d/b": {"base64": "", "mode": "0600"}},
+            outputs=["a", "renamed", "hidden/a"],
+        )
+        self.assertEqual(
+            "1948001 1948001 644\n1948001 1948001 755\n1948001 1948001 600\n", response.output("stdout")
+        )
+        self.assertEqual(["a"], [event["name"] for name, event in response.events if name == "file"])
+        self.assertNotIn(b"c2VjcmV0", response.body)
+        errors = {failure["name"]: failure["error"] for failure in response.exit["output_errors"]}
+        self.assertEqual({"renamed": "unreadable", "hidden/a": "not-found"}, errors)
+        await self.assert_ends(worker)
 
     def make_directory(self) -> str:
         directory = Path(self.mktemp()).absolute()
