@@ -105,8 +105,12 @@ class _Placeholder(EncodedURL):
     def to_uri(self) -> _Placeholder:
         return self
 
+    def to_text(self, with_password: bool = False) -> str:  # noqa: ARG002 - it has none
+        return _PLACEHOLDER_TEXT
 
-_PLACEHOLDER = _Placeholder.from_text("http://placeholder/")
+
+_PLACEHOLDER_TEXT = "http://placeholder/"
+_PLACEHOLDER = _Placeholder.from_text(_PLACEHOLDER_TEXT)
 
 
 class _NoCookies(IndexableCookieJar):
@@ -224,6 +228,7 @@ class BodyReceiver(Protocol):
 
     def connectionLost(self, reason: Failure) -> None:  # type: ignore[override]
         """Fire `done`. Only `ResponseDone` means that the body is complete."""
+        self.transport = None  # which refers to this object: a cycle would need the garbage collector
         self._finish(None if reason.check(ResponseDone) else reason)
 
     def close(self) -> None:
@@ -238,14 +243,9 @@ class BodyReceiver(Protocol):
 
 def abort_body(response: IResponse) -> None:
     """Close a response's connection without reading the body."""
-
-    def discard(_: bytes) -> None:
-        body.close()
-
-    body = BodyReceiver(discard)
+    body = BodyReceiver(lambda _: None, on_start=lambda transport: transport.stopProducing())
     body.done.addErrback(lambda _: None)
     response.deliverBody(body)
-    body.close()
 
 
 async def read_body(response: IResponse, limit: int) -> bytes:

@@ -32,7 +32,7 @@ from bfaas.machines.api import (
 from bfaas.pooling.slot import Phase, Slot
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Callable, Coroutine
 
     from twisted.internet.interfaces import IReactorTime
 
@@ -225,7 +225,7 @@ class MachineLifecycle:
         """
         probe = self._probe.wait_until_ready(slot.machine)
         probing = Deferred.fromCoroutine(self._within(self._timeouts.ready, probe))
-        watching = Deferred.fromCoroutine(self._watch_start(slot))
+        watching = self._after_watch_delay(lambda: self._watch_start(slot))
         ended: list[str] = []
 
         def give_up(reason: str | None) -> None:
@@ -252,7 +252,6 @@ class MachineLifecycle:
 
     async def _watch_start(self, slot: Slot) -> str | None:
         """Return why the machine ended before its worker was ready; None if it did not end."""
-        await deferLater(self._clock, self._WATCH_DELAY)
         try:
             has_stopped = await self._stops_within(slot, self._timeouts.ready)
         except MachinesError as error:
@@ -281,15 +280,22 @@ class MachineLifecycle:
         await self._within(self._timeouts.start, self._call_start(slot))
         await self.wait_until_ready(slot)
 
-    async def monitor(self, slot: Slot) -> str:
+    def monitor(self, slot: Slot) -> Deferred[str]:
         """Extend the lease of a standby machine until it stops or fails; return the reason."""
+        return self._after_watch_delay(lambda: self._monitor(slot))
+
+    async def _monitor(self, slot: Slot) -> str:
         try:
-            await deferLater(self._clock, self._WATCH_DELAY)
             while not await self._stops_within(slot, self._until_renewal(slot)):
                 await self._renew(slot)
         except (MachinesError, DeadlineExceededError) as error:
             return str(error)
         return "stopped by itself"
+
+    def _after_watch_delay(self, work: Callable[[], Coroutine[Deferred[Any], Any, T]]) -> Deferred[T]:
+        # Most are cancelled before that: a coroutine that has not begun needs no exception to end.
+        delay: Deferred[None] = deferLater(self._clock, self._WATCH_DELAY)
+        return delay.addCallback(lambda _: Deferred.fromCoroutine(work()))
 
     def _until_renewal(self, slot: Slot) -> float:
         """Return the seconds until the lease is renewed: a third of the TTL, less after failures."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
 from bfaas.deadline import ignore_cancellation
@@ -16,6 +15,8 @@ from bfaas.pooling.scheduler import StandbyAction
 from bfaas.pooling.slot import Phase, Slot
 
 if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
+
     from bfaas.pooling.backoff import Backoff
     from bfaas.pooling.lifecycle import MachineLifecycle
     from bfaas.pooling.scheduler import Scheduler
@@ -81,7 +82,7 @@ class Standby:
 
     async def _wait_for_wakeup(self, slot: Slot) -> bool:
         """Park the slot while its machine is monitored. Return whether the machine is wanted."""
-        monitoring: Deferred[Any] = Deferred.fromCoroutine(self._lifecycle.monitor(slot))
+        monitoring: Deferred[Any] = self._lifecycle.monitor(slot)
         monitoring.addErrback(ignore_cancellation)
         monitoring.addErrback(
             lambda failure: self._log.failure("while monitoring {name}", failure, name=slot.name)

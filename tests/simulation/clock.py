@@ -132,6 +132,8 @@ class NodeTimer:
         return self._timer.active()
 
     def cancel(self) -> None:
+        if self._clock.dead:  # a coroutine of the dead node is collected, and ends what it has begun
+            return
         self._timer.cancel()
         self._clock.timers.pop(self, None)
 

@@ -304,7 +304,7 @@ MUTANTS = [
         "the machine of a lost create is not looked for",
     ),
     Mutation(
-        "pooling.lifecycle:MachineLifecycle.monitor",
+        "pooling.lifecycle:MachineLifecycle._monitor",
         "self._until_renewal(slot)",
         "self._config.lease_ttl * 3",
         "the lease of a warm standby expires",
