@@ -153,6 +153,22 @@ def _parser() -> ArgumentParser:
     )
     command.set_defaults(command=_run)
 
+    command = commands.add_parser(
+        "mcp", help="give AI agents a shell: serve the Model Context Protocol on standard input and output"
+    )
+    command.add_argument(
+        "--url", metavar="URL", help=f"the coordinator; default: $BFAAS_URL, or {_DEFAULT_URL}"
+    )
+    command.add_argument("--token", metavar="TOKEN", help="an access token; default: $BFAAS_TOKEN")
+    command.add_argument(
+        "--max-output",
+        metavar="N",
+        type=int,
+        default=30_000,
+        help="characters of each output stream and text file that are returned; default: 30000",
+    )
+    command.set_defaults(command=_mcp)
+
     command = commands.add_parser("genkey", help="print a new key pair as shell variables")
     command.set_defaults(command=_genkey)
 
@@ -230,6 +246,24 @@ def _variable(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--env: {text!r} is not NAME=VALUE")
     return name, value
+
+
+def _mcp(arguments: Namespace, _environ: Mapping[str, str]) -> int:
+    try:
+        from bfaas.cli import mcp_server  # noqa: PLC0415 - see the module's docstring
+        from bfaas.client import AsyncClient  # noqa: PLC0415
+    except ImportError as error:
+        raise CommandError(f"bfaas mcp requires its extra: pip install 'bfaas[mcp]' ({error})") from None
+
+    if sys.stdin is None or sys.stdout is None:
+        raise CommandError("standard input or output is closed")
+    if arguments.max_output < 1:
+        raise UsageError("--max-output: must be above zero")
+    try:
+        client = AsyncClient(arguments.url, token=arguments.token)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return mcp_server.serve(client, arguments.max_output)
 
 
 def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:

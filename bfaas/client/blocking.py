@@ -20,6 +20,7 @@ from bfaas.client.exchange import (
     RetryBudget,
     RunBody,
     RunOptions,
+    decode_status,
     no_response_errors,
     rejection,
     response_errors,
@@ -164,10 +165,7 @@ class Client:
         """Return the coordinator's `/status`. Raises `BfaasError`."""
         with no_response_errors():
             response = self._http.send(self._coordinator.status_request(self._http))
-        if response.status_code != OK:
-            raise rejection(response, response.content[:MAX_ERROR_SIZE])
-        status: dict[str, Any] = response.json()
-        return status
+        return decode_status(response)
 
     def _send(self, body: RunBody) -> httpx.Response:
         budget = RetryBudget(self.max_wait)

@@ -175,6 +175,19 @@ def response_errors() -> Iterator[None]:
         raise ResponseLostError(f"the response was lost: {_describe(error)}") from error
 
 
+def decode_status(response: httpx.Response) -> dict[str, Any]:
+    """Return the status in a response. Raises `BfaasError`."""
+    if response.status_code != OK:
+        raise rejection(response, response.content[:MAX_ERROR_SIZE])
+    try:
+        status = response.json()
+    except ValueError:
+        status = None
+    if not isinstance(status, dict):
+        raise BfaasError("the response is not a status", may_have_run=False)
+    return status
+
+
 def rejection(response: httpx.Response, body: bytes) -> RejectedError:
     """
     Return the error for an error response; `body` is the beginning of its text.

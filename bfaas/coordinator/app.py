@@ -208,6 +208,8 @@ class Coordinator:
             },
             "queue": queue,
             "max_req_time_ms": round(1000 * settings.max_req_time),
+            "max_body_bytes": settings.max_body,
+            "max_output_bytes": settings.max_output,
             "draining": self._draining,
             "runs": self._runs.status(),
         }

@@ -65,6 +65,7 @@ BACKGROUND = [block for block in BLOCKS if re.search(r" &$", block.text, re.MULT
 DEPLOYMENT = [block for block in BLOCKS if block.text.startswith("fly ")]
 LOG_LINES = [block for block in BLOCKS if block.text.startswith("run ")]
 PYTHON = [block for block in BLOCKS if block.text.startswith(">>> ")]
+MCP_CONFIGURATION = [block for block in BLOCKS if re.match(r"{\s*\"mcpServers|\[mcp_servers", block.text)]
 MAKE = [block for block in BLOCKS if block.text.startswith("make ")]
 
 
@@ -128,7 +129,7 @@ def test_every_command_is_run() -> None:
     assert len(CONSOLE) >= 10
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     assert {block.text.split()[1] for block in MAKE} <= targets
-    known = [*CONSOLE, *BACKGROUND, *DEPLOYMENT, *LOG_LINES, *MAKE, *PYTHON]
+    known = [*CONSOLE, *BACKGROUND, *DEPLOYMENT, *LOG_LINES, *MAKE, *PYTHON, *MCP_CONFIGURATION]
     for block in BLOCKS:
         is_drawing = re.search("[─│▶]", block.text)
         is_table = block.document == "performance.md"

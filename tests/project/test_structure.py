@@ -29,6 +29,7 @@ KLEIN = {
 }
 TREQ = {"bfaas.http.client"}
 HTTPX = {"bfaas.client", "bfaas.client.asynchronous", "bfaas.client.blocking", "bfaas.client.exchange"}
+MCP = {"bfaas.cli.mcp_server"}
 REACTOR = {
     "bfaas.coord",
     "bfaas.basher",
@@ -74,7 +75,7 @@ class ImportTests(SynchronousTestCase):
     modules: ClassVar = {module_name(path): path for path in (ROOT / "bfaas").rglob("*.py")}
 
     def test_libraries_are_imported_by_their_modules_alone(self) -> None:
-        for library, allowed in (("klein", KLEIN), ("treq", TREQ), ("httpx", HTTPX)):
+        for library, allowed in (("klein", KLEIN), ("treq", TREQ), ("httpx", HTTPX), ("mcp", MCP)):
             users = {
                 name
                 for name, path in self.modules.items()
