@@ -281,7 +281,8 @@ class BashTools:
         self,
         context: Context[Any, Any],
         script: Annotated[str, Field(description="the script for bash")],
-        stdin: Annotated[str | None, Field(description="standard input")] = None,
+        # Not optional: the SDK decodes text of optional strings that looks like JSON.
+        stdin: Annotated[str, Field(description="standard input")] = "",
         env: Annotated[dict[str, str] | None, Field(description="environment variables")] = None,
         timeout_seconds: Annotated[
             float | None, Field(gt=0, description="a time limit below that of the sandbox")
@@ -301,7 +302,7 @@ class BashTools:
         The machine is clean at the start of each call. Output is streamed as progress. Of long output the
         beginning and the end are returned: write it to a file, and select what you need.
         """
-        options: RunOptions = {"stdin": stdin, "timeout": timeout_seconds}
+        options: RunOptions = {"stdin": stdin or None, "timeout": timeout_seconds}
         progress = _Progress(context)
         failure: Exception | None = None
         async with anyio.create_task_group() as tasks:

@@ -125,6 +125,10 @@ def test_tools_are_listed_and_called(mode: str, coordinator: Running, tmp_path: 
             assert not fields["truncated"]
             assert fields["run_id"]
 
+            for data in ('{"a": [1]}', "null", "[]", "7"):
+                echoed = await client.call_tool("run_bash", {"script": "cat", "stdin": data})
+                assert structured(echoed)["stdout"] == data
+
             limited = {"script": "echo started; sleep 60", "timeout_seconds": 0.5}
             fields = structured(await client.call_tool("run_bash", limited))
             assert (fields["exit_code"], fields["reason"]) == (124, "timeout")
