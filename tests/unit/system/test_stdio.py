@@ -130,12 +130,12 @@ class InputTests(SynchronousTestCase):
             self.assertEqual((1, "", f"{line}\n"), shell(f"$BFAAS run {arguments}"), arguments)
 
     def test_arguments_that_are_not_utf_8_are_reported_in_one_line(self) -> None:
-        utf8 = "with --stdin, --env or --timeout, script, input and variables must be UTF-8"
+        utf8 = "in a request with options, script, variables and names must be UTF-8"
         for arguments, line in {
             "run --env A=$'\\xff' true": utf8,
             "run --env $'\\xff'=1 true": utf8,
             "run --env A=1 $'echo \\xff'": utf8,
-            "run --timeout $'\\xff' true": 'timeout: "\\udcff" is not a duration such as 2.5s',
+            "run --timeout $'\\xff' true": utf8,
             "run --url $'http://\\xff' true": "'http://\\udcff' is not a URL such as http://127.0.0.1:8000",
         }.items():
             self.assertEqual((2, "", f"{line}\n"), shell(f"$BFAAS {arguments}"), arguments)
