@@ -46,10 +46,12 @@ class Coordinator:
 
     def __init__(self, url: str | None, token: str | None, silence: float) -> None:
         text = url or os.environ.get("BFAAS_URL", "").strip() or DEFAULT_URL
-        parsed = httpx.URL(text)
-        # The text may contain a password.
-        if parsed.userinfo:
+        if "@" in text:  # the text is not in the message, since it may contain a password
             raise ValueError("a coordinator's URL cannot contain credentials")
+        try:
+            parsed = httpx.URL(text)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"{text!r} is not a URL: {error}") from None
         if parsed.scheme not in ("http", "https") or not parsed.host or parsed.query or parsed.fragment:
             raise ValueError(f"{text!r} is not a URL such as {DEFAULT_URL}")
         self._url = str(parsed).rstrip("/")
@@ -97,7 +99,8 @@ class RunBody:
     The body of a request for a run, and its headers.
 
     A script alone is sent as it is, which coordinators of the Go original accept, too. Raises `ValueError`
-    for text that UTF-8 cannot encode, `OSError` for local files that cannot be read.
+    for text that UTF-8 cannot encode, `TypeError` for one pattern in place of a list, and `OSError` for local
+    files that cannot be read.
     """
 
     def __init__(self, script: str | bytes, options: RunOptions) -> None:
@@ -117,6 +120,8 @@ class RunBody:
         if files := options.get("files"):
             fields["files"] = {path: _file(content) for path, content in files.items()}
         if outputs := options.get("outputs"):
+            if isinstance(outputs, str):  # a sequence, too
+                raise TypeError("outputs is a list of patterns")
             fields["outputs"] = list(outputs)
         if fields:
             self.headers = {"Content-Type": "application/json"}

@@ -72,6 +72,9 @@ class RunBodyTests(SynchronousTestCase):
             with self.assertRaises(FileNotFoundError):
                 RunBody("a", {"files": {"run": path.parent / "missing"}})
 
+    def test_a_single_pattern_is_an_error(self) -> None:
+        self.assertRaises(TypeError, RunBody, "a", {"outputs": "*.png"})
+
     def test_what_utf8_cannot_encode_is_an_error(self) -> None:
         for script, stdin in (("\ud800", None), (b"\xff", "x"), ("a", "\ud800")):
             with self.assertRaises(ValueError):
@@ -99,10 +102,15 @@ class CoordinatorTests(SynchronousTestCase):
             "ftp://host",
             "http://",
             "http://host?a=b",
+            "http://host:99999x",
+            "http://[::",
+            "http://\x01",
+            "http://u:secret@[::",
             "http://host#a",
             "http://u:secret@host",
         ):
             error = self.assertRaises(ValueError, Coordinator, url, None, 7)
+            self.assertEqual(1, len(str(error).splitlines()))
             self.assertNotIn("secret", str(error))
         for token in ("a b", "a\nb", "ö"):
             error = self.assertRaises(ValueError, Coordinator, "http://host", token, 7)
