@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 with_twisted = pytest_twisted.ensureDeferred
 
 PROGRAM = ["-m", "bfaas.cli.main", "mcp"]
+STATES = ("waiting for a machine", "running")
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAQAAAC1HAwCAAAAC0lEQVR42mNk+A8AAQUBAScY42YAAAAASUVORK5CYII="
 )
@@ -80,11 +81,14 @@ class Progress:
         self.times: list[float] = []
         self.messages: list[str] = []
         self.reported = asyncio.Event()
+        self.silent = asyncio.Event()
 
     async def __call__(self, progress: float, total: float | None, message: str | None) -> None:
         self.times.append(progress)
         self.messages.append(message or "")
         self.reported.set()
+        if message == "running" and "4\n" in "".join(self.messages):
+            self.silent.set()
 
 
 def text(result: CallToolResult) -> str:
@@ -219,15 +223,17 @@ async def test_truncated_output_is_reported(tmp_path: Path) -> None:
     assert await stop(running) == 0
 
 
-def test_output_is_streamed_as_progress(coordinator: Running, tmp_path: Path) -> None:
+def test_output_and_silence_are_reported_as_progress(coordinator: Running, tmp_path: Path) -> None:
     async def main() -> None:
         progress = Progress()
         async with connected(tmp_path, "--url", url(coordinator)) as client:
-            script = "for i in 1 2 3; do echo $i; sleep 0.5; done; echo 4 >&2; sleep 6"
-            result = await client.call_tool("run_bash", {"script": script}, progress_callback=progress)
-        assert structured(result)["exit_code"] == 0
-        assert "".join(progress.messages[:-1]) == "1\n2\n3\n4\n"
-        assert progress.messages[-1] == "running"
+            arguments = {"script": "for i in 1 2 3; do echo $i; sleep 0.5; done; echo 4 >&2; sleep 60"}
+            call = asyncio.create_task(client.call_tool("run_bash", arguments, progress_callback=progress))
+            await progress.silent.wait()
+            call.cancel()
+        output = [message for message in progress.messages if message not in STATES]
+        assert "".join(output) == "1\n2\n3\n4\n"
+        assert len(output) > 1
         assert progress.times == sorted(set(progress.times))
 
     run(main)
