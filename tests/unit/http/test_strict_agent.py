@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from twisted.internet.defer import CancelledError, Deferred
@@ -45,6 +47,16 @@ class AgentTests(LoopbackTestCase):
         )
         await wait_until(lambda: peer.connected)
         return response, peer
+
+    async def test_a_connection_whose_response_is_read_needs_no_garbage_collector(self) -> None:
+        _, url = self.serve_script([OK + b"Content-Length: 4\r\n\r\nbody"])
+        gc.disable()
+        self.addCleanup(gc.enable)
+        response: Any = await send_request(self.agent, "GET", url, "/")
+        connection = weakref.ref(response.original._connection)
+        self.assertEqual(b"body", await read_body(response, 10))
+        del response
+        await wait_until(lambda: connection() is None)
 
     async def test_connection_and_framing_headers_are_replaced(self) -> None:
         server, url = self.serve_script([OK + b"Content-Length: 0\r\n\r\n"])
