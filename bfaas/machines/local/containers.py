@@ -54,7 +54,7 @@ from bfaas.machines.local.script_users import UID_RANGES
 from bfaas.machines.local.socket_directory import SocketDirectory, default_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from twisted.python.failure import Failure
 
@@ -212,9 +212,12 @@ class Containers(MachineBackend):
         name = f"{machine.name}.{os.urandom(4).hex()}"
         container = _Container(name, unix_path(machine.url or ""), self._unused_uid(), exited)
         self._containers[machine.id] = container
+        await _uncancelled(self._start_locked(container, machine, config))
+        self._follow(container, self._wait_for_exit(container))
+
+    async def _start_locked(self, container: _Container, machine: Machine, config: MachineConfig) -> None:
         async with container.lock:
             await self._start(container, machine, config)
-        self._follow(container, self._wait_for_exit(container))
 
     async def _start(self, container: _Container, machine: Machine, config: MachineConfig) -> None:
         image = await self.image()
@@ -600,6 +603,18 @@ def _machine(item: Mapping[str, Any]) -> Machine:
 def _container_name(item: Mapping[str, Any]) -> str:
     """Return the name of a container, an item of GET /containers/json. It starts with a slash there."""
     return str(item["Names"][0]).lstrip("/")
+
+
+def _uncancelled(work: Coroutine[Deferred[Any], Any, None]) -> Deferred[None]:
+    """
+    Begin `work`, and return its result. A cancellation of the result leaves `work` to end by itself.
+
+    An engine continues a call whose client has left: a container could appear after its removal had failed to
+    find it.
+    """
+    result: Deferred[None] = Deferred()
+    Deferred.fromCoroutine(work).addCallbacks(result.callback, result.errback)
+    return result
 
 
 def _ignore_engine(failure: Failure) -> None:

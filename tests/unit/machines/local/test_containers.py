@@ -252,6 +252,25 @@ class FailureTests(ContainersTestCase):
         self.assertEqual(0, self.fake.count("POST /containers/*/start"))
         self.assertEqual({}, self.fake.containers)
 
+    async def test_shutdown_during_a_creation_waits_for_it_and_removes_the_container(self) -> None:
+        await self.machines.list()
+        held: list[Any] = []
+        self.fake.answers["POST /containers/create"] = [hold(held)]
+        await self.machines.create("worker-own-1", "ams", CONFIG, TTL)
+        await wait_until(lambda: held)
+
+        def create() -> None:
+            request = held.pop()
+            self.fake._create(request)
+            request.write(b'{"Id": "1"}')
+            request.finish()
+
+        reactor.callLater(0.1, create)
+        await self.shut_down()
+
+        self.assertEqual([], held)
+        self.assertEqual({}, self.fake.containers)
+
     async def test_exit_is_noticed_after_failures_of_the_engine(self) -> None:
         self.fake.answers["POST /containers/*/wait"] = [cut(), refuse(500, "restarting"), cut(b"{"), b"[]"]
         machine, _ = await self.started()
