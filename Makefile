@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test matrix lint format clean
+.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test engines-test matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -96,6 +96,13 @@ images:
 # Check the images that buildah has built. As root.
 image-test: $(VENV)/installed-test
 	$(BIN)/python -m tests.project.images
+
+# Containers on a real Docker and a real Podman, each with its own image, as root. Both are built at first, in minutes.
+engines-test: $(VENV)/installed-test
+	set -e; for engine in docker podman; do \
+	    $(BIN)/python -m tests.support.engines $$engine $(BIN)/trial tests.integration.test_containers; \
+	    $(BIN)/python -m tests.support.engines $$engine $(BIN)/python -m pytest tests/e2e/test_engine.py; \
+	done
 
 # The trial cases on each supported Python that is installed, with the lowest and the newest versions of what
 # pyproject.toml declares. PYTHONS="python3.12 ..." chooses others.

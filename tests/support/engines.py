@@ -1,0 +1,160 @@
+"""
+Run a command with a container engine of its own, which has this project's image of workers.
+
+    python -m tests.support.engines docker|podman COMMAND...
+
+The command gets the engine's socket in DOCKER_HOST. Needs root and Debian. Without the programs nothing runs,
+which is a failure only with CI set. The base image is made by debootstrap, since a registry may be out of
+reach; it and the engines' layers are kept in build/engines.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tests.support.paths import ROOT
+from tests.support.waiting import block_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CACHE = ROOT / "build" / "engines"
+
+_BASE = "debian:bookworm-slim"  # the name in the Dockerfile
+_STOP_TIMEOUT = 30.0
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_PROGRAMS = {
+    "docker": ("debootstrap", "docker", "dockerd", "runc"),
+    "podman": ("catatonit", "debootstrap", "podman", "runc"),
+}
+_CONFIGURATION = (
+    "etc/apt/sources.list",
+    "etc/apt/sources.list.d",
+    "etc/pip.conf",
+    "usr/local/share/ca-certificates",
+)
+"""What the base image gets from this host, so that a build reaches Debian and PyPI as the host does."""
+
+
+def reasons_to_skip(engine: str) -> list[str]:
+    """Return what is missing here for an engine."""
+    missing = [
+        f"{program} is not installed"
+        for program in _PROGRAMS[engine]
+        if not shutil.which(program, path=_PATH)
+    ]
+    return missing + (["this is not root"] if os.geteuid() != 0 else [])
+
+
+@contextmanager
+def running_engine(engine: str) -> Iterator[str]:
+    """
+    Start an engine, build the image there, and yield the engine's URL.
+
+    The output of both is in build/engines. Raises `SystemExit` if one fails.
+    """
+    CACHE.mkdir(parents=True, exist_ok=True)
+    # A socket's path is short, and a runtime's state is of no use after its end.
+    with tempfile.TemporaryDirectory(prefix=f"bfaas-{engine}-", ignore_cleanup_errors=True) as directory:
+        socket, state = Path(directory, "engine.sock"), Path(directory, "state")
+        url = f"unix://{socket}"
+        # Podman's database has the directory of its state, so that stays the same.
+        roots = ["--root", str(CACHE / "podman"), "--runroot", str(CACHE / "podman-state")]
+        podman = ["podman", *roots, "--runtime", "runc"]
+        environ = {**os.environ, "PATH": _PATH, "DOCKER_HOST": url, "DOCKER_BUILDKIT": "0"}
+        if engine == "docker":
+            data = [
+                "--data-root",
+                str(CACHE / "docker"),
+                "--exec-root",
+                str(state),
+                "--pidfile",
+                f"{directory}/pid",
+            ]
+            serve = ["dockerd", "--iptables=false", "--bridge=none", "--host", url, *data]
+            client = ["docker"]
+        else:
+            serve, client = [*podman, "system", "service", "--time=0", url], podman
+        with Path(CACHE, f"{engine}.log").open("wb") as log:
+            process = subprocess.Popen(serve, env=environ, stdout=log, stderr=log)
+            try:
+                block_until(lambda: socket.exists() or process.poll() is not None, f"the start of {engine}")
+                if process.poll() is not None:
+                    raise SystemExit(f"{engine} ended with {process.returncode}: see {log.name}")
+                _build_image(client, environ, Path(CACHE, f"{engine}-build.log"))
+                yield url
+            finally:
+                process.terminate()
+                try:
+                    process.wait(_STOP_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                _unmount(directory if engine == "docker" else f"{CACHE}/podman")
+
+
+def _unmount(directory: str) -> None:
+    """Unmount what an engine has left below a directory, so that it can be removed."""
+    mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    for mount in reversed([mount for mount in mounts if mount.startswith(f"{directory}/")]):
+        subprocess.run(["umount", mount], check=True)
+
+
+def _build_image(client: list[str], environ: dict[str, str], log: Path) -> None:
+    base = _base_archive()
+    isolation = ["--isolation", "chroot"] if client[0] == "podman" else []
+    build = ["build", *isolation, "--network", "host", "--target", "basher", "--tag", "bfaas-basher", "."]
+    with log.open("wb") as output:
+        found = subprocess.run(
+            [*client, "image", "inspect", _BASE], env=environ, check=False, stdout=output, stderr=output
+        )
+        steps = [build] if found.returncode == 0 else [["import", str(base), _BASE], build]
+        for step in steps:
+            done = subprocess.run(
+                [*client, *step], cwd=ROOT, env=environ, check=False, stdout=output, stderr=output
+            )
+            if done.returncode != 0:
+                raise SystemExit(f"{client[0]} {step[0]} ended with {done.returncode}: see {log}")
+
+
+def _base_archive() -> Path:
+    """Return a tar archive of Debian, which is made if it does not exist."""
+    archive = CACHE / "base.tar"
+    if archive.exists():
+        return archive
+    with tempfile.TemporaryDirectory(prefix="bfaas-base-") as directory:
+        root = Path(directory, "root")
+        debootstrap = ["debootstrap", "--variant=minbase", "--include=ca-certificates", "bookworm", str(root)]
+        subprocess.run(debootstrap, env={**os.environ, "PATH": _PATH}, check=True, stdout=subprocess.DEVNULL)
+        for name in _CONFIGURATION:
+            source = Path("/", name)
+            if source.is_dir():
+                shutil.copytree(source, root / name, dirs_exist_ok=True)
+            elif source.exists():
+                shutil.copy(source, root / name)
+        subprocess.run(["chroot", str(root), "update-ca-certificates"], check=True, stdout=subprocess.DEVNULL)
+        unfinished = archive.with_suffix(".new")
+        subprocess.run(["tar", "-C", str(root), "-cf", str(unfinished), "."], check=True)
+        unfinished.rename(archive)
+    return archive
+
+
+def main() -> int:
+    """Run the command of the arguments. Return its exit status."""
+    engine, *command = sys.argv[1:]
+    if missing := reasons_to_skip(engine):
+        print(f"no tests with {engine}: {', '.join(missing)}", file=sys.stderr)
+        return 1 if "CI" in os.environ else 0
+    with running_engine(engine) as url:
+        return subprocess.run(command, env={**os.environ, "DOCKER_HOST": url}, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
