@@ -367,8 +367,8 @@ MUTANTS = [
     ),
     Mutation(
         "coordinator.app:Coordinator._run_on",
-        "deadline.run(client.stream(_1, _2, _3, _4, _5, _6))",
-        "client.stream(_1, _2, _3, _4, _5, _6)",
+        "deadline.run(client.stream(_1, _2, _3, _4, _5, _6, _7))",
+        "client.stream(_1, _2, _3, _4, _5, _6, _7)",
         "a run has no deadline",
     ),
     Mutation(
@@ -440,7 +440,7 @@ MUTANTS = [
     ),
     Mutation("protocol.parser:RawReader.feed", "data[: self._left]", "data", "raw output has no limit"),
     Mutation(
-        "protocol.parser:EventReader._parse", "raise OutputLimitError(_1)", "pass", "output has no limit"
+        "protocol.parser:EventReader._count", "raise OutputLimitError(_1)", "pass", "output has no limit"
     ),
     Mutation(
         "protocol.parser:RawReader.feed",
