@@ -12,6 +12,7 @@ from twisted.application.service import MultiService
 from twisted.internet.defer import Deferred
 from twisted.logger import Logger
 
+from bfaas.coordinator.access import AccessControl
 from bfaas.coordinator.app import Coordinator
 from bfaas.coordinator.metrics import Metrics
 from bfaas.coordinator.run_tracker import RunTracker
@@ -166,13 +167,16 @@ def makeService(options: Options, reactor: Any = None) -> IService:
     # delay deadlines.
     reactor.callWhenRunning(gc.freeze)
 
+    access = None if settings.access is None else AccessControl(settings.access, time.time)
     random = SystemRandom()
     provider = _provider(reactor, random, settings)
     worker_client = WorkerClient(reactor, provider.worker_url, settings.max_output)
     metrics = Metrics()
     pool = Pool(provider.machines, worker_client, reactor, random, pool_config(settings), metrics)
     runs = RunTracker(reactor, time.time, random, metrics)
-    coordinator = Coordinator(reactor, settings, pool, worker_client, time.time, runs, provider.sandbox)
+    coordinator = Coordinator(
+        reactor, settings, pool, worker_client, time.time, runs, provider.sandbox, access
+    )
     metrics.register_gauges(pool, coordinator)
 
     site = _public_site(reactor, coordinator.app, settings, has_metrics=bool(options["metrics"]))

@@ -11,8 +11,10 @@ import re
 import shlex
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address
+from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
+from bfaas.access_tokens import AccessTokens
 from bfaas.tokens import Signer, Verifier, genkey
 from bfaas.units import parse_duration, parse_size, quoted
 
@@ -127,7 +129,8 @@ class CoordSettings:
 
     `fly` is None if workers are local: containers if there is `docker`, processes otherwise.
     `proxy_idle_timeout` is how long the proxy in front of the coordinator keeps a connection without data;
-    None means Fly's default, or no proxy for local workers.
+    None means Fly's default, or no proxy for local workers. `access` is the access tokens of clients or a
+    file of them, and None if clients need no token.
     """
 
     max_req_time: float
@@ -149,6 +152,7 @@ class CoordSettings:
     destroy_on_exit: bool = False
     proxy_idle_timeout: float | None = None
     docker: DockerSettings | None = None
+    access: AccessTokens | Path | None = None
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Self:
@@ -195,6 +199,7 @@ class CoordSettings:
                 destroy_on_exit=read.optional("POOL_ON_EXIT", _choice("stop", "destroy"), default=False),
                 proxy_idle_timeout=read.optional("PROXY_IDLE_TIMEOUT", _positive(parse_duration), None),
                 docker=_docker(read) if worker_app == _DOCKER else None,
+                access=read.optional("ACCESS_TOKENS", _access_tokens, None),
             )
 
     @property
@@ -408,6 +413,16 @@ def _image(text: str) -> str:
     if not _IMAGE.fullmatch(text):
         raise ValueError(f"{quoted(text)} is not the name of an image")
     return text
+
+
+def _access_tokens(text: str) -> AccessTokens | Path:
+    """Parse @FILE, or lines NAME:DIGEST with commas between them."""
+    if text.startswith("@"):
+        return Path(text[1:]).absolute()
+    tokens, problems = AccessTokens.parse(text)
+    if problems:
+        raise ValueError(problems[0])
+    return tokens
 
 
 def _absolute_path(text: str) -> str:

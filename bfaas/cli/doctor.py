@@ -24,6 +24,7 @@ from twisted.web.http_headers import Headers
 from zope.interface import provider
 
 from bfaas.cli.machines import format_count
+from bfaas.coordinator.access import AccessControl
 from bfaas.coordinator.worker_client import WorkerClient
 from bfaas.deadline import Deadline, DeadlineExceededError
 from bfaas.http.client import abort_body, pooled_agent, read_body, send_request, single_use_agent
@@ -47,6 +48,7 @@ from bfaas.pooling.reconciler import destroy_own
 from bfaas.protocol import formats
 from bfaas.settings import CoordSettings, SettingsError
 from bfaas.system.runtime import run_with_reactor
+from bfaas.system.startup import StartError
 from bfaas.system.stdio import OutputError, write_output
 
 if TYPE_CHECKING:
@@ -90,6 +92,14 @@ def run_checks(environ: Mapping[str, str]) -> int:
         _report_remedy("set these as docs/configuration.md describes; no other check was run")
         return 1
     _report("ok", "settings", f"a pool of {settings.pool_size} in region {settings.region}")
+    if settings.access is not None:
+        try:
+            AccessControl(settings.access, time.time)
+        except StartError as error:
+            _report("FAIL", "access tokens", str(error))
+            _report_remedy("replace the file as docs/configuration.md describes; no other check was run")
+            return 1
+        _report("ok", "access tokens", "clients need one of them")
     return 0 if run_with_reactor(lambda reactor: _check_all(reactor, settings)) else 1
 
 

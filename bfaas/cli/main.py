@@ -117,6 +117,7 @@ def _parser() -> ArgumentParser:
     command.add_argument(
         "--url", metavar="URL", help=f"the coordinator; default: $BFAAS_URL, or {_DEFAULT_URL}"
     )
+    command.add_argument("--token", metavar="TOKEN", help="an access token; default: $BFAAS_TOKEN")
     command.add_argument("--timeout", metavar="5s", help="a time limit below the coordinator's")
     command.add_argument("--stdin", action="store_true", help="pass standard input to the script")
     command.add_argument(
@@ -169,6 +170,12 @@ def _parser() -> ArgumentParser:
     )
     command.set_defaults(command=_mcp)
 
+    command = commands.add_parser(
+        "token", help="print a new access token, and the line NAME:DIGEST for the setting ACCESS_TOKENS"
+    )
+    command.add_argument("name", metavar="NAME", help="the client that gets the token")
+    command.set_defaults(command=_token)
+
     command = commands.add_parser("genkey", help="print a new key pair as shell variables")
     command.set_defaults(command=_genkey)
 
@@ -214,6 +221,7 @@ def _run(arguments: Namespace, environ: Mapping[str, str]) -> int:
         }
         command = run.RunCommand.of(
             url,
+            environ.get("BFAAS_TOKEN", "").strip() if arguments.token is None else arguments.token,
             _script(arguments),
             read_input() if arguments.stdin else None,
             options,
@@ -264,6 +272,18 @@ def _mcp(arguments: Namespace, _environ: Mapping[str, str]) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return mcp_server.serve(client, arguments.max_output)
+
+
+def _token(arguments: Namespace, _environ: Mapping[str, str]) -> int:
+    from bfaas.access_tokens import AccessToken, generate_token  # noqa: PLC0415 - see the module's docstring
+
+    token = generate_token()
+    try:
+        line = AccessToken.of(arguments.name, token)
+    except ValueError as error:
+        raise UsageError(f"{arguments.name!r}: {error}") from None
+    write_output(f"BFAAS_TOKEN={token}\n{line}\n")
+    return 0
 
 
 def _genkey(_arguments: Namespace, _environ: Mapping[str, str]) -> int:

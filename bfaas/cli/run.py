@@ -20,7 +20,7 @@ import signal
 import socket
 import sys
 from base64 import b64encode
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.python.failure import Failure
 from twisted.web.http_headers import Headers
 
+from bfaas.access_tokens import check_token
 from bfaas.cli.files import ReceivedFiles
 from bfaas.http.client import BodyReceiver, read_body, send_request, single_use_agent
 from bfaas.http.endpoints import describe
@@ -62,7 +63,7 @@ class RunCommand:
     """
 
     url: str
-    headers: dict[str, str]
+    headers: dict[str, str] = field(repr=False)
     body: bytes
     as_json: bool
     outputs: tuple[str, ...] = ()
@@ -72,6 +73,7 @@ class RunCommand:
     def of(
         cls,
         url: str,
+        token: str,
         script: bytes,
         stdin: bytes | None,
         options: Mapping[str, object],
@@ -82,21 +84,23 @@ class RunCommand:
         """
         Make a request to a URL from `base_url`: a plain body, as for the Go original, or JSON if needed.
 
-        `options` are further keys of a JSON request, of which None and empty ones are left out. Raise
-        `ValueError` for requests that a coordinator rejects: `InvalidRequestError` for invalid fields,
-        `UnicodeError` for bytes that JSON cannot contain.
+        `token` is an access token, or empty. `options` are further keys of a JSON request, of which None and
+        empty ones are left out. Raise `ValueError` for requests that a coordinator rejects:
+        `InvalidRequestError` for invalid fields, `UnicodeError` for bytes that JSON cannot contain.
         """
+        headers = {formats.AUTHORIZATION: f"Bearer {check_token(token)}"} if token else {}
         fields = {
             name: value for name, value in options.items() if value is not None and value not in ({}, [])
         }
         if stdin is None and not fields:
-            return cls(url, {}, script, as_json)
+            return cls(url, headers, script, as_json)
         if stdin is not None:
             fields |= _stdin(stdin)
         fields["script"] = script.decode()
         body = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         request = RunRequest.from_json(body)
-        return cls(url, {"Content-Type": JSON}, body, as_json, tuple(request.outputs), output_dir)
+        headers["Content-Type"] = JSON
+        return cls(url, headers, body, as_json, tuple(request.outputs), output_dir)
 
 
 def _stdin(data: bytes) -> dict[str, object]:

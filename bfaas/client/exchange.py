@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import httpx
 
 from bfaas import __version__
+from bfaas.access_tokens import check_token
 from bfaas.client.errors import BfaasError, BusyError, NoResponseError, RejectedError, ResponseLostError
 from bfaas.protocol import formats
 from bfaas.protocol.files import File
@@ -56,11 +57,9 @@ class Coordinator:
             raise ValueError(f"{text!r} is not a URL such as {DEFAULT_URL}")
         self._url = str(parsed).rstrip("/")
         token = (os.environ.get("BFAAS_TOKEN", "") if token is None else token).strip()
-        if not re.fullmatch("[!-~]*", token):
-            raise ValueError("the token contains characters that are not printable ASCII")
         self._headers = {"User-Agent": f"bfaas-client/{__version__}", "Accept-Encoding": "identity"}
         if token:
-            self._headers[formats.AUTHORIZATION] = f"Bearer {token}"
+            self._headers[formats.AUTHORIZATION] = f"Bearer {check_token(token)}"
         self._timeout = httpx.Timeout(10.0, read=silence, write=60.0, pool=None)
 
     def run_request(self, http: httpx.Client | httpx.AsyncClient, body: RunBody) -> httpx.Request:

@@ -11,7 +11,7 @@ from twisted.internet.defer import CancelledError
 from twisted.logger import Logger
 
 from bfaas import __version__
-from bfaas.coordinator.client_limits import ConcurrencyLimiter, client_key
+from bfaas.coordinator.client_limits import Client, ConcurrencyLimiter, client_key
 from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.ui import serve_page
 from bfaas.coordinator.worker_client import NotStartedError, WorkerError
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from twisted.internet.interfaces import IReactorTime
     from twisted.web.server import Request
 
+    from bfaas.coordinator.access import AccessControl
     from bfaas.coordinator.run_tracker import Run, RunTracker
     from bfaas.coordinator.worker_client import WorkerClient
     from bfaas.machines.api import Machine
@@ -86,7 +87,7 @@ class Coordinator:
     The coordinator's HTTP application.
 
     `wall_clock` returns the time in seconds since the epoch, for auth tokens. `sandbox` is what separates
-    scripts from each other and from the host, for users to read.
+    scripts from each other and from the host, for users to read. Without `access`, clients need no token.
     """
 
     app = Klein()
@@ -103,6 +104,7 @@ class Coordinator:
         wall_clock: Callable[[], float],
         runs: RunTracker,
         sandbox: str,
+        access: AccessControl | None = None,
     ) -> None:
         self._clock = clock
         self._settings = settings
@@ -111,6 +113,7 @@ class Coordinator:
         self._wall_clock = wall_clock
         self._runs = runs
         self._sandbox = sandbox
+        self._access = access
         self._draining = False
         self._last_queue_timeout: float | None = None
         self._limiter = ConcurrencyLimiter(settings.max_per_client)
@@ -125,15 +128,27 @@ class Coordinator:
         run_id = self._runs.new_id()
         request.setHeader(formats.RUN_ID, run_id)
         try:
+            client = self._identify(request)
+        except HTTPError:
+            self._runs.rejected(OutcomeKind.UNAUTHORIZED)
+            raise
+        try:
             run_request = self._parse(request)
         except HTTPError:
             self._runs.rejected(OutcomeKind.INVALID_REQUEST)
             raise
         try:
-            await self._run(request, run_request, run_id)
+            await self._run(request, run_request, run_id, client)
         except RunRejectedError as error:
             self._runs.rejected(error.kind)
             raise
+
+    def _identify(self, request: Request) -> Client:
+        """Return the client of a request. Raises `HTTPError` if it needs a token and has no valid one."""
+        if self._access is None:
+            return Client(client_key(request, on_fly=self._settings.fly is not None))
+        name = self._access.client_name(request)
+        return Client(name, name)
 
     def _parse(self, request: Request) -> RunRequest:
         max_body = self._settings.max_body
@@ -142,11 +157,10 @@ class Coordinator:
             raise HTTPError(413, "the form is too large as JSON: its text has too many control characters")
         return run_request
 
-    async def _run(self, request: Request, run_request: RunRequest, run_id: str) -> None:
+    async def _run(self, request: Request, run_request: RunRequest, run_id: str, client: Client) -> None:
         if self._draining:
             raise self._rejection(503, "shutting down", OutcomeKind.SHUTTING_DOWN)
-        client = client_key(request, on_fly=self._settings.fly is not None)
-        if not self._limiter.acquire(client):
+        if not self._limiter.acquire(client.key):
             message = "too many concurrent requests from this client"
             raise self._rejection(429, message, OutcomeKind.CLIENT_LIMIT)
         run = self._runs.begin(run_id, client)
@@ -166,7 +180,7 @@ class Coordinator:
             run.outcome = Outcome(OutcomeKind.CLIENT_DISCONNECTED)
             raise
         finally:
-            self._limiter.release(client)
+            self._limiter.release(client.key)
             self._runs.end(run)
 
     @app.route(formats.HEALTH_PATH, methods=["GET"])
@@ -187,8 +201,10 @@ class Coordinator:
         """
         Return the state of the pool and the queue, and the latest runs, as JSON.
 
-        The argument `request` has the `Request-Id` of a request, whose place in the queue is returned too.
+        The argument `request` has the `Request-Id` of a request, whose place in the queue is returned too. If
+        clients need access tokens, this needs one too, and runs have the names of theirs.
         """
+        self._identify(request)
         settings, pool = self._settings, self._pool
         queue: dict[str, object] = {
             "waiting": pool.waiting,
@@ -219,7 +235,7 @@ class Coordinator:
         run = self._runs.find(request_id)
         if run is None or run.queue_entry is None:
             return None
-        return self._pool.queue_position(run.client, run.queue_entry)
+        return self._pool.queue_position(run.client.key, run.queue_entry)
 
     async def drain(self) -> None:
         """Reject new requests, and wait until the active ones have ended."""
@@ -247,7 +263,7 @@ class Coordinator:
         settings = self._settings
         if self._pool.queue_depth_ahead > settings.max_queue:
             raise self._rejection(503, "too many requests are waiting", OutcomeKind.QUEUE_FULL)
-        run.queue_entry = self._pool.allocate(run.client)
+        run.queue_entry = self._pool.allocate(run.client.key)
         try:
             allocation = await Deadline(self._clock, settings.max_wait).run(run.queue_entry)
         except DeadlineExceededError:

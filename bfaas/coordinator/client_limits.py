@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from bfaas.http.client_address import address_key, peer_key
 
@@ -11,6 +11,18 @@ if TYPE_CHECKING:
     from twisted.web.server import Request
 
 _CLIENT_IP = b"fly-client-ip"
+
+
+class Client(NamedTuple):
+    """
+    What a request counts for: fairness and the limit on concurrent requests are by `key`.
+
+    `token` is the name of its access token, which is then the key. It is None if clients need no token; the
+    key is that of the client's address.
+    """
+
+    key: str
+    token: str | None = None
 
 
 def client_key(request: Request, *, on_fly: bool) -> str:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Upper bounds of all histograms' buckets, in seconds."""
 
+MAX_TOKEN_LABELS = 100
+"""Names of access tokens that have series of their own. Others are counted together, as `other`."""
+
 _NEVER_QUEUED = (OutcomeKind.QUEUE_FULL, OutcomeKind.REPLAYED)
 
 disable_created_metrics()  # they would double the number of series
@@ -79,6 +82,16 @@ class Metrics(RunObserver, PhaseObserver):
         self._rejections = Counter(
             "bfaas_requests_rejected_total", "requests rejected", ["reason"], registry=registry
         )
+        self._token_names: set[str] = set()
+        self._token_runs = Counter(
+            "bfaas_token_runs_total", "ended runs, by access token", ["token"], registry=registry
+        )
+        self._token_seconds = Counter(
+            "bfaas_token_run_seconds_total",
+            "seconds from the allocation of a ready machine to the end of the run, by access token",
+            ["token"],
+            registry=registry,
+        )
         # Series exist from the start, so that rates over them are right.
         for outcome in RUN_OUTCOMES:
             self._run_duration.labels(outcome)
@@ -117,6 +130,15 @@ class Metrics(RunObserver, PhaseObserver):
         if kind in RUN_OUTCOMES:
             self._run_duration.labels(kind).observe(run.ended_at - run.started_at)
         self._bytes.inc(run.bytes)
+        if run.client.token is not None:
+            label = self._token_label(run.client.token)
+            self._token_runs.labels(label).inc()
+            self._token_seconds.labels(label).inc(run.ended_at - run.started_at)
+
+    def _token_label(self, name: str) -> str:
+        if len(self._token_names) < MAX_TOKEN_LABELS:
+            self._token_names.add(name)
+        return name if name in self._token_names else "other"
 
     def rejected(self, reason: OutcomeKind, /) -> None:
         """Count a rejected request."""

@@ -30,6 +30,7 @@ class OutcomeKind(enum.StrEnum):
     CLIENT_DISCONNECTED = "client-disconnected"
     INTERNAL_ERROR = "internal-error"
 
+    UNAUTHORIZED = "unauthorized"
     INVALID_REQUEST = "invalid-request"
     CLIENT_LIMIT = "client-limit"
     SHUTTING_DOWN = "shutting-down"
@@ -51,6 +52,7 @@ RUN_OUTCOMES = (
 )
 
 REJECTIONS = (
+    OutcomeKind.UNAUTHORIZED,
     OutcomeKind.INVALID_REQUEST,
     OutcomeKind.CLIENT_LIMIT,
     OutcomeKind.SHUTTING_DOWN,

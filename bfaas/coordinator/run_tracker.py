@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from twisted.internet.interfaces import IReactorTime
 
+    from bfaas.coordinator.client_limits import Client
     from bfaas.pool import Allocation
 
 RECENT_RUNS = 50
@@ -37,7 +38,7 @@ class Run:
     """
 
     id: str
-    client: str
+    client: Client
     queued_at: float
     machine: str | None = None
     started_at: float | None = None
@@ -97,7 +98,7 @@ class RunTracker:
         """Return a new identifier."""
         return f"{self._random.getrandbits(64):016x}"
 
-    def begin(self, run_id: str, client: str) -> Run:
+    def begin(self, run_id: str, client: Client) -> Run:
         """Record a request that waits for a machine."""
         run = Run(run_id, client, self._clock.seconds())
         self._active.add(run)
@@ -122,15 +123,16 @@ class RunTracker:
             "run_ms": _ms(run.ended_at - started_at),
         }
         outcome = str(run.outcome)
-        self._recent.append(
-            {"id": run.id, "ended_at": round(self._wall_clock()), **times, "outcome": outcome}
-        )
+        recent = {"id": run.id, "ended_at": round(self._wall_clock()), **times, "outcome": outcome}
+        if run.client.token is not None:
+            recent["client"] = run.client.token
+        self._recent.append(recent)
         if run.machine is not None:
             self._log.info(
                 "run {run} of {client} on {machine}: {outcome}, {bytes} bytes; waited {wait_ms} ms, "
                 "response after {response_ms} ms, first byte after {first_byte_ms} ms, ran {run_ms} ms",
                 run=run.id,
-                client=run.client,
+                client=run.client.key,
                 machine=run.machine,
                 outcome=outcome,
                 bytes=run.bytes,

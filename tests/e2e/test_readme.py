@@ -61,6 +61,7 @@ BLOCKS = [
 CONSOLE = [block for block in BLOCKS if block.text.startswith("$ ")]
 EMULATOR = [block for block in CONSOLE if "FLY_FLAPS_BASE_URL" in block.text]
 STATUS = [block for block in CONSOLE if "/status" in block.text]
+ACCESS = [block for block in CONSOLE if "bfaas token" in block.text]
 BACKGROUND = [block for block in BLOCKS if re.search(r" &$", block.text, re.MULTILINE)]
 DEPLOYMENT = [block for block in BLOCKS if block.text.startswith("fly ")]
 LOG_LINES = [block for block in BLOCKS if block.text.startswith("run ")]
@@ -125,7 +126,15 @@ def recipe(target: str) -> str:
 
 
 def test_every_command_is_run() -> None:
-    assert len(EMULATOR) == len(STATUS) == len(BACKGROUND) == len(DEPLOYMENT) == len(LOG_LINES) == 1
+    assert (
+        len(ACCESS)
+        == len(EMULATOR)
+        == len(STATUS)
+        == len(BACKGROUND)
+        == len(DEPLOYMENT)
+        == len(LOG_LINES)
+        == 1
+    )
     assert len(CONSOLE) >= 10
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     assert {block.text.split()[1] for block in MAKE} <= targets
@@ -149,7 +158,7 @@ async def started_by_make() -> AsyncIterator[Running]:
 async def test_examples_print_what_the_documents_show(started_by_make: Running) -> None:
     run = set()
     for block in CONSOLE:
-        if block in EMULATOR or block in STATUS:
+        if block in EMULATOR or block in STATUS or block in ACCESS:
             continue
         for example in examples(block):
             if example in run or ("no network" in example.command and shutil.which("bwrap") is None):
@@ -157,6 +166,18 @@ async def test_examples_print_what_the_documents_show(started_by_make: Running) 
             run.add(example)
             output = await shell(example.command, started_by_make.port)
             assert masked(output) == masked(example.output), example.command
+
+
+@with_twisted
+async def test_access_token_is_used_and_revoked_as_documented(tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.touch()
+    coordinator = await start_coordinator(ACCESS_TOKENS=f"@{tokens}")
+    [block] = ACCESS
+    commands, outputs = zip(*examples(block), strict=True)
+    output = await shell(f"cd {tmp_path}\n{''.join(commands)}", coordinator.port)
+    assert output == "".join(outputs)
+    assert await stop(coordinator) == 0
 
 
 def test_python_examples(started_by_make: Running, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

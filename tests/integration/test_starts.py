@@ -152,6 +152,8 @@ class ErrorTests(StartTestCase):
             yield (*BASHER_WITHOUT_TWISTD, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
             yield (*BASHER, "--listen", "tcp:0"), {**WORKER, "HOME": home}, f"HOME: .*'{home}'"
         yield COORD, {**MOCK, "MAXREQTIME": "\udcff"}, "MAXREQTIME: "
+        yield COORD, {**MOCK, "ACCESS_TOKENS": "@/nonexistent"}, "ACCESS_TOKENS: /nonexistent: No such file"
+        yield COORD, {**MOCK, "ACCESS_TOKENS": "alice"}, "ACCESS_TOKENS: line 1 is not NAME:DIGEST"
         yield (
             (*DAEMON, "-n", "--pidfile=/nonexistent/pid", "bfaas-coord"),
             MOCK,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from twisted.trial.unittest import SynchronousTestCase
 
+from bfaas.access_tokens import AccessToken, AccessTokens
 from bfaas.settings import (
     ApiSettings,
     BasherSettings,
@@ -92,6 +95,7 @@ class CoordSettingsTests(SynchronousTestCase):
             "MAXOUTPUT": " 1MB ",
             "POOL_ON_EXIT": "destroy",
             "PROXY_IDLE_TIMEOUT": "10m",
+            "ACCESS_TOKENS": f"alice:{'a' * 64},bob:{'b' * 64}",
         }
         found = CoordSettings.from_environment(FLY | tuning)
 
@@ -118,6 +122,9 @@ class CoordSettingsTests(SynchronousTestCase):
             max_output=1_000_000,
             destroy_on_exit=True,
             proxy_idle_timeout=600.0,
+            access=AccessTokens(
+                (AccessToken("alice", bytes.fromhex("a" * 64)), AccessToken("bob", bytes.fromhex("b" * 64)))
+            ),
         )
         self.assertEqual(expected, found)
         self.assertEqual(PAIR.public, found.signer.public)
@@ -205,6 +212,16 @@ class CoordSettingsTests(SynchronousTestCase):
             self.assertEqual(names, [line.split()[0] for line in warnings], environ)
             for line in warnings:
                 self.assertIn("PROXY_IDLE_TIMEOUT", line)
+
+    def test_access_tokens_can_be_in_a_file(self) -> None:
+        found = CoordSettings.from_environment(MOCK | {"ACCESS_TOKENS": "@tokens"})
+        self.assertEqual(Path("tokens").absolute(), found.access)
+
+    def test_invalid_access_token_is_not_shown(self) -> None:
+        problems = self.problems(MOCK | {"ACCESS_TOKENS": f"alice:{'a' * 64},bfaas_secret"})
+        self.assertEqual(
+            ("ACCESS_TOKENS: line 2 is not NAME:DIGEST, as `bfaas token NAME` prints it",), problems
+        )
 
     def test_blank_value_means_the_default(self) -> None:
         self.assertEqual(2, CoordSettings.from_environment(MOCK | {"POOLSIZE": " "}).pool_size)

@@ -8,6 +8,7 @@ from contextlib import redirect_stderr, redirect_stdout
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from bfaas.access_tokens import AccessTokens
 from bfaas.cli.main import main
 from bfaas.tokens import AuthError, Signer, Verifier, genkey
 from tests.support.paths import ROOT
@@ -53,6 +54,27 @@ class GenauthTests(SynchronousTestCase):
     def test_invalid_key_is_reported_and_not_printed(self) -> None:
         expected = (1, "", "PRIVATE: not a key of 64 bytes in hex\n")
         self.assertEqual(expected, run("genauth", "worker-1", PRIVATE=genkey().public))
+
+
+class TokenTests(SynchronousTestCase):
+    def test_it_prints_a_token_and_its_line_for_the_setting(self) -> None:
+        code, output, errors = run("token", "alice")
+        variable, line = output.splitlines()
+        token = variable.removeprefix("BFAAS_TOKEN=")
+
+        self.assertEqual((0, ""), (code, errors))
+        tokens, problems = AccessTokens.parse(line)
+        self.assertEqual(("alice", ()), (tokens.find(token), problems))
+        self.assertNotIn(token, run("token", "alice")[1])
+
+    def test_invalid_name_is_reported(self) -> None:
+        message = "'a b': a name has 1 to 63 letters, digits, dots, dashes and underscores\n"
+        self.assertEqual((2, "", message), run("token", "a b"))
+
+    def test_a_token_that_no_header_can_contain_is_rejected_and_not_shown(self) -> None:
+        message = "the access token contains characters that no token has\n"
+        self.assertEqual((2, "", message), run("run", "--token", "sec ret", "true"))
+        self.assertEqual((2, "", message), run("run", "true", BFAAS_TOKEN="sec\nret"))
 
 
 class CommandTests(SynchronousTestCase):

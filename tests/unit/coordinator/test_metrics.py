@@ -8,7 +8,8 @@ from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from twisted.trial.unittest import SynchronousTestCase
 
-from bfaas.coordinator.metrics import Metrics
+from bfaas.coordinator.client_limits import Client
+from bfaas.coordinator.metrics import MAX_TOKEN_LABELS, Metrics
 from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.run_tracker import Run
 from bfaas.pooling.slot import Phase
@@ -31,9 +32,9 @@ class MetricsTests(SynchronousTestCase):
             if sample.name == name
         }
 
-    def end(self, outcome: Outcome, *, machine: str | None = "m1") -> None:
+    def end(self, outcome: Outcome, *, machine: str | None = "m1", token: str | None = None) -> None:
         """Record a run that waited for a second, and ran for three if it had a machine."""
-        run = Run("0" * 16, "c", 10.0, machine, outcome=outcome, bytes=7, ended_at=14.0)
+        run = Run("0" * 16, Client("c", token), 10.0, machine, outcome=outcome, bytes=7, ended_at=14.0)
         if machine is not None:
             run.started_at = 11.0
         self.metrics.ended(run)
@@ -49,6 +50,18 @@ class MetricsTests(SynchronousTestCase):
         self.assertIn(("internal-error",), counts)
         self.assertEqual(6.0, self.samples("bfaas_run_duration_seconds_sum")["exit",])
         self.assertEqual({(): 21.0}, self.samples("bfaas_response_bytes_total"))
+
+    def test_runs_are_counted_by_token_with_a_limited_number_of_labels(self) -> None:
+        for number in range(MAX_TOKEN_LABELS + 3):
+            self.end(Outcome(OutcomeKind.EXIT, 0), token=f"t{number}")
+        self.end(Outcome(OutcomeKind.TIMEOUT), token="t0")
+        self.end(Outcome(OutcomeKind.QUEUE_TIMEOUT), token="t0", machine=None)
+        self.end(Outcome(OutcomeKind.EXIT, 0))
+
+        runs = self.samples("bfaas_token_runs_total")
+        self.assertEqual(MAX_TOKEN_LABELS + 1, len(runs))
+        self.assertEqual((2.0, 1.0, 3.0), (runs["t0",], runs["t1",], runs["other",]))
+        self.assertEqual(6.0, self.samples("bfaas_token_run_seconds_total")["t0",])
 
     def test_rejected_run_with_a_machine_has_no_duration(self) -> None:
         self.end(Outcome(OutcomeKind.WORKER_FAILED))

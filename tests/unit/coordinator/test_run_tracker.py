@@ -11,6 +11,7 @@ from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublish
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import provider
 
+from bfaas.coordinator.client_limits import Client
 from bfaas.coordinator.outcome import Outcome, OutcomeKind
 from bfaas.coordinator.run_tracker import RECENT_RUNS, RunTracker
 
@@ -39,7 +40,7 @@ class RunTrackerTests(SynchronousTestCase):
             self.assertRegex(run_id, "^[0-9a-f]{16}$")
 
     def test_run_has_one_log_line_with_its_times(self) -> None:
-        run = self.runs.begin("00000000000000ab", "192.0.2.7")
+        run = self.runs.begin("00000000000000ab", Client("192.0.2.7"))
         self.clock.advance(0.25)
         self.runs.started(run, "m1")
         self.clock.advance(0.5)
@@ -61,8 +62,18 @@ class RunTrackerTests(SynchronousTestCase):
         }
         self.assertEqual({"running": 0, "recent": [recent]}, self.runs.status())
 
+    def test_access_token_names_the_client_in_the_log_and_the_status(self) -> None:
+        run = self.runs.begin("00000000000000ab", Client("alice", "alice"))
+        self.runs.started(run, "m1")
+        self.runs.end(run)
+
+        [line] = [formatEvent(event) for event in self.events]
+        self.assertTrue(line.startswith("run 00000000000000ab of alice on m1: "), line)
+        [recent] = json.loads(json.dumps(self.runs.status()))["recent"]
+        self.assertEqual("alice", recent["client"])
+
     def test_request_without_a_machine_is_in_the_status_but_not_in_the_log(self) -> None:
-        run = self.runs.begin(self.runs.new_id(), "192.0.2.7")
+        run = self.runs.begin(self.runs.new_id(), Client("192.0.2.7"))
         self.assertEqual(0, self.runs.status()["running"])
         self.clock.advance(2)
         self.runs.end(run)
@@ -74,7 +85,7 @@ class RunTrackerTests(SynchronousTestCase):
         self.assertEqual([], self.events)
 
     def test_wait_idle_waits_for_active_runs(self) -> None:
-        first, second = self.runs.begin("1" * 16, "c"), self.runs.begin("2" * 16, "c")
+        first, second = self.runs.begin("1" * 16, Client("c")), self.runs.begin("2" * 16, Client("c"))
         waiting = Deferred.fromCoroutine(self.runs.wait_idle())
         self.runs.end(first)
         self.assertNoResult(waiting)
@@ -85,7 +96,7 @@ class RunTrackerTests(SynchronousTestCase):
 
     def test_status_lists_a_limited_number_of_recent_runs(self) -> None:
         for number in range(RECENT_RUNS + 5):
-            self.runs.end(self.runs.begin(f"{number:016x}", "c"))
+            self.runs.end(self.runs.begin(f"{number:016x}", Client("c")))
 
         recent = json.loads(json.dumps(self.runs.status()))["recent"]
         expected = [f"{number:016x}" for number in range(5, RECENT_RUNS + 5)]
