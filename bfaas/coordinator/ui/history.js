@@ -2,6 +2,7 @@
 
 import {byId, element} from "./dom.js";
 import {duration} from "./pool.js";
+import {load, store} from "./storage.js";
 
 const KEY = "runs";
 const MAX_RUNS = 50;
@@ -67,26 +68,4 @@ function firstLine(script) {
 function read() {
   const runs = load(KEY);
   return Array.isArray(runs) ? runs.filter((run) => typeof run?.request?.script === "string") : [];
-}
-
-/** Returns what `store` has stored; null if there is nothing, or if storage is not available. */
-export function load(key) {
-  try {
-    return JSON.parse(sessionStorage.getItem(key));
-  } catch {
-    return null;
-  }
-}
-
-/** Stores a value for this tab. If it does not fit, or storage is not available, an older value is removed. */
-export function store(key, value) {
-  try {
-    sessionStorage.setItem(key, JSON.stringify(value));
-  } catch {
-    try {
-      sessionStorage.removeItem(key);
-    } catch {
-      // Storage is switched off: nothing is kept.
-    }
-  }
 }

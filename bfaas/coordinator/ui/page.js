@@ -1,12 +1,14 @@
 // The page: its controls, and the state of the current run.
 
+import {hasToken, listen} from "./access.js";
 import {byId, descriptionItem} from "./dom.js";
 import {Downloads} from "./downloads.js";
 import {Editor} from "./editor.js";
-import {History, load, store} from "./history.js";
+import {History} from "./history.js";
 import {PoolView, duration, limitText} from "./pool.js";
 import {FieldError, RequestFields, curlCommand, requestBody, size} from "./request.js";
 import {RunError, runScript} from "./run.js";
+import {load, store} from "./storage.js";
 import {Terminal} from "./terminal.js";
 
 const EXAMPLES = {
@@ -262,7 +264,8 @@ function changed() {
 
 function commandText() {
   const address = new URL("run", location.href);
-  return curlCommand(address.origin + address.pathname, editor.text, fields.values, fields.files);
+  const options = hasToken() ? '-sN -H "Authorization: Bearer $BFAAS_TOKEN"' : "-sN";
+  return curlCommand(options, address.origin + address.pathname, editor.text, fields.values, fields.files);
 }
 
 function encode(text) {
@@ -344,6 +347,11 @@ byId("link").addEventListener("click", ({currentTarget}) => {
 });
 byId("curl").addEventListener("click", ({currentTarget}) => copy(currentTarget, commandText()));
 window.addEventListener("hashchange", readLink);
+
+listen(() => {
+  changed();
+  pool.refresh();
+});
 
 const draft = load("draft");
 if (typeof draft?.script === "string") edit(draft);

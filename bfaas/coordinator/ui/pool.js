@@ -1,13 +1,19 @@
 // The view of the pool: polls GET /status, and shows it.
 
+import {fetchWithToken} from "./access.js";
 import {byId, descriptionItem, element} from "./dom.js";
 
 // Milliseconds between two polls: just after a run, while something changes, otherwise, and for a coordinator
-// without /status.
+// without /status or one that requires an access token.
 const QUICK_INTERVAL = 250;
 const BUSY_INTERVAL = 1000;
 const IDLE_INTERVAL = 4000;
 const NO_STATUS_INTERVAL = 60_000;
+
+const NO_STATUS = {
+  401: "Shown to those who have an access token.",
+  404: "This coordinator does not report its machines.",
+};
 
 const SVG = "http://www.w3.org/2000/svg";
 const PHASES = {
@@ -76,8 +82,7 @@ export class PoolView {
     let interval = IDLE_INTERVAL;
     try {
       const response = await fetchStatus(this.#request);
-      if (response.status === 404) interval = NO_STATUS_INTERVAL;
-      if (!response.ok) throw new Error(`the coordinator responded with status ${response.status}`);
+      if (!response.ok) throw new StatusError(response.status);
       const status = await response.json();
       if (number !== this.#requests) return;
       this.latest = status;
@@ -88,10 +93,8 @@ export class PoolView {
       if (number !== this.#requests) return;
       this.latest = null;
       byId("pool").hidden = true;
-      byId("pool-state").textContent =
-        interval === NO_STATUS_INTERVAL
-          ? "This coordinator does not report its machines."
-          : `Not available: ${error.message}.`;
+      if (error.status in NO_STATUS) interval = NO_STATUS_INTERVAL;
+      byId("pool-state").textContent = NO_STATUS[error.status] ?? `Not available: ${error.message}.`;
     }
     this.#timer = setTimeout(() => this.refresh(), interval);
   }
@@ -103,10 +106,17 @@ export class PoolView {
   }
 }
 
+class StatusError extends Error {
+  constructor(status) {
+    super(`the coordinator responded with status ${status}`);
+    this.status = status;
+  }
+}
+
 async function fetchStatus(request) {
   const query = request === null ? "" : `?request=${encodeURIComponent(request)}`;
   try {
-    return await fetch(`status${query}`, {cache: "no-store", signal: AbortSignal.timeout(10_000)});
+    return await fetchWithToken(`status${query}`, {signal: AbortSignal.timeout(10_000)});
   } catch {
     throw new Error("the coordinator could not be reached");
   }

@@ -137,8 +137,8 @@ const parts = ({env = {}, outputs = [], ...others}) => [
   ...outputs.map((pattern) => ["outputs", pattern]),
 ];
 
-/** The curl command for a request, quoted for a shell. */
-export function curlCommand(url, script, values, files) {
+/** The curl command for a request, quoted for a shell. `options` are curl's. */
+export function curlCommand(options, url, script, values, files) {
   let request;
   try {
     request = jsonRequest(script, values);
@@ -150,11 +150,11 @@ export function curlCommand(url, script, values, files) {
     const isPlain = Object.keys(request).length === 1;
     const body = isPlain ? script : JSON.stringify(request);
     const type = isPlain ? "" : " -H 'Content-Type: application/json'";
-    return `curl -sN ${quoted(url)}${type} --data-raw ${quoted(body)}`;
+    return `curl ${options} ${quoted(url)}${type} --data-raw ${quoted(body)}`;
   }
   // --form-string, since a value of -F that begins with @ or < names a file.
   return [
-    `curl -sN ${quoted(url)}`,
+    `curl ${options} ${quoted(url)}`,
     ...parts(request).map(([name, value]) => `--form-string ${quoted(`${name}=${value}`)}`),
     ...files.map((file) => `-F ${quoted(`file=@"${file.name.replaceAll(/[\\"]/g, "\\$&")}"`)}`),
   ].join(" ");

@@ -1,4 +1,6 @@
-// One run: sends the script, and reads the events. Independent of the page.
+// One run: sends the script, and reads the events.
+
+import {fetchWithToken} from "./access.js";
 
 /** A run that failed, before or after output. The message is for users. `retryAfter` is in seconds, or null. */
 export class RunError extends Error {
@@ -35,7 +37,7 @@ export async function runScript(request, signal, {started, output, file}) {
 
 async function send({body, headers}, signal) {
   try {
-    return await fetch("run", {method: "POST", body, headers, signal, cache: "no-store"});
+    return await fetchWithToken("run", {method: "POST", body, headers, signal});
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new RunError("The coordinator could not be reached. Is it running, and are you online?");
