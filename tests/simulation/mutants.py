@@ -171,21 +171,21 @@ MUTANTS = [
         "each address of a network has a quota of its own",
     ),
     Mutation(
-        "coordinator.app:Coordinator._run",
+        "coordinator.app:Coordinator._identify",
         "on_fly = self._settings.fly is not None",
         "on_fly = False",
         "all clients of Fly's proxy are one client",
     ),
     Mutation(
         "coordinator.app:Coordinator._run",
-        "self._limiter.release(client)",
-        "if request.channel is not None:\n    self._limiter.release(client)",
+        "self._limiter.release(client.key)",
+        "if request.channel is not None:\n    self._limiter.release(client.key)",
         "a disconnected client keeps a part of its quota",
     ),
     Mutation(
         "coordinator.app:Coordinator._allocate",
         "raise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
-        "self._limiter.acquire(run.client)\nraise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
+        "self._limiter.acquire(run.client.key)\nraise self._rejection(_1, _2, OutcomeKind.QUEUE_FULL)",
         "a rejected client keeps a part of its quota",
     ),
     Mutation(
