@@ -19,7 +19,9 @@ from mcp import Client as MCPClient
 from mcp import MCPError, StdioServerParameters
 from mcp.client.stdio import stdio_client
 from mcp.types import BlobResourceContents, EmbeddedResource, ImageContent, TextContent, TextResourceContents
+from twisted.internet.threads import deferToThread
 
+from bfaas.access_tokens import AccessToken, generate_token
 from bfaas.client import Client
 from tests.e2e.coordinator import start_coordinator, stop
 from tests.e2e.test_client_library import outcomes, serving, status, url
@@ -327,6 +329,24 @@ def test_a_token_is_sent_and_not_shown(tmp_path: Path) -> None:
 
     run(lambda: main(status("401 Unauthorized"), "401: why (the script was not started)"))
     run(lambda: main(status("502 Bad Gateway"), "502: why (the script may have run)"))
+
+
+@with_twisted
+async def test_a_token_gives_access(tmp_path: Path) -> None:
+    token = generate_token()
+    coordinator = await start_coordinator(ACCESS_TOKENS=str(AccessToken.of("agent", token)))
+
+    async def main() -> None:
+        async with connected(tmp_path, "--url", url(coordinator), BFAAS_TOKEN=token) as client:
+            result = await client.call_tool("run_bash", {"script": "echo fine"})
+            assert structured(result)["stdout"] == "fine\n"
+            await client.call_tool("sandbox_status", {})
+        async with connected(tmp_path, "--url", url(coordinator)) as client:
+            result = await client.call_tool("run_bash", {"script": "true"})
+            assert "401: an access token is required" in text(result)
+
+    await deferToThread(run, main)
+    assert await stop(coordinator) == 0
 
 
 @pytest.mark.parametrize("block", MCP_CONFIGURATION, ids=lambda block: block.text.split()[0])

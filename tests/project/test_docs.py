@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 PATHS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 DOCS = {path.name: path.read_text() for path in PATHS}
-MAX_README_LINES = 180
+MAX_README_LINES = 150
 
 
 def without_code(text: str) -> str:
