@@ -106,6 +106,7 @@ class RunResult(BaseModel):
     wall_ms: int | None = None
     cpu_ms: int | None = None
     max_rss_kb: int | None = None
+    oom: Annotated[bool, Field(description="whether the exit code is 137 because memory ran out")] = False
     run_id: Annotated[str, Field(description="names the run in the coordinator's log")]
 
 
@@ -248,6 +249,7 @@ class _Run:
             wall_ms=exit_.wall_ms,
             cpu_ms=exit_.cpu_ms,
             max_rss_kb=exit_.max_rss_kb,
+            oom=exit_.oom,
             run_id=run_id,
         )
         text = TextContent(type="text", text=_describe(result))
@@ -260,6 +262,8 @@ def _describe(result: RunResult) -> str:
     """Return a result as text, for models that do not see the structured content."""
     parts = [result.stdout.rstrip("\n"), result.stderr and f"[stderr]\n{result.stderr}".rstrip("\n")]
     parts.append(" ".join(filter(None, [f"[exit {result.exit_code}", result.signal, result.reason])) + "]")
+    if result.oom:
+        parts.append("[out of memory]")
     if result.dropped_bytes:
         parts.append(f"[{result.dropped_bytes} bytes of output were dropped]")
     parts += [

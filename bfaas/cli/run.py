@@ -279,6 +279,8 @@ class _Output:
 def _remarks(exit_: formats.Exit, incomplete: str | None) -> Iterator[str]:
     if exit_.truncated:
         yield f"{exit_.dropped_bytes} bytes of output were dropped"
+    if exit_.oom:
+        yield "out of memory"
     if exit_.reason:
         yield f"ended by the coordinator: {exit_.reason}"
     if incomplete is not None:

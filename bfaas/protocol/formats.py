@@ -164,7 +164,8 @@ class Exit:
     How a run ended.
 
     `code` is 0 to 255; 128+n for a script killed by signal n. Times are in milliseconds; `cpu_ms` is the sum
-    over all processes of the run, `max_rss_kb` the largest resident set of one of them, in KiB.
+    over all processes of the run, `max_rss_kb` the largest resident set of one of them, in KiB. `oom` is true
+    if the code is 137 because Linux killed a process of the run when memory ran out.
     `output_errors` are requested files that are missing, `output_errors_dropped` counts further ones.
     """
 
@@ -174,6 +175,7 @@ class Exit:
     wall_ms: int | None = None
     cpu_ms: int | None = None
     max_rss_kb: int | None = None
+    oom: bool = False
     truncated: bool = False
     dropped_bytes: int = 0
     output_errors: tuple[OutputFailure, ...] = ()
@@ -214,6 +216,7 @@ class Exit:
             code=payload["code"] & 0xFF,
             signal=_safe_token(payload.get("signal")),
             reason=_safe_token(payload.get("reason")),
+            oom=payload.get("oom") is True,
             truncated=payload.get("truncated") is True,
             dropped_bytes=_count_or_0(payload.get("dropped_bytes")),
             output_errors=tuple(filter(None, map(OutputFailure.from_json, failures))),

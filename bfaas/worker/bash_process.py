@@ -27,6 +27,7 @@ from zope.interface import implementer
 from bfaas.protocol.formats import Exit, Reason, Stream
 from bfaas.system import process_tree
 from bfaas.system.confinement import BASH, SEARCH_PATH, STARTED_FD, first_victim_of_low_memory
+from bfaas.system.out_of_memory import count_kills
 from bfaas.worker.pipes import OutputReader, Pipes
 
 if TYPE_CHECKING:
@@ -65,6 +66,9 @@ worker may find out that it is being shut down.
 
 _MAX_STARTUP_ERRORS = 1000
 """Bytes of the confining programs' messages that are kept."""
+
+_KILLED = 128 + signal.SIGKILL
+"""Exit code of a script that SIGKILL has killed, and of one whose last command it has."""
 
 _RSS_MARGIN = 1.25
 """
@@ -128,6 +132,7 @@ class BashRun(ProcessProtocol):
         self._preexisting_children = frozenset(process_tree.children(os.getpid()))
         self._started_at = self._exited_at = reactor.seconds()
         self._initial_usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self._initial_kills = count_kills()
 
     def start(
         self,
@@ -344,9 +349,15 @@ class BashRun(ProcessProtocol):
             wall_ms=round(1000 * (self._exited_at - self._started_at)),
             cpu_ms=round(1000 * cpu_seconds),
             max_rss_kb=self._max_rss_kb(usage.ru_maxrss),
+            oom=code == _KILLED and self._is_out_of_memory(),
             truncated=self._dropped_bytes > 0,
             dropped_bytes=self._dropped_bytes,
         )
+
+    def _is_out_of_memory(self) -> bool:
+        """Return whether Linux has killed a process for lack of memory since the run began."""
+        kills = count_kills()
+        return kills is not None and self._initial_kills is not None and kills > self._initial_kills
 
     def _signal_number(self) -> int:
         """Return the signal that killed bash, as far as that is known, or 0 if it exited."""

@@ -127,6 +127,13 @@ async def test_hostile_scripts_end_and_disturb_no_other_run(coordinator: Running
 
 
 @with_twisted
+async def test_a_script_that_runs_out_of_memory_is_reported_as_such(coordinator: Running) -> None:
+    for script, oom in (("tail /dev/zero", True), ("kill -9 $$", None), ("tail /dev/zero; exit 3", None)):
+        exit_ = (await coordinator.run(script)).exit
+        assert (exit_["code"], exit_.get("oom")) == (3 if "3" in script else 137, oom)
+
+
+@with_twisted
 async def test_the_next_coordinator_removes_what_a_killed_one_left() -> None:
     with tempfile.TemporaryDirectory(prefix="bfaas-sockets-") as directory:
         first = await start(directory)

@@ -144,7 +144,7 @@ TINY = chunk(b"x") * 50_000
 INVALID_FAILURES = [{"name": "\x1b[31m" * 100, "error": "x y"}, 1, {}, {"name": 1, "error": "x"}, [], None]
 INVALID_FIELDS = {
     "wall_ms": 10**30, "cpu_ms": -1, "max_rss_kb": "9", "truncated": "yes", "dropped_bytes": 1e300,
-    "signal": "\x1b[31m", "reason": "a\nb", "fly-replay": "app=evil",
+    "oom": [1], "signal": "\x1b[31m", "reason": "a\nb", "fly-replay": "app=evil",
 }  # fmt: skip
 
 HEADS = [

@@ -103,6 +103,7 @@ def check(test: TestCase, case: HostileScript, response: Response, uid: int) -> 
     test.assertEqual(expected, (exit_["code"], exit_.get("signal"), exit_.get("reason")), outputs)
     if case.out is not None:
         test.assertEqual(case.out.replace("UID", str(uid)), response.output("stdout"), outputs)
+    test.assertEqual(case.oom, exit_.get("oom", False))
     test.assertEqual(case.truncated, exit_.get("truncated", False))
     test.assertEqual(case.truncated, exit_.get("dropped_bytes", 0) > 0)
     test.assertNotIn(SECRET.encode(), response.body)
@@ -168,8 +169,13 @@ class ShortageTests(HostileTestCase):
         many = "(x=$(head -c 12000000 /dev/zero | tr '\\0' x); sleep 1000) &"
         for case in (
             HostileScript(
-                "takes_all_memory", "hog=$(tr '\\0' x </dev/zero); exit 0", code=137, signal="SIGKILL"
+                "takes_all_memory",
+                "hog=$(tr '\\0' x </dev/zero); exit 0",
+                code=137,
+                signal="SIGKILL",
+                oom=True,
             ),
+            HostileScript("takes_all_memory_in_a_child", "tail /dev/zero; exit $?", code=137, oom=True),
             HostileScript(
                 "takes_all_memory_in_bits",
                 f"for i in {{1..30}}; do {many} done; wait -n; echo $?",

@@ -23,6 +23,7 @@ class HostileScript:
     code: int = 0
     signal: str | None = None
     endless: bool = False
+    oom: bool = False
     truncated: bool = False
     max_output: str = ""
     needs: str = "bash"

@@ -181,6 +181,7 @@ function missingFiles({output_errors = [], output_errors_dropped: more}) {
 function resultText(exit, good, ran) {
   if (exit.reason === "timeout") return `Timed out after ${limitText(pool.latest?.max_req_time_ms ?? ran)}`;
   if (exit.reason) return REASONS[exit.reason] ?? exit.reason;
+  if (exit.oom) return "Out of memory";
   if (exit.signal) return "Killed";
   return good ? "Done" : "Failed";
 }

@@ -38,6 +38,7 @@ EXITS = st.builds(
     wall_ms=COUNTS,
     cpu_ms=COUNTS,
     max_rss_kb=COUNTS,
+    oom=st.booleans(),
     truncated=st.booleans(),
     dropped_bytes=st.integers(0, 1 << 40),
 )
@@ -144,6 +145,9 @@ class ExitTests(SynchronousTestCase):
             '{"code": 0, "wall_ms": 0, "cpu_ms": 2, "max_rss_kb": 3}': Exit(
                 0, wall_ms=0, cpu_ms=2, max_rss_kb=3
             ),
+            '{"code": 137, "oom": true}': Exit(137, oom=True),
+            '{"code": 137, "oom": 1}': Exit(137),
+            '{"code": 137, "oom": "true"}': Exit(137),
             '{"code": 0, "max_rss_kb": true, "truncated": 1, "dropped_bytes": true}': Exit(0),
             '{"code": 0, "truncated": true, "dropped_bytes": 5}': Exit(0, truncated=True, dropped_bytes=5),
         }
