@@ -61,6 +61,8 @@ def running_engine(engine: str) -> Iterator[str]:
 
     The output of both is in build/engines. Raises `NoEngineError`, and `SystemExit` if the build fails.
     """
+    if os.geteuid() != 0:
+        raise NoEngineError("this is not root")
     CACHE.mkdir(parents=True, exist_ok=True)
     # A socket's path is short, and a runtime's state is of no use after its end.
     with tempfile.TemporaryDirectory(prefix=f"bfaas-{engine}-", ignore_cleanup_errors=True) as directory:
@@ -84,7 +86,8 @@ def running_engine(engine: str) -> Iterator[str]:
         else:
             serve, client = [*podman, "system", "service", "--time=0", url], podman
         with Path(CACHE, f"{engine}.log").open("wb") as log:
-            process = subprocess.Popen(serve, env=environ, stdout=log, stderr=log)
+            # Podman's monitor of a container writes a file `oom` to its working directory.
+            process = subprocess.Popen(serve, env=environ, stdout=log, stderr=log, cwd=directory)
             try:
                 block_until(lambda: socket.exists() or process.poll() is not None, f"the start of {engine}")
                 if process.poll() is not None:
@@ -154,8 +157,6 @@ def main() -> int:
         print(f"no tests with {engine}: {', '.join(missing)}", file=sys.stderr)
         return 1 if "CI" in os.environ else 0
     try:
-        if os.geteuid() != 0:
-            raise NoEngineError("this is not root")
         with running_engine(engine) as url:
             return subprocess.run(command, env={**os.environ, "DOCKER_HOST": url}, check=False).returncode
     except NoEngineError as error:
