@@ -136,8 +136,8 @@ class Pool(Scheduler):
         """How many requests are in the queue."""
         return len(self._queue)
 
-    def queue_position(self, client: str, entry: Deferred[Allocation]) -> int | None:
-        """Return the place of what `allocate` returned in the queue, from 1; None if it is not queued."""
+    def queue_position(self, client: str, entry: Deferred[Allocation]) -> int:
+        """Return the place, from 1, of what `allocate` returned. It must still be in the queue."""
         return self._queue.position(client, entry)
 
     @property

@@ -44,12 +44,9 @@ class FairQueue(Generic[T]):
         self._length += 1
         return entry
 
-    def position(self, client: str, entry: Deferred[T]) -> int | None:
-        """Return 1 for the next entry, 2 for the one after it, and so on; None if it is not queued."""
-        entries = self._clients.get(client, OrderedDict())
-        if entry not in entries:
-            return None
-        turn = list(entries).index(entry) + 1
+    def position(self, client: str, entry: Deferred[T]) -> int:
+        """Return 1 for the next entry, 2 for the one after it, and so on. The entry must be queued."""
+        turn = list(self._clients[client]).index(entry) + 1
         behind = False
         position = 0
         for other, queued in self._clients.items():

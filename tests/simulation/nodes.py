@@ -139,6 +139,18 @@ class Node:
         self.fairness.on_queued(client)
         client.send()
         self.fairness.on_accepted(client, in_progress)
+        self._check_positions()
+
+    def _check_positions(self) -> None:
+        """Check that each request in the queue has a place of its own."""
+        queued = [run for run in self.coordinator._runs._active if run.queue_entry is not None]
+        positions = [
+            self.pool.queue_position(run.client.key, run.queue_entry) for run in queued if run.queue_entry
+        ]
+        if sorted(positions) != list(range(1, self.pool.waiting + 1)):
+            self._world.oracle.report(
+                f"20: {self} has {self.pool.waiting} requests at the places {positions}"
+            )
 
     def on_served(self, request: str) -> None:
         """Record that a request has got a machine, even if the machine has stopped since."""

@@ -442,6 +442,8 @@ class World:
         if crash:
             node.crash()
             return
+        if random.random() < 0.3 and not node.clock.paused:
+            self._send(node, 1, 0.0, 0)  # just before the shutdown
         node.close(destroy=random.random() < 0.3)
         assert node.closed is not None
         self.clock.call_later(SHUTDOWN_TIME, self._check_closed, node)
