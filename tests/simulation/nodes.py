@@ -143,14 +143,13 @@ class Node:
 
     def _check_positions(self) -> None:
         """Check that each request in the queue has a place of its own."""
-        queued = [run for run in self.coordinator._runs._active if run.queue_entry is not None]
         positions = [
-            self.pool.queue_position(run.client.key, run.queue_entry) for run in queued if run.queue_entry
+            self.pool.queue_position(run.client.key, entry)
+            for run in self.coordinator._runs._active
+            if (entry := run.queue_entry) is not None
         ]
         if sorted(positions) != list(range(1, self.pool.waiting + 1)):
-            self._world.oracle.report(
-                f"20: {self} has {self.pool.waiting} requests at the places {positions}"
-            )
+            self._world.oracle.report(f"19: {self} has requests at the places {positions} of its queue")
 
     def on_served(self, request: str) -> None:
         """Record that a request has got a machine, even if the machine has stopped since."""
