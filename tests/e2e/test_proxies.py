@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import socket
+import tempfile
 import zlib
 from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,18 +19,17 @@ from twisted.internet.protocol import ProcessProtocol
 from twisted.internet.task import deferLater
 
 from bfaas.deadline import Deadline
-from tests.e2e.coordinator import PATIENCE, reactor, start_coordinator, stop
+from tests.e2e.coordinator import PATIENCE, TWISTD, Running, reactor, start, start_coordinator, stop
 from tests.support.hostile_worker import post
 from tests.support.network import free_port
+from tests.support.paths import ROOT
 from tests.support.responses import parse_response
+from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator
-    from pathlib import Path
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 
     from twisted.python.failure import Failure
-
-    from tests.e2e.coordinator import Running
 
 with_twisted = pytest_twisted.ensureDeferred
 
@@ -104,15 +105,24 @@ class Proxy(ProcessProtocol):
 @asynccontextmanager
 async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterator[int]:
     """Run a proxy in front of a port. Yields the port of the proxy."""
+    template, _ = COMMANDS[name]
+    port = free_port()
+    if name == "caddy":
+        more = more.replace("{ ", "{\n").replace(" }", "\n}")
+    async with running(name, template.format(home=home, port=port, origin=origin, more=more), port, home):
+        yield port
+
+
+@asynccontextmanager
+async def running(name: str, configuration: str, port: int, home: Path) -> AsyncIterator[None]:
+    """Run a proxy that listens on a port."""
     program = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     if program is None:
         assert "CI" not in os.environ, name
         pytest.skip(f"{name} is not installed")
-    template, command = COMMANDS[name]
-    port, config = free_port(), home / "config"
-    if name == "caddy":
-        more = more.replace("{ ", "{\n").replace(" }", "\n}")
-    config.write_text(template.format(home=home, port=port, origin=origin, more=more))
+    config = home / "config"
+    config.write_text(configuration)
+    _, command = COMMANDS[name]
     words = command.format(config=config).split()
     proxy = Proxy()
     process = reactor.spawnProcess(proxy, program, words, env={"HOME": str(home)})
@@ -123,7 +133,7 @@ async def proxied(name: str, more: str, origin: int, home: Path) -> AsyncIterato
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             await deferLater(reactor, 0.05)
-        yield port
+        yield
     finally:
         if not proxy.ended.called:
             process.signalProcess(signal.SIGKILL if name == "caddy" else signal.SIGTERM)
@@ -147,10 +157,9 @@ async def receive(port: int, request: bytes) -> AsyncGenerator[bytes]:
     raise AssertionError("the response does not end")
 
 
-async def first_lines(port: int, path: str, accept: str) -> bytes:
-    """Run a script that writes its first lines and continues; return the body up to those lines."""
+async def first_lines(request: bytes, port: int) -> bytes:
+    """Send a request that runs `LONG`; return the body up to its first lines."""
     response = b""
-    request = post(path, LONG.encode(), "Accept-Encoding: gzip", f"Accept: {accept}")
     async with aclosing(receive(port, request)) as pieces:
         async for piece in pieces:
             response += piece
@@ -186,9 +195,61 @@ async def test_lines_arrive_through_proxies_while_the_script_runs(
 ) -> None:
     async with proxied(name, more, coordinator.port, tmp_path) as port:
         for path, accept in (("/run", "*/*"), ("/run", "application/x-ndjson"), ("/run?raw=1", "*/*")):
-            body = await first_lines(port, path, accept)
+            body = await first_lines(
+                post(path, LONG.encode(), "Accept-Encoding: gzip", f"Accept: {accept}"), port
+            )
             assert b"exit" not in body
     await coordinator.settle()
+
+
+HOST = "bfaas.example.com"
+
+
+def documented(name: str, port: int, listening: str, home: Path) -> str:
+    """Return the configuration in deploy/ with plain HTTP on a port, for a coordinator's socket."""
+    file = ROOT / "deploy" / {"nginx": "nginx.conf", "caddy": "Caddyfile"}[name]
+    text = file.read_text().replace("/run/bfaas/coord.sock", listening)
+    if name == "caddy":
+        text = text.replace(f"{HOST} {{", f"http://{HOST}:{port} {{\nbind 127.0.0.1")
+        return "{\nadmin off\nauto_https off\n}\n" + text
+    text = text.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
+    server = "".join(line for line in text.splitlines(keepends=True) if "ssl_certificate" not in line)
+    before, _, after = NGINX.format(home=home, port=port, origin=0, more="").partition("    server {")
+    return f"{before}{server}{after.partition(chr(10))[2]}"
+
+
+@pytest.fixture
+def runtime_directory() -> Iterator[Path]:
+    """Make a directory as systemd does, which a proxy of another user can enter."""
+    with tempfile.TemporaryDirectory(prefix="bfaas-run-") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+def from_page(origin: str, script: str, port: int) -> bytes:
+    """Return a request of a page of this origin to the documented host."""
+    request = post("/run", script.encode(), f"Origin: {origin}")
+    return request.replace(b"Host: localhost", f"Host: {HOST}:{port}".encode())
+
+
+@pytest.mark.parametrize("name", ["nginx", "caddy"])
+@with_twisted
+async def test_documented_configuration_passes_streams_and_the_pages_requests(
+    name: str, tmp_path: Path, runtime_directory: Path
+) -> None:
+    listening, port = runtime_directory / "coord.sock", free_port()
+    program, pid = start(
+        [*TWISTD, "bfaas-coord", "--listen", f"unix:{listening}:mode=666"],
+        {"WORKER_APP": "mock", "MAXREQTIME": "20s"},
+    )
+    await wait_until(lambda: listening.exists() or program.status is not None)
+    async with running(name, documented(name, port, str(listening), tmp_path), port, tmp_path):
+        body = await first_lines(from_page(f"https://{HOST}:{port}", LONG, port), port)
+        assert b"exit" not in body
+        foreign = from_page("https://other.example", "true", port)
+        response, _ = parse_response(b"".join([piece async for piece in receive(port, foreign)]))
+        assert response.status == 403
+    assert await stop(Running(program, port, pid)) == 0
 
 
 @with_twisted

@@ -8,9 +8,11 @@ import re
 import subprocess
 import sys
 import tomllib
+from configparser import ConfigParser
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from twisted.internet.endpoints import serverFromString
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
@@ -36,6 +38,51 @@ esac
 
 def read(name: str) -> dict[str, Any]:
     return tomllib.loads((ROOT / name).read_text())
+
+
+class ServerFileTests(SynchronousTestCase):
+    """The files of docs/deploy-docker.md, for systemd and Compose."""
+
+    def setUp(self) -> None:
+        self.document = (ROOT / "docs" / "deploy-docker.md").read_text()
+        self.unit = ConfigParser(strict=False, interpolation=None)
+        self.unit.optionxform = str  # type: ignore[assignment,method-assign]
+        self.unit.read(ROOT / "deploy" / "bfaas.service")
+
+    def test_commands_are_those_of_a_shell_and_name_files_that_exist(self) -> None:
+        blocks = re.findall(r"(?ms)^```\n(.*?)^```$", self.document)
+        self.assertEqual(4, len(blocks))
+        for block in blocks:
+            subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+        for path in re.findall(r"deploy/[\w.]+", self.document):
+            self.assertTrue((ROOT / path).is_file(), path)
+
+    def test_unit_has_the_user_and_the_files_of_the_commands(self) -> None:
+        service = self.unit["Service"]
+        self.assertIn(f"/usr/sbin/nologin {service['User']}\n", self.document)
+        self.assertIn(f"cp deploy/bfaas.env {service['EnvironmentFile']}\n", self.document)
+        self.assertIn(service["ExecStart"].split(" ")[0].rpartition("/")[0], self.document)
+        self.assertIn("--unix-socket /run/bfaas/coord.sock", self.document)
+        self.assertIn("unix:/run/bfaas/coord.sock:", service["ExecStart"])
+
+    def test_settings_are_valid_and_the_unit_waits_for_runs_to_end(self) -> None:
+        lines = (ROOT / "deploy" / "bfaas.env").read_text().splitlines()
+        environ = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+        settings = CoordSettings.from_environment(environ)
+        assert settings.docker is not None
+        self.assertEqual((), settings.idle_timeout_warnings)
+        self.assertIn(f"touch {settings.access}\n", self.document)
+        seconds = settings.max_req_time + StepTimeouts().exit
+        self.assertLess(seconds, int(self.unit["Service"]["TimeoutStopSec"]))
+
+    def test_compose_file_mounts_the_directory_of_the_sockets_at_its_own_path(self) -> None:
+        compose = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())
+        [service] = compose["services"].values()
+        settings = CoordSettings.from_environment(service["environment"])
+        assert settings.docker is not None
+        directory = settings.docker.socket_directory
+        self.assertIn(f"{directory}:{directory}", service["volumes"])
+        self.assertIn("/var/run/docker.sock:/var/run/docker.sock", service["volumes"])
 
 
 class FlyFileTests(SynchronousTestCase):
