@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import tempfile
+from base64 import b64decode
 from typing import TYPE_CHECKING
 
 import pytest
@@ -107,6 +108,20 @@ async def test_mixed_runs_are_complete(coordinator: Running) -> None:
 
     runs = [semaphore.run(run, number) for number in range(RUNS)]
     await gatherResults(runs, consumeErrors=True)
+
+
+@with_twisted
+async def test_files_are_sent_and_returned(coordinator: Running) -> None:
+    request = {
+        "script": "cat <a/b.txt; id -un >out.txt; ls -l",
+        "files": {"a/b.txt": "of the client\n"},
+        "outputs": ["*.txt"],
+    }
+    response = await coordinator.run(json.dumps(request), headers={"Content-Type": "application/json"})
+    assert response.output("stdout").startswith("of the client\n"), response.body
+    [file] = [data for name, data in response.events if name == "file"]
+    assert (file["name"], b64decode(file["base64"])) == ("out.txt", b"worker\n")
+    assert response.exit["code"] == 0
 
 
 @pytest.mark.parametrize("name", HOSTILE)
