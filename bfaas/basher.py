@@ -24,6 +24,7 @@ if __name__ == "__main__":
     sys.modules["OpenSSL"] = sys.modules["ssl"] = None  # type: ignore[assignment]
 
 import gc
+import math
 import os
 import sys
 import time
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from twisted.application.service import Service
 from twisted.internet.defer import Deferred
+from twisted.logger import Logger
 from twisted.web.resource import Resource
 
 from bfaas.http.server import MAX_CONNECTIONS, BoundedSite, text_response
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from twisted.application.service import IService
-    from twisted.internet.interfaces import IReactorTime
+    from twisted.internet.interfaces import IDelayedCall, IReactorTime
     from twisted.web.server import Request
 
     from bfaas.worker.app import WorkerApp
@@ -71,8 +73,15 @@ class LazyResource(Resource):
 
     isLeaf = True
 
-    def __init__(self, clock: IReactorTime, load: Callable[[], Resource], machine_id: str) -> None:
+    def __init__(
+        self,
+        clock: IReactorTime,
+        load: Callable[[], Resource],
+        machine_id: str,
+        on_request: Callable[[], None],
+    ) -> None:
         super().__init__()
+        self._on_request = on_request
         self._clock = clock
         self._load = load
         self._machine_id = machine_id
@@ -80,6 +89,7 @@ class LazyResource(Resource):
 
     def render(self, request: Request) -> Any:
         """Answer a health check, or pass the request to the loaded resource."""
+        self._on_request()
         if self._loaded is None and (request.method, request.path) == (b"GET", formats.HEALTH_PATH.encode()):
             request.notifyFinish().addBoth(self._on_response_finished)
             request.setHeader(formats.WORKER, self._machine_id)
@@ -96,11 +106,50 @@ class LazyResource(Resource):
         return self._loaded
 
 
+class SilenceTimer:
+    """
+    Calls `on_silence` once, `limit` seconds after the last request or up to a tenth later.
+
+    The checks are counted, so that time in which this process was paused does not count.
+    """
+
+    _CHECKS = 10
+
+    def __init__(self, clock: IReactorTime, limit: float, on_silence: Callable[[], None]) -> None:
+        self._clock = clock
+        self._period = limit / self._CHECKS
+        self._on_silence = on_silence
+        self._timer: IDelayedCall | None = None
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self._checks_left = self._CHECKS + 1
+
+    def start(self) -> None:
+        """Begin to check."""
+        self._timer = self._clock.callLater(self._period, self._check)
+
+    def stop(self) -> None:
+        """Check no more."""
+        if self._timer is not None and self._timer.active():
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        self._checks_left -= 1
+        if self._checks_left:
+            self.start()
+        else:
+            self._on_silence()
+
+
 class Worker(Service):
     """The worker as a service: listens until its run has ended and is delivered, then stops the reactor."""
 
     _FLUSH_TIMEOUT = 60.0
     """Seconds that responses have to be delivered after shutdown, if runs have no time limit."""
+
+    _log = Logger()
 
     def __init__(
         self, reactor: Any, settings: BasherSettings, confinement: Confinement, endpoint: str
@@ -109,7 +158,8 @@ class Worker(Service):
         self._settings = settings
         self._confinement = confinement
         self._app: WorkerApp | None = None
-        resource = LazyResource(reactor, self._load, settings.machine_id)
+        self._silence = SilenceTimer(reactor, settings.max_silence or math.inf, self._end_of_silence)
+        resource = LazyResource(reactor, self._load, settings.machine_id, self._silence.restart)
         connections = min(MAX_CONNECTIONS, max_connections())
         self._site = BoundedSite(reactor, resource, settings.max_body, max_connections=connections)
         self._listener = Listener(reactor, "--listen", endpoint, self._site)
@@ -147,6 +197,14 @@ class Worker(Service):
         process_tree.set_non_dumpable()
         super().startService()
         self._listener.startService()
+        if self._settings.max_silence is not None:
+            self._silence.start()
+
+    def _end_of_silence(self) -> None:
+        """Exit, because the coordinator is gone, and no other may ever come. A run has its own time limit."""
+        if self._app is None or not self._app.used:
+            self._log.warn("no request for {limit:g} s: exiting", limit=self._settings.max_silence)
+            self._stop_reactor()
 
     def _own_home(self) -> None:
         """Give a file system that is mounted as the home, which belongs to root at first, to its user."""
@@ -166,6 +224,7 @@ class Worker(Service):
 
     async def _stop(self) -> None:
         super().stopService()
+        self._silence.stop()
         # First: the script may have died from the same signal, and then its exit must report the shutdown.
         run_ended = None if self._app is None else Deferred.fromCoroutine(self._app.stop())
         await self._listener.stopService()

@@ -224,7 +224,8 @@ class BasherSettings:
     Settings of a worker. Durations are in seconds, sizes in bytes.
 
     `max_req_time` is None if the worker has no limit of its own. `sandbox` is the command prefix of a sandbox
-    for scripts, and may be empty. `run_as` is the name or number of the user that scripts run as, and empty
+    for scripts, and may be empty. `max_silence` is how long it waits for a request, and None if it waits
+    without limit. `run_as` is the name or number of the user that scripts run as, and empty
     for the worker's own user; see `bfaas.system.confinement.Confinement.resolve`.
     """
 
@@ -234,6 +235,7 @@ class BasherSettings:
     max_req_time: float | None
     max_body: int
     max_output: int
+    max_silence: float | None
     sandbox: tuple[str, ...]
     run_as: str
     home: str
@@ -249,6 +251,7 @@ class BasherSettings:
                 max_req_time=read.optional("MAXREQTIME", _positive(parse_duration), None),
                 max_body=read.optional("MAXBODY", _positive(parse_size), _MAX_BODY),
                 max_output=read.optional("MAXOUTPUT", _positive(parse_size), _MAX_OUTPUT),
+                max_silence=read.optional("MAX_SILENCE", _positive(parse_duration), None),
                 sandbox=read.optional("SANDBOX", _shell_words, ()),
                 run_as=read.optional("RUN_AS", str, ""),
                 home=read.optional("HOME", str, "/"),

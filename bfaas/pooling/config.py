@@ -149,6 +149,8 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
         "MAXREQTIME": f"{settings.max_req_time:.9f}s",
         "MAXBODY": str(worker_max_body(settings.max_body)),
         "MAXOUTPUT": str(settings.max_output),
+        # A coordinator that lives sends each worker that waits a request three times in this time.
+        "MAX_SILENCE": f"{lease_ttl(settings.max_req_time)}s",
     }
     return PoolConfig(
         name=settings.machine_id,

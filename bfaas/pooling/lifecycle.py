@@ -281,13 +281,19 @@ class MachineLifecycle:
         await self.wait_until_ready(slot)
 
     def monitor(self, slot: Slot) -> Deferred[str]:
-        """Extend the lease of a standby machine until it stops or fails; return the reason."""
+        """
+        Extend the lease of a standby machine until it stops or fails; return the reason.
+
+        A started one is probed as often, since its worker exits after a silence as long as the lease.
+        """
         return self._after_watch_delay(lambda: self._monitor(slot))
 
     async def _monitor(self, slot: Slot) -> str:
         try:
             while not await self._stops_within(slot, self._until_renewal(slot)):
                 await self._renew(slot)
+                if slot.phase is Phase.READY:
+                    await self._within(self._timeouts.ready, self._probe.wait_until_ready(slot.machine))
         except (MachinesError, DeadlineExceededError) as error:
             return str(error)
         return "stopped by itself"

@@ -44,6 +44,7 @@ class WorkerApp:
 
     `wall_clock` returns the seconds since the epoch, which auth tokens are checked against. `on_finished` is
     called once, when the worker's only run has ended and its response has been written.
+    `used` is whether that run has begun.
     """
 
     app = Klein()
@@ -65,7 +66,7 @@ class WorkerApp:
         self._wall_clock = wall_clock
         self._on_finished = on_finished
         self._rejections = 0
-        self._used = False
+        self.used = False
         self._processes = _Processes()
 
     @app.route(formats.HEALTH_PATH, methods=["GET"])
@@ -78,13 +79,13 @@ class WorkerApp:
     async def run(self, request: Request) -> None:
         """Run the script in the body and stream its output."""
         self._authenticate(request)
-        if self._used:
+        if self.used:
             raise HTTPError(409, "this worker has already run a script")
         run_request = parse_run_request(request)
         format_ = response_format(request)
         response = RunResponse(request, format_, self._reactor)
         run_id = _run_id(request)
-        self._used = True
+        self.used = True
         try:
             exit_ = await self._wait(run_request, response, merge_output=format_ is formats.Format.RAW)
             self._log.info("run {run}: {exit}", run=run_id, exit=exit_)

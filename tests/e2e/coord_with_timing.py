@@ -2,7 +2,8 @@
 A coordinator with other timing than its settings allow, for tests. Run as a program.
 
 LEASE and RECONCILE_INTERVAL are in seconds. With a shorter lease, the timeouts of a machine's steps shrink
-too, since a lease has to cover a start and two requests. With UNTIMED, workers do not get `MAXREQTIME`.
+too, since a lease has to cover a start and two requests, and the MAX_SILENCE of workers. With UNTIMED,
+workers do not get `MAXREQTIME`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ def _pool_config_with_timing(settings: CoordSettings) -> PoolConfig:
             destroy=remaining,
             lease=1.5,
         )
-        config = replace(config, lease_ttl=lease, timeouts=timeouts)
+        environment = {**config.template.env, "MAX_SILENCE": f"{lease}s"}
+        config = replace(
+            config,
+            lease_ttl=lease,
+            timeouts=timeouts,
+            template=replace(config.template, env=environment),
+        )
     interval = float(os.environ.get("RECONCILE_INTERVAL", config.reconcile_interval))
     return replace(config, reconcile_interval=interval)
 

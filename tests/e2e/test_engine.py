@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import pytest
 import pytest_twisted
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
+from twisted.internet.task import deferLater
 
-from tests.e2e.coordinator import reactor, start_coordinator, stop
+from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop
+from tests.support.network import free_port
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
@@ -80,16 +82,20 @@ async def coordinator() -> AsyncIterator[Running]:
         assert containers() == set()
 
 
+def settings(directory: str) -> dict[str, str]:
+    return {
+        "WORKER_APP": "docker",
+        "DOCKER_HOST": os.environ["DOCKER_HOST"],
+        "WORKER_SOCKETS": directory,
+        "FLY_MACHINE_ID": POOL,
+        "MAXREQTIME": f"{TIME:g}s",
+        "MAXPERCLIENT": "1000",
+        "POOLSIZE": "4",
+    }
+
+
 async def start(directory: str) -> Running:
-    return await start_coordinator(
-        WORKER_APP="docker",
-        DOCKER_HOST=os.environ["DOCKER_HOST"],
-        WORKER_SOCKETS=directory,
-        FLY_MACHINE_ID=POOL,
-        MAXREQTIME=f"{TIME:g}s",
-        MAXPERCLIENT="1000",
-        POOLSIZE="4",
-    )
+    return await start_coordinator(**settings(directory))
 
 
 @with_twisted
@@ -165,3 +171,20 @@ async def test_the_next_coordinator_removes_what_a_killed_one_left() -> None:
         assert response.output("stdout") == "works\n"
         assert await stop(second) == 0
         assert containers() == set()
+
+
+@with_twisted
+async def test_idle_containers_live_as_long_as_their_coordinator() -> None:
+    lease = 12.0
+    with tempfile.TemporaryDirectory(prefix="bfaas-sockets-") as directory:
+        timing = {"LEASE": f"{lease:g}", "MAXREQTIME": "2s", "POOL_STANDBY": "2", "POOLSIZE": "2"}
+        coordinator = await start_program(
+            ["-m", "tests.e2e.coord_with_timing"], free_port(), {**settings(directory), **timing}
+        )
+        await wait_until(lambda: len(containers()) == 2, "two machines in standby")
+        idle = containers()
+        await deferLater(reactor, 1.5 * lease)  # more than a silence may last
+        assert containers() == idle, coordinator.program.output.decode()
+        coordinator.kill(signal.SIGKILL)
+        await coordinator.program.ended
+        await wait_until(lambda: not containers(), "the end of the workers")

@@ -14,7 +14,7 @@ from twisted.web.resource import Resource
 from twisted.web.server import Site
 
 from benchmarks.startup import ROOT, measure
-from bfaas.basher import LazyResource
+from bfaas.basher import LazyResource, SilenceTimer
 from tests.support.waiting import wait_until
 from tests.support.workers import BASHER, LIMIT, TWISTD, Worker, reactor
 
@@ -95,9 +95,12 @@ class LoadedResource(Resource):
 
 class LazyResourceTests(SynchronousTestCase):
     def setUp(self) -> None:
-        self.loaded = 0
+        self.loaded = self.requests = 0
         self.clock = Clock()
-        self.site = Site(LazyResource(self.clock, self.load, "m1"), reactor=self.clock)
+        self.site = Site(LazyResource(self.clock, self.load, "m1", self.count_request), reactor=self.clock)
+
+    def count_request(self) -> None:
+        self.requests += 1
 
     def load(self) -> Resource:
         self.loaded += 1
@@ -130,7 +133,39 @@ class LazyResourceTests(SynchronousTestCase):
         self.send("GET", "/healthz")
         self.send("GET", "/run")
         self.clock.advance(0)
-        self.assertEqual(1, self.loaded)
+        self.assertEqual((1, 3), (self.loaded, self.requests))
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+
+class SilenceTimerTests(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.clock = Clock()
+        self.ended_at: list[float] = []
+        self.timer = SilenceTimer(self.clock, 100.0, lambda: self.ended_at.append(self.clock.seconds()))
+        self.timer.start()
+
+    def test_fires_once_within_a_tenth_after_the_limit(self) -> None:
+        self.clock.pump([1.0] * 57)
+        self.timer.restart()
+        self.clock.pump([1.0] * 300)
+        [ended_at] = self.ended_at
+        self.assertTrue(157 <= ended_at <= 167, ended_at)
+        self.assertEqual([], self.clock.getDelayedCalls())
+
+    def test_does_not_fire_while_there_are_requests(self) -> None:
+        for _ in range(20):
+            self.clock.pump([1.0] * 99)
+            self.timer.restart()
+        self.assertEqual([], self.ended_at)
+
+    def test_time_in_which_the_process_was_paused_does_not_count(self) -> None:
+        self.clock.pump([1.0] * 50)
+        self.clock.advance(10_000)
+        self.clock.pump([1.0] * 30)
+        self.assertEqual([], self.ended_at)
+
+    def test_stopped_timer_does_not_fire(self) -> None:
+        self.timer.stop()
         self.assertEqual([], self.clock.getDelayedCalls())
 
 
@@ -145,7 +180,9 @@ class ResponseOrderTests(TestCase):
             received = client.recv(65536, socket.MSG_DONTWAIT)
             return LoadedResource()
 
-        port = reactor.listenTCP(0, Site(LazyResource(reactor, load, "m1")), interface="127.0.0.1")
+        port = reactor.listenTCP(
+            0, Site(LazyResource(reactor, load, "m1", lambda: None)), interface="127.0.0.1"
+        )
         self.addCleanup(port.stopListening)
         client = socket.create_connection(("127.0.0.1", port.getHost().port))
         client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")

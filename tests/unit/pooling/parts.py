@@ -40,12 +40,14 @@ class PartsCase(SynchronousTestCase):
         self.backoff = JitteredBackoff(self.clock, Random(1))
         self.lifecycle = MachineLifecycle(self.api, self, self.clock, self.backoff, self.config)
         self.workers_ready = True
+        self.probed_at: list[float] = []
 
     def wall(self) -> float:
         return EPOCH + self.clock.seconds()
 
     async def wait_until_ready(self, machine: Machine) -> None:
         """Implement the readiness probe."""
+        self.probed_at.append(self.clock.seconds())
         if not self.workers_ready:
             await Deferred()
 

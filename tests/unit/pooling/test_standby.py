@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from twisted.logger import capturedLogs
@@ -125,6 +126,27 @@ class StandbyTests(PartsCase):
             self.advance(200)
             self.assertGreater(self.lease_left(self.standby_slot), 150)
         self.change_action(StandbyAction.RETIRE, wanted=False)
+
+    def test_started_machine_is_probed_meanwhile(self) -> None:
+        self.wait_for_work(suspend=False)
+        self.advance(1000)
+        pauses = [later - earlier for earlier, later in pairwise([*self.probed_at, self.clock.seconds()])]
+        self.assertLess(max(pauses), self.config.lease_ttl / 2)
+        self.change_action(StandbyAction.RETIRE, wanted=False)
+
+    def test_suspended_machine_is_not_probed(self) -> None:
+        self.wait_for_work(suspend=True)
+        probed_at = list(self.probed_at)
+        self.advance(1000)
+        self.assertEqual(probed_at, self.probed_at)
+        self.change_action(StandbyAction.RETIRE, wanted=False)
+
+    def test_machine_whose_worker_does_not_respond_does_not_serve(self) -> None:
+        waiting = self.wait_for_work(suspend=False)
+        self.workers_ready = False
+        self.advance(150)
+
+        self.assertIs(False, self.successResultOf(waiting))
 
     def test_machine_without_a_lease_does_not_serve(self) -> None:
         waiting = self.wait_for_work(suspend=False)
