@@ -162,9 +162,9 @@ def test_exactly_the_keys_of_a_request_are_described() -> None:
 
 def test_exactly_the_fields_and_reasons_of_an_exit_are_described() -> None:
     failures = [OutputFailure.of("a", problem) for problem in OutputProblem] * 2
-    full = Exit(3, "SIGKILL", "timeout", 1, 2, 3, truncated=True, dropped_bytes=1).with_output_errors(
-        failures
-    )
+    full = Exit(
+        3, "SIGKILL", "timeout", 1, 2, 3, oom=True, truncated=True, dropped_bytes=1
+    ).with_output_errors(failures)
     fields = json.loads(full.to_json())
     assert_matches(fields, SCHEMAS["Exit"])
     validate(fields, "Exit")
