@@ -53,23 +53,19 @@ HOSTILE = {
 with_twisted = pytest_twisted.ensureDeferred
 
 
+def call(*arguments: str) -> bytes:
+    """Call the engine with curl. The last argument is the path."""
+    socket = os.environ["DOCKER_HOST"].removeprefix("unix://")
+    *options, path = arguments
+    command = ["curl", "-sf", "--unix-socket", socket, *options, f"http://engine/v1.41{path}"]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+
+
 def containers() -> set[str]:
-    """Return the names of this test's containers, as the engine's own client lists them."""
-    url = os.environ["DOCKER_HOST"]
-    request = [
-        "curl",
-        "-sfG",
-        "--unix-socket",
-        url.removeprefix("unix://"),
-        "http://engine/v1.41/containers/json",
-    ]
+    """Return the names of this test's containers."""
     filters = json.dumps({"label": [f"bfaas.pool={POOL}"]})
-    listed = subprocess.run(
-        [*request, "-d", "all=1", "--data-urlencode", f"filters={filters}"],
-        check=True,
-        stdout=subprocess.PIPE,
-    )
-    return {name for container in json.loads(listed.stdout) for name in container["Names"]}
+    listed = call("-G", "-d", "all=1", "--data-urlencode", f"filters={filters}", "/containers/json")
+    return {name for container in json.loads(listed) for name in container["Names"]}
 
 
 @pytest_twisted.async_yield_fixture
@@ -94,8 +90,8 @@ def settings(directory: str) -> dict[str, str]:
     }
 
 
-async def start(directory: str) -> Running:
-    return await start_coordinator(**settings(directory))
+async def start(directory: str, **more: str) -> Running:
+    return await start_coordinator(**settings(directory), **more)
 
 
 @with_twisted
@@ -152,6 +148,20 @@ async def test_a_script_that_runs_out_of_memory_is_reported_as_such(coordinator:
     for script, oom in (("tail /dev/zero", True), ("kill -9 $$", None), ("tail /dev/zero; exit 3", None)):
         exit_ = (await coordinator.run(script)).exit
         assert (exit_["code"], exit_.get("oom")) == (3 if "3" in script else 137, oom)
+
+
+@with_twisted
+async def test_scripts_have_the_network_of_the_setting() -> None:
+    body = json.dumps({"Name": POOL, "Driver": "bridge"})
+    call("-H", "Content-Type: application/json", "-d", body, "/networks/create")
+    try:
+        with tempfile.TemporaryDirectory(prefix="bfaas-sockets-") as directory:
+            coordinator = await start(directory, WORKER_NETWORK=POOL)
+            response = await coordinator.run("ls /sys/class/net")
+            assert response.output("stdout") == "eth0\nlo\n", response.body
+            assert await stop(coordinator) == 0
+    finally:
+        call("-X", "DELETE", f"/networks/{POOL}")
 
 
 @with_twisted
