@@ -14,14 +14,13 @@ if __name__ == "__main__":
     import gc
     import sys
 
+    from bfaas.system import lean_imports
     from bfaas.system.startup import prepare_role
 
     prepare_role("bfaas-basher")
     # Imports create almost no garbage, and collections during them take about 10 ms.
     gc.disable()
-    # A worker does not use TLS, and Twisted works without it. With TLS, importing the reactor takes a third
-    # longer. None makes these imports fail.
-    sys.modules["OpenSSL"] = sys.modules["ssl"] = None  # type: ignore[assignment]
+    lean_imports.install()
 
 import gc
 import math

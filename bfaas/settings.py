@@ -14,12 +14,13 @@ from ipaddress import IPv6Address
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar, cast
 
-from bfaas.access_tokens import AccessTokens
 from bfaas.tokens import Signer, Verifier, genkey
 from bfaas.units import parse_duration, parse_size, quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from bfaas.access_tokens import AccessTokens
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -422,6 +423,8 @@ def _access_tokens(text: str) -> AccessTokens | Path:
     """Parse @FILE, or lines NAME:DIGEST with commas between them."""
     if text.startswith("@"):
         return Path(text[1:]).absolute()
+    from bfaas.access_tokens import AccessTokens  # noqa: PLC0415 - workers do not need it
+
     tokens, problems = AccessTokens.parse(text)
     if problems:
         raise ValueError(problems[0])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 from functools import partial
-from tempfile import SpooledTemporaryFile
-from typing import TYPE_CHECKING, Any
+from io import BytesIO
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import Deferred, DeferredList
@@ -309,8 +309,12 @@ class _Site(Site):
     def log(self, request: object) -> None:
         """Do nothing: the application logs one line per run."""
 
-    def getContentFile(self, _: int | None) -> SpooledTemporaryFile[bytes]:
+    def getContentFile(self, length: int | None) -> IO[bytes]:
         """Return a file for a request body, in memory while small: many slow uploads may be in progress."""
+        if length is not None and length <= self._IN_MEMORY:
+            return BytesIO()
+        from tempfile import SpooledTemporaryFile  # noqa: PLC0415 - workers rarely need it
+
         return SpooledTemporaryFile(self._IN_MEMORY)
 
 
