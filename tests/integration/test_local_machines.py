@@ -214,6 +214,7 @@ class ProcessTests(LoopbackTestCase):
             if suspended:
                 await self.machines.start(machine.id, nonce)
                 await wait_until(self.report.exists)
+                await self.machines.wait(machine, State.STARTED, 20)
                 await self.machines.suspend(machine.id, nonce)
             self.report.unlink()
             for process in self.leftovers():
