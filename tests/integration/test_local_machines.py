@@ -127,10 +127,11 @@ class ProcessTests(LoopbackTestCase):
         return machines
 
     async def start_messy_worker(self) -> tuple[Machine, str, dict[str, str]]:
-        """Create a machine, and wait for the report. Return it with its nonce and its environment."""
+        """Create a machine, and wait for its start and the report. Return it with its nonce and its environment."""
         config = MachineConfig("i", {"PUBLIC": "key", "LANG": "C"})
         machine, lease = await self.machines.create("m", "ams", config, TTL)
         await wait_until(self.report.exists)
+        await self.machines.wait(machine, State.STARTED, 20)
         return machine, lease.nonce, json.loads(self.report.read_text())
 
     async def test_environment_of_a_worker_has_its_home_and_config_only(self) -> None:
