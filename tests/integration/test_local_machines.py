@@ -127,7 +127,7 @@ class ProcessTests(LoopbackTestCase):
         return machines
 
     async def start_messy_worker(self) -> tuple[Machine, str, dict[str, str]]:
-        """Create a machine, and wait for its start and the report. Return it with its nonce and its environment."""
+        """Create a machine, and wait until it has started. Return it, its nonce and its environment."""
         config = MachineConfig("i", {"PUBLIC": "key", "LANG": "C"})
         machine, lease = await self.machines.create("m", "ams", config, TTL)
         await wait_until(self.report.exists)
