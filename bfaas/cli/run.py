@@ -265,10 +265,13 @@ class _Output:
         # Output to a closed standard error is lost, as with other programs.
 
     def _pause(self) -> None:
-        self._body.transport.pauseProducing()
+        if not self._body.done.called:
+            self._body.transport.pauseProducing()
 
     def _resume(self) -> None:
-        self._body.transport.resumeProducing()
+        # Output is written after the end of the response, too.
+        if not self._body.done.called:
+            self._body.transport.resumeProducing()
 
     def _fail(self, error: Exception) -> None:
         waiting = self._written if self._body.done.called else self._body.done

@@ -110,7 +110,12 @@ class WorkerClientTestCase(LoopbackTestCase):
         """Start a run on a worker that follows a script; return the client and the worker."""
         server, self.resource.url = self.serve_script(script)
         self.resource.format = format_
-        return await self.call(self.port, post("/run", b"script")), server
+        return await self.send(), server
+
+    async def send(self) -> Peer:
+        """Send a request for a run, whose exit is `resource.exit` from now on."""
+        self.resource.exit = Deferred()
+        return await self.call(self.port, post("/run", b"script"))
 
     async def run_it(self, format_: Format, *script: bytes | Deferred[None] | End) -> tuple[bytes, Exit]:
         """Run to the end; return the body that the client received, and the exit."""
@@ -350,7 +355,7 @@ class WorkerErrorTests(WorkerClientTestCase):
 
     async def test_unreachable_worker_is_an_error(self) -> None:
         for self.resource.url in ("http://127.0.0.1:1", None):
-            client = await self.call(self.port, post("/run", b"script"))
+            client = await self.send()
             await wait_until(lambda: self.resource.exit.called)
             self.failureResultOf(self.resource.exit, WorkerError)
             self.assertEqual(b"", bytes(client.received))
