@@ -13,7 +13,7 @@ import secrets
 from dataclasses import dataclass, field
 from hashlib import sha256
 
-PREFIX = "bfaas_"
+_PREFIX = "bfaas_"
 """Begins each token, so that people and scanners for leaked secrets recognize it."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # b64token of RFC 6750, section 2.1
@@ -23,7 +23,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 def generate_token() -> str:
     """Return a new token, with 256 random bits."""
-    return PREFIX + secrets.token_urlsafe(32)
+    return _PREFIX + secrets.token_urlsafe(32)
 
 
 def check_token(text: str) -> str:

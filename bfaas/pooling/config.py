@@ -144,13 +144,14 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
     """
     images = (settings.fly, settings.docker)
     image = next((provider.worker_image for provider in images if provider is not None), "local")
+    ttl = lease_ttl(settings.max_req_time)
     environment = {
         "PUBLIC": settings.signer.public,
         "MAXREQTIME": f"{settings.max_req_time:.9f}s",
         "MAXBODY": str(worker_max_body(settings.max_body)),
         "MAXOUTPUT": str(settings.max_output),
         # A coordinator that lives sends each worker that waits a request three times in this time.
-        "MAX_SILENCE": f"{lease_ttl(settings.max_req_time)}s",
+        "MAX_SILENCE": f"{ttl}s",
     }
     return PoolConfig(
         name=settings.machine_id,
@@ -165,7 +166,7 @@ def pool_config(settings: CoordSettings) -> PoolConfig:
             idle_timeout=ceil(max(settings.max_req_time, settings.max_wait)) + IDLE_MARGIN,
         ),
         max_req_time=settings.max_req_time,
-        lease_ttl=lease_ttl(settings.max_req_time),
+        lease_ttl=ttl,
         standby=settings.standby,
         suspend_standby=settings.standby_suspended,
     )

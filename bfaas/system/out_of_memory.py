@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_ROOT = Path("/sys/fs/cgroup")
 _COUNT = re.compile(r"(?m)^oom_kill ([0-9]+)$")
 
 
-def count_kills(proc: Path = Path("/proc"), root: Path = _ROOT) -> int | None:
+def count_kills(proc: Path = Path("/proc"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """
     Return the number of killed processes of this process's control group; None if it is unknown.
 
@@ -36,8 +35,10 @@ def _group_files(proc: Path, root: Path) -> list[Path]:
     for line in lines:
         _, controllers, group = line.split(":", 2)  # cgroups(7)
         if not controllers:
-            files += [root / group.lstrip("/") / "memory.events", root / "memory.events"]
+            base, name = root, "memory.events"
         elif "memory" in controllers.split(","):
-            base = root / "memory"
-            files += [base / group.lstrip("/") / "memory.oom_control", base / "memory.oom_control"]
+            base, name = root / "memory", "memory.oom_control"
+        else:
+            continue
+        files += [base / group.lstrip("/") / name, base / name]
     return files

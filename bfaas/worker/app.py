@@ -44,7 +44,7 @@ class WorkerApp:
 
     `wall_clock` returns the seconds since the epoch, which auth tokens are checked against. `on_finished` is
     called once, when the worker's only run has ended and its response has been written.
-    `used` is whether that run has begun.
+    `used` is whether that run has started.
     """
 
     app = Klein()

@@ -214,8 +214,7 @@ def documented(name: str, port: int, listening: str, home: Path) -> str:
         return "{\nadmin off\nauto_https off\n}\n" + text
     text = text.replace("listen 443 ssl", f"listen 127.0.0.1:{port}")
     server = "".join(line for line in text.splitlines(keepends=True) if "ssl_certificate" not in line)
-    before, _, after = NGINX.format(home=home, port=port, origin=0, more="").partition("    server {")
-    return f"{before}{server}{after.partition(chr(10))[2]}"
+    return NGINX.format(home=home, port=free_port(), origin=free_port(), more=server)  # beside another server
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ Run a command with a container engine of its own, which has this project's image
 
 The command gets the engine's socket in DOCKER_HOST. Needs root and Debian. Without the programs nothing runs,
 which is a failure only with CI set. Where the engine does not start, as in a container without privileges,
-nothing runs either. The base image is made by debootstrap, since a registry may be out of
-reach; it and the engines' layers are kept in build/engines.
+nothing runs either. The base image is made by debootstrap, since a registry may be out of reach; it and the
+engines' layers are kept in build/engines.
 """
 
 from __future__ import annotations

@@ -35,9 +35,7 @@ class TokenTests(SynchronousTestCase):
     def test_text_that_no_header_can_contain_is_rejected_and_not_shown(self) -> None:
         for text in ("", "a b", "a\n", "ö", "=", "a=b", "a,b", '"a"'):
             error = self.assertRaises(ValueError, check_token, text)
-            self.assertTrue(
-                not text or text not in str(error).replace("access token contains characters", "")
-            )
+            self.assertEqual("the access token contains characters that no token has", str(error))
 
     def test_representation_does_not_show_the_digest(self) -> None:
         tokens, _ = AccessTokens.parse(f"alice:{A}")

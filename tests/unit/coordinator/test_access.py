@@ -7,11 +7,10 @@ from pathlib import Path
 
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
-from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request
-from zope.interface import provider
 
 from bfaas.access_tokens import AccessToken, AccessTokens
 from bfaas.coordinator.access import AccessControl
@@ -94,15 +93,8 @@ class FileTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.path = Path(self.mktemp())
         self.now = 0.0
-        self.events: list[LogEvent] = []
-
-        @provider(ILogObserver)
-        def observe(event: LogEvent) -> None:
-            self.events.append(event)
-
-        observer: ILogObserver = observe
-        globalLogPublisher.addObserver(observer)
-        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.events = self.enterContext(capturedLogs())
+        self.read_events = 0
 
     def write(self, *lines: object, settled: bool = True) -> None:
         """Replace the file, a minute ago unless it is not `settled`."""
@@ -114,9 +106,10 @@ class FileTests(SynchronousTestCase):
 
     @property
     def log(self) -> list[str]:
-        lines = [formatEvent(event).replace(str(self.path), "FILE") for event in self.events]
-        self.events.clear()
-        return lines
+        """The lines that were logged since this was last read."""
+        events = self.events[self.read_events :]
+        self.read_events = len(self.events)
+        return [formatEvent(event).replace(str(self.path), "FILE") for event in events]
 
     def test_a_token_is_revoked_and_added_while_the_coordinator_runs(self) -> None:
         self.write(ALICE)

@@ -7,9 +7,8 @@ from random import Random
 
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
-from twisted.logger import ILogObserver, LogEvent, formatEvent, globalLogPublisher
+from twisted.logger import capturedLogs, formatEvent
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import provider
 
 from bfaas.coordinator.client_limits import Client
 from bfaas.coordinator.outcome import Outcome, OutcomeKind
@@ -22,15 +21,7 @@ class RunTrackerTests(SynchronousTestCase):
     def setUp(self) -> None:
         self.clock = Clock()
         self.runs = RunTracker(self.clock, lambda: EPOCH + self.clock.seconds(), Random(1))
-        self.events: list[LogEvent] = []
-
-        @provider(ILogObserver)
-        def observe(event: LogEvent) -> None:
-            self.events.append(event)
-
-        observer: ILogObserver = observe
-        globalLogPublisher.addObserver(observer)
-        self.addCleanup(globalLogPublisher.removeObserver, observer)
+        self.events = self.enterContext(capturedLogs())
 
     def test_identifiers_are_16_hex_digits_and_differ(self) -> None:
         ids = {self.runs.new_id() for _ in range(100)}

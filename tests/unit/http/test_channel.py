@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.task import Clock
-from twisted.logger import LogLevel, globalLogPublisher
+from twisted.logger import LogLevel, capturedLogs
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 from twisted.web.resource import Resource
@@ -22,7 +22,7 @@ from tests.support.hostile_worker import LAST_CHUNK, chunk
 from tests.support.transport import ServerTransport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from twisted.logger import LogEvent
     from twisted.web.server import Request
@@ -90,14 +90,11 @@ CUTS = st.lists(st.integers(0, 1 << 20), max_size=8)
 
 
 class FuzzTests(SynchronousTestCase):
-    def assert_quiet(self, events: list[LogEvent]) -> None:
+    def assert_quiet(self, events: Sequence[LogEvent]) -> None:
         self.assertEqual([], [event for event in events if event["log_level"] >= LogLevel.info])
 
     def setUp(self) -> None:
-        self.events: list[LogEvent] = []
-        keep: Any = self.events.append
-        globalLogPublisher.addObserver(keep)
-        self.addCleanup(globalLogPublisher.removeObserver, keep)
+        self.events = self.enterContext(capturedLogs())
 
     @settings(max_examples=EXAMPLES, deadline=None)
     @given(ATTACKS, CUTS, st.booleans())
