@@ -212,7 +212,7 @@ class _Output:
         # The names of files are checked against what was requested.
         self._reader = EventReader(_NO_LIMIT, formats.Format.NDJSON, command.outputs)
         self._body = BodyReceiver(self._take)
-        self._writer = QueuedWriter(reactor, self._pause, self._resume, self._fail)
+        self._writer = QueuedWriter(reactor, self._body.pause, self._body.resume, self._fail)
         self._written: Deferred[None] = Deferred()
 
     async def write(self, response: IResponse) -> _Outcome:
@@ -263,15 +263,6 @@ class _Output:
         elif stream == formats.Stream.STDOUT and data:
             raise OutputError(os.strerror(errno.EBADF))
         # Output to a closed standard error is lost, as with other programs.
-
-    def _pause(self) -> None:
-        if not self._body.done.called:
-            self._body.transport.pauseProducing()
-
-    def _resume(self) -> None:
-        # Output is written after the end of the response, too.
-        if not self._body.done.called:
-            self._body.transport.resumeProducing()
 
     def _fail(self, error: Exception) -> None:
         waiting = self._written if self._body.done.called else self._body.done

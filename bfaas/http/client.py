@@ -231,6 +231,16 @@ class BodyReceiver(Protocol):
         self.transport = None  # which refers to this object: a cycle would need the garbage collector
         self._finish(None if reason.check(ResponseDone) else reason)
 
+    def pause(self) -> None:
+        """Read no more for now. Like the other calls, this does nothing after the end of the body."""
+        if self.transport is not None:
+            self.transport.pauseProducing()
+
+    def resume(self) -> None:
+        """Read again."""
+        if self.transport is not None:
+            self.transport.resumeProducing()
+
     def close(self) -> None:
         """Close the connection without reading the rest of the body."""
         if self.transport is not None:

@@ -8,6 +8,7 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.error import ConnectError
 
 from bfaas.http.client import (
+    BodyReceiver,
     BodyTooLargeError,
     abort_body,
     pooled_agent,
@@ -142,6 +143,16 @@ class BodyTests(ClientTestCase):
         _, url = self.serve_script(*[[response] for response in responses])
         for response in responses:
             self.assertEqual(b"0123456789", await self.read(await self.get(url)), response)
+
+    async def test_calls_after_the_end_of_the_body_do_nothing(self) -> None:
+        _, url = self.serve_script([with_length(4) + b"some"])
+        received: list[bytes] = []
+        body = BodyReceiver(received.append)
+        (await self.get(url)).deliverBody(body)
+        await body.done
+        for call in (body.pause, body.resume, body.close):
+            call()
+        self.assertEqual(b"some", b"".join(received))
 
     async def test_incomplete_bodies_fail(self) -> None:
         cases = [
