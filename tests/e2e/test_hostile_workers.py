@@ -288,7 +288,7 @@ CASES = [
             ("a file that is not base64", [file_event().replace(b"eHl6", b"eHl")]),
             ("a file of a thousand nested lists", [b"event: file\ndata: " + b"[" * 100_000 + b"\n\n"]),
             ("output after a file", [file_event(), OUT]),
-            ("1001 files", [*[file_event(f"d/{number}", "", 0) for number in range(1001)]]),
+            ("1001 files", [b"".join(file_event(f"d/{number}", "", 0) for number in range(1001))]),
         ]
     ),
     Case("files without end",

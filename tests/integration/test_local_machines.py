@@ -109,6 +109,21 @@ class WorkerTests(LoopbackTestCase):
         await self._run_lifecycle(sandboxed=True)
 
 
+def with_command(test: LoopbackTestCase, *command: str) -> LocalMachines:
+    """Return machines with this fork server. A process has no others, whose children they would kill."""
+    machines = LocalMachines(reactor, lambda: 0.0, sandboxed=False, command=command)
+    test.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
+    return machines
+
+
+class MissingProgramTests(LoopbackTestCase):
+    async def test_machine_fails_if_its_program_does_not_exist(self) -> None:
+        machines = with_command(self, "/no/such/program")
+        machine, _ = await machines.create("m", "ams", MachineConfig("i"), TTL)
+
+        await machines.wait(machine, State.FAILED, 20)
+
+
 class ProcessTests(LoopbackTestCase):
     def setUp(self) -> None:
         self.leftovers = watch_for_leftovers(self)
@@ -119,12 +134,7 @@ class ProcessTests(LoopbackTestCase):
         self.outside.mkdir(mode=0o750)
         (self.outside / "file").touch()
         program = MESSY_WORKER.format(outside=str(self.outside), report=str(self.report))
-        self.machines = self.with_command(*fork_server_for(program))
-
-    def with_command(self, *command: str) -> LocalMachines:
-        machines = LocalMachines(reactor, lambda: 0.0, sandboxed=False, command=command)
-        self.addCleanup(lambda: Deferred.fromCoroutine(machines.shutdown()))
-        return machines
+        self.machines = with_command(self, *fork_server_for(program))
 
     async def start_messy_worker(self) -> tuple[Machine, str, dict[str, str]]:
         """Create a machine, and wait until it has started. Return it, its nonce and its environment."""
@@ -223,12 +233,6 @@ class ProcessTests(LoopbackTestCase):
 
             await self.machines.wait(machine, State.STOPPED, 20)
             self.assertIs(None, names(environment["HOME"]))
-
-    async def test_machine_fails_if_its_program_does_not_exist(self) -> None:
-        machines = self.with_command("/no/such/program")
-        machine, _ = await machines.create("m", "ams", MachineConfig("i"), TTL)
-
-        await machines.wait(machine, State.FAILED, 20)
 
     async def test_shutdown_waits_for_a_stop_in_progress(self) -> None:
         machine, nonce, environment = await self.start_messy_worker()
