@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import socket
+import struct
 import subprocess
 import tempfile
 from base64 import b64decode
+from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,25 +20,31 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import deferLater
 
-from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop
+from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop, together
+from tests.e2e.load import CUT, SCRIPT, WORK, Outcome, outcome_of
 from tests.support.network import free_port
+from tests.support.responses import Response
 from tests.support.waiting import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from tests.e2e.coordinator import Running
-    from tests.support.responses import Response
 
 pytestmark = pytest.mark.skipif("DOCKER_HOST" not in os.environ, reason="DOCKER_HOST is not set")
 
 RUNS = int(os.environ.get("BFAAS_RUNS", "40"))
+
+ROUNDS = int(os.environ.get("BFAAS_ROUNDS", "3"))
 
 TIME = 6.0
 """MAXREQTIME in seconds."""
 
 LIMIT = TIME + 20.0
 """Seconds until a hostile script's response is complete, on a busy host."""
+
+RECOVERY = 60.0
+"""Seconds for the recovery after a crash; the pool backs off up to 30 s after failed starts."""
 
 POOL = f"engine-test-{os.getpid()}"
 
@@ -53,11 +64,14 @@ HOSTILE = {
 with_twisted = pytest_twisted.ensureDeferred
 
 
+def engine_socket() -> str:
+    return os.environ["DOCKER_HOST"].removeprefix("unix://")
+
+
 def call(*arguments: str) -> bytes:
     """Call the engine with curl. The last argument is the path."""
-    socket = os.environ["DOCKER_HOST"].removeprefix("unix://")
     *options, path = arguments
-    command = ["curl", "-sf", "--unix-socket", socket, *options, f"http://engine/v1.41{path}"]
+    command = ["curl", "-sf", "--unix-socket", engine_socket(), *options, f"http://engine/v1.41{path}"]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
 
 
@@ -66,6 +80,40 @@ def containers() -> set[str]:
     filters = json.dumps({"label": [f"bfaas.pool={POOL}"]})
     listed = call("-G", "-d", "all=1", "--data-urlencode", f"filters={filters}", "/containers/json")
     return {name for container in json.loads(listed) for name in container["Names"]}
+
+
+def kill_engine() -> None:
+    """Kill the engine, which is started again: see `tests.support.engines`."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(engine_socket())
+        size = struct.calcsize("3i")
+        pid, _, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+    os.kill(pid, signal.SIGKILL)
+
+
+def engine_works() -> bool:
+    try:
+        call("/_ping")
+    except subprocess.CalledProcessError:
+        return False
+    return True
+
+
+def processes_in_containers(directory: str) -> set[int]:
+    """
+    Return the processes that have a worker's socket in this directory, whatever the engine knows.
+
+    An engine that is killed between a container's creation and its start leaves `runc init`, which waits.
+    """
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            mounts, command = (entry / "mountinfo").read_text(), (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"{directory}/" in mounts and command != b"runc\0init\0":
+            found.add(int(entry.name))
+    return found
 
 
 @pytest_twisted.async_yield_fixture
@@ -198,3 +246,80 @@ async def test_idle_containers_live_as_long_as_their_coordinator() -> None:
         coordinator.kill(signal.SIGKILL)
         await coordinator.program.ended
         await wait_until(lambda: not containers(), "the end of the workers")
+
+
+class Load:
+    """Clients that send scripts to a coordinator, which may be killed, and the outcomes of their requests."""
+
+    def __init__(self, directory: str) -> None:
+        self.coordinator: Running
+        self.outcomes: Counter[Outcome] = Counter()
+        self.slowest = 0.0
+        self._directory = directory
+        self._killed: list[Running] = []
+        self._rng = random.Random(1)
+        self._loaded = False
+
+    async def start(self) -> None:
+        self.coordinator = await start(self._directory, MAXWAIT="20s")
+
+    async def run(self, work: str, code: int) -> Outcome:
+        """Send a script; return the outcome, which must be an allowed one."""
+        running, pieces = self.coordinator, list[bytes]()
+        try:
+            exchange = await running.begin(SCRIPT.format(number=0, work=work, code=code), take=pieces.append)
+            await exchange.end()
+        except CUT as error:
+            if running not in self._killed:
+                raise AssertionError(f"a response was cut: {error!r}") from error
+            outcome = Outcome.CUT
+        else:
+            response = Response(exchange.status, exchange.headers, b"".join(pieces))
+            outcome = outcome_of(response, work, code)
+        assert b"DIRTY" not in b"".join(pieces), pieces
+        self.outcomes[outcome] += 1
+        return outcome
+
+    async def round(self, *, engine: bool, coordinator: bool) -> None:
+        """Kill the engine, the coordinator, or both under load. Then scripts must run again soon."""
+        self._loaded = True
+        load = Deferred.fromCoroutine(together(self._send_scripts() for _ in range(6)))
+        await deferLater(reactor, self._rng.uniform(0.5, 3.0))
+        if engine:
+            kill_engine()
+        if coordinator:
+            self._killed.append(self.coordinator)
+            self.coordinator.kill(signal.SIGKILL)
+            await self.coordinator.program.ended
+        await wait_until(engine_works, "the start of the engine")
+        if coordinator:
+            await self.start()
+        self._loaded = False
+        await load
+        began = reactor.seconds()
+        while (outcome := await self.run("true", 0)) is not Outcome.COMPLETE:
+            assert reactor.seconds() - began < RECOVERY, f"no recovery: {outcome.value}"
+            await deferLater(reactor, 0.1)
+        self.slowest = max(self.slowest, reactor.seconds() - began)
+
+    async def _send_scripts(self) -> None:
+        while self._loaded:
+            outcome = await self.run(self._rng.choice(WORK), self._rng.randrange(5))
+            if outcome in (Outcome.CUT, Outcome.REJECTED):
+                await deferLater(reactor, 0.2)
+
+
+@with_twisted
+async def test_runs_end_clearly_when_engine_and_coordinator_are_killed() -> None:
+    with tempfile.TemporaryDirectory(prefix="bfaas-sockets-") as directory:
+        load = Load(directory)
+        await load.start()
+        for number in range(ROUNDS):
+            await load.round(engine=number % 3 != 1, coordinator=number % 3 != 0)
+            await wait_until(lambda: len(containers()) <= 4, "the removal of unknown containers")
+        print(f"\n{ROUNDS} rounds, recovered within {load.slowest:.1f} s: {load.outcomes}")
+
+        assert load.outcomes[Outcome.COMPLETE] > ROUNDS
+        assert await stop(load.coordinator) == 0, load.coordinator.program.output.decode()
+        assert containers() == set()
+        await wait_until(lambda: not processes_in_containers(directory), "the end of all workers")

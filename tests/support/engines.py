@@ -3,10 +3,11 @@ Run a command with a container engine of its own, which has this project's image
 
     python -m tests.support.engines docker|podman COMMAND...
 
-The command gets the engine's socket in DOCKER_HOST. Needs root and Debian. Without the programs nothing runs,
-which is a failure only with CI set. Where the engine does not start, as in a container without privileges,
-nothing runs either. The base image is made by debootstrap, since a registry may be out of reach; it and the
-engines' layers are kept in build/engines.
+The command gets the engine's socket in DOCKER_HOST. If it kills the engine, that is started again, as by a
+service manager. Needs root and Debian. Without the programs nothing runs, which is a failure only with CI
+set. Where the engine does not start, as in a container without privileges, nothing runs either. The base
+image is made by debootstrap, since a registry may be out of reach; it and the engines' layers are kept in
+build/engines.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from threading import Lock, Thread
+from typing import IO, TYPE_CHECKING
 
 from tests.support.paths import ROOT
 from tests.support.waiting import block_until
@@ -86,22 +88,81 @@ def running_engine(engine: str) -> Iterator[str]:
         else:
             serve, client = [*podman, "system", "service", "--time=0", url], podman
         with Path(CACHE, f"{engine}.log").open("wb") as log:
-            # Podman's monitor of a container writes a file `oom` to its working directory.
-            process = subprocess.Popen(serve, env=environ, stdout=log, stderr=log, cwd=directory)
+            service = _Service(serve, environ, socket, log)
             try:
-                block_until(lambda: socket.exists() or process.poll() is not None, f"the start of {engine}")
-                if process.poll() is not None:
-                    raise NoEngineError(f"{engine} ended with {process.returncode}: see {log.name}")
+                service.wait_until_listening()
                 _build_image(client, environ, Path(CACHE, f"{engine}-build.log"))
+                service.restart_when_killed()
                 yield url
             finally:
-                process.terminate()
-                try:
-                    process.wait(_STOP_TIMEOUT)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
+                service.stop()
+                _kill_monitors(state)
                 _unmount(directory if engine == "docker" else f"{CACHE}/podman")
+
+
+class _Service:
+    """The process of an engine, which listens on a socket, in the directory of that."""
+
+    def __init__(self, command: list[str], environ: dict[str, str], socket: Path, log: IO[bytes]) -> None:
+        self._command = command
+        self._environ = environ
+        self._socket = socket
+        self._log = log
+        self._lock = Lock()
+        self._stopped = False
+        self._restarts: Thread | None = None
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        # Podman's monitor of a container writes a file `oom` to its working directory.
+        directory = self._socket.parent
+        return subprocess.Popen(
+            self._command, env=self._environ, stdout=self._log, stderr=self._log, cwd=directory
+        )
+
+    def wait_until_listening(self) -> None:
+        """Wait until the engine listens. Raises `NoEngineError` if it ends instead."""
+        process = self._process
+        block_until(lambda: self._socket.exists() or process.poll() is not None, "the start of the engine")
+        if process.poll() is not None:
+            raise NoEngineError(f"{self._command[0]} ended with {process.returncode}: see {self._log.name}")
+
+    def restart_when_killed(self) -> None:
+        """From now on, start the engine again whenever it ends, until it is stopped."""
+        self._restarts = Thread(target=self._keep_running)
+        self._restarts.start()
+
+    def _keep_running(self) -> None:
+        while True:
+            self._process.wait()
+            with self._lock:
+                if self._stopped:
+                    return
+                self._socket.unlink(missing_ok=True)
+                self._process = self._start()
+
+    def stop(self) -> None:
+        """Terminate the engine, and wait until it has ended."""
+        with self._lock:
+            self._stopped = True
+            process = self._process
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if self._restarts is not None:
+            self._restarts.join()
+
+
+def _kill_monitors(state: Path) -> None:
+    """Kill what a killed Docker has left: monitors, and containers that were not started yet."""
+    command = ["pgrep", "-f", f"containerd-shim.* -address {state}/"]
+    found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout.split()
+    for monitor in found:
+        subprocess.run(["pkill", "-KILL", "--parent", monitor], check=False)
+        subprocess.run(["kill", "-KILL", monitor], check=False)
 
 
 def _unmount(directory: str) -> None:
