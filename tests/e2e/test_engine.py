@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import struct
@@ -23,8 +24,9 @@ from twisted.internet.task import deferLater
 from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop, together
 from tests.e2e.load import CUT, SCRIPT, WORK, Outcome, outcome_of
 from tests.support.network import free_port
+from tests.support.paths import ROOT
 from tests.support.responses import Response
-from tests.support.waiting import wait_until
+from tests.support.waiting import block_until, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -97,6 +99,14 @@ def engine_works() -> bool:
     except subprocess.CalledProcessError:
         return False
     return True
+
+
+def is_podman() -> bool:
+    return b"Podman" in call("/version")
+
+
+def curl(*arguments: str) -> bytes:
+    return subprocess.run(["curl", "-sf", *arguments], check=False, stdout=subprocess.PIPE).stdout
 
 
 def processes_in_containers(directory: str) -> set[int]:
@@ -246,6 +256,39 @@ async def test_idle_containers_live_as_long_as_their_coordinator() -> None:
         coordinator.kill(signal.SIGKILL)
         await coordinator.program.ended
         await wait_until(lambda: not containers(), "the end of the workers")
+
+
+@pytest.mark.skipif(
+    shutil.which("docker-compose") is None and "CI" not in os.environ,
+    reason="docker-compose is not installed",
+)
+def test_compose_file_runs_a_coordinator_in_a_container(tmp_path: Path) -> None:
+    if is_podman():
+        pytest.skip("it is for Docker")
+    port, file = free_port(), tmp_path / "compose.yaml"
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory(prefix="bfaas-sockets-") as directory:
+        text = (ROOT / "deploy" / "compose.yaml").read_text()
+        for of_the_host, here in (
+            ("/var/run/docker.sock:", f"{engine_socket()}:"),
+            ("/run/bfaas:/run/bfaas", f"{directory}:{directory}"),
+            ("WORKER_SOCKETS: /run/bfaas", f"WORKER_SOCKETS: {directory}"),
+            ("127.0.0.1:8000:", f"127.0.0.1:{port}:"),
+        ):
+            assert of_the_host in text
+            text = text.replace(of_the_host, here)
+        file.write_text(text)
+        compose = ["docker-compose", "--file", str(file)]
+        subprocess.run([*compose, "up", "--detach"], check=True)
+        try:
+            block_until(lambda: curl(f"{url}/readyz") == b"ready\n", "the coordinator's first machine")
+            response = Response(200, {}, curl("-d", "echo hello; ls /sys/class/net", f"{url}/run"))
+            assert response.output("stdout") == "hello\nlo\n"
+            subprocess.run([*compose, "stop"], check=True)
+            assert list(Path(directory).iterdir()) == []
+        finally:
+            subprocess.run([*compose, "down"], check=True)
+        assert json.loads(call("/containers/json?all=1")) == []
 
 
 class Load:

@@ -1,5 +1,5 @@
 """
-Run a command with a container engine of its own, which has this project's image of workers.
+Run a command with a container engine of its own, which has this project's images.
 
     python -m tests.support.engines docker|podman COMMAND...
 
@@ -59,7 +59,7 @@ class NoEngineError(Exception):
 @contextmanager
 def running_engine(engine: str) -> Iterator[str]:
     """
-    Start an engine, build the image there, and yield the engine's URL.
+    Start an engine, build the images there, and yield the engine's URL.
 
     The output of both is in build/engines. Raises `NoEngineError`, and `SystemExit` if the build fails.
     """
@@ -91,7 +91,7 @@ def running_engine(engine: str) -> Iterator[str]:
             service = _Service(serve, environ, socket, log)
             try:
                 service.wait_until_listening()
-                _build_image(client, environ, Path(CACHE, f"{engine}-build.log"))
+                _build_images(client, environ, Path(CACHE, f"{engine}-build.log"))
                 service.restart_when_killed()
                 yield url
             finally:
@@ -172,15 +172,19 @@ def _unmount(directory: str) -> None:
         subprocess.run(["umount", mount], check=True)
 
 
-def _build_image(client: list[str], environ: dict[str, str], log: Path) -> None:
+def _build_images(client: list[str], environ: dict[str, str], log: Path) -> None:
     base = _base_archive()
     isolation = ["--isolation", "chroot"] if client[0] == "podman" else []
-    build = ["build", *isolation, "--network", "host", "--target", "basher", "--tag", "bfaas-basher", "."]
+    # In the order of the Dockerfile, so that Docker has the stages of the first one for the second.
+    builds = [
+        ["build", *isolation, "--network", "host", "--target", target, "--tag", f"bfaas-{target}", "."]
+        for target in ("coord", "basher")
+    ]
     with log.open("wb") as output:
         found = subprocess.run(
             [*client, "image", "inspect", _BASE], env=environ, check=False, stdout=output, stderr=output
         )
-        steps = [build] if found.returncode == 0 else [["import", str(base), _BASE], build]
+        steps = builds if found.returncode == 0 else [["import", str(base), _BASE], *builds]
         for step in steps:
             done = subprocess.run(
                 [*client, *step], cwd=ROOT, env=environ, check=False, stdout=output, stderr=output
