@@ -291,8 +291,7 @@ class Containers(MachineBackend):
 
     def _unused_uid(self) -> int:
         """Return an id for a script's user that no other container of this pool has."""
-        info = self._engine.info
-        ids = UID_RANGES[1 if info.remaps_users or info.rootless else 0]
+        ids = UID_RANGES[1 if self._engine.info.rootless else 0]
         used = {container.uid for container in self._containers.values()}
         return next(uid for uid in iter(lambda: self._random.choice(ids), None) if uid not in used)
 

@@ -157,14 +157,17 @@ def _engine_info(version: Mapping[str, Any], api_version: str, info: Mapping[str
     is_podman = any("podman" in str(item.get("Name", "")).lower() for item in components)
     options = " ".join(map(str, info.get("SecurityOptions") or ()))
     limits = {"MemoryLimit": "memory", "PidsLimit": "processes", "CpuCfsQuota": "processors"}
+    rootless = "name=rootless" in options or info.get("Rootless") is True  # Docker's way, and Podman's
+    # Podman says that it limits these here, but Linux delegates only cgroup v2 to users.
+    powerless = rootless and str(info.get("CgroupVersion")) == "1"
     return EngineInfo(
         name=f"{'Podman' if is_podman else 'Docker'} {version.get('Version', '')}".strip(),
         api_version=api_version,
         remaps_users="name=userns" in options,
-        rootless="name=rootless" in options,
+        rootless=rootless,
         runtimes=tuple(map(str, info.get("Runtimes") or ())),
         default_runtime=str(info.get("DefaultRuntime") or ""),
-        unlimited=tuple(name for key, name in limits.items() if info.get(key) is False),
+        unlimited=tuple(name for key, name in limits.items() if powerless or info.get(key) is False),
     )
 
 

@@ -79,13 +79,23 @@ class ExamineTests(TestCase):
 
     async def test_describes_podman_and_its_limits(self) -> None:
         self.fake.answers["GET /version"] = [VERSION | {"Components": [{"Name": "Podman Engine"}]}]
-        options = ["name=rootless"]
-        self.fake.answers["GET /info"] = [INFO | {"SecurityOptions": options, "MemoryLimit": False}]
+        self.fake.answers["GET /info"] = [INFO | {"MemoryLimit": False}]
 
         found = await self.examine()
 
-        self.assertEqual(("Podman 99.0", True, False), (found.name, found.rootless, found.remaps_users))
+        self.assertEqual(("Podman 99.0", False, False), (found.name, found.rootless, found.remaps_users))
         self.assertEqual(("memory",), found.unlimited)
+
+    async def test_rootless_engines_are_known_by_what_docker_and_podman_say(self) -> None:
+        for said in ({"SecurityOptions": ["name=seccomp", "name=rootless"]}, {"Rootless": True}):
+            self.fake.answers["GET /info"] = [INFO | said]
+            found = await self.examine()
+            self.assertEqual((True, False, ()), (found.rootless, found.remaps_users, found.unlimited), said)
+
+    async def test_rootless_engines_limit_nothing_with_version_1_of_cgroups(self) -> None:
+        said = {"Rootless": True, "CgroupVersion": "1", "MemoryLimit": True}
+        self.fake.answers["GET /info"] = [INFO | said]
+        self.assertEqual(("memory", "processes", "processors"), (await self.examine()).unlimited)
 
     async def test_responses_of_something_else_are_errors(self) -> None:
         for answer in (b"<html>", b"[1]", b"", cut(b'{"ApiVersion"'), cut(), refuse(500, "broken\nengine")):
