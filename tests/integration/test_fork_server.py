@@ -128,7 +128,7 @@ class ForkServerTests(SynchronousTestCase):
 
         self.assertEqual(0, self.server.wait(TIMEOUT))
         self.assertEqual("", worker.output.read())  # killed: it has written nothing to its standard error
-        # Its end is not yet told when its descriptors are closed.
+        # Its end is not yet reported when its descriptors are closed.
         block_until(lambda: _state(worker.pid) in ("", "Z"), "the worker ends")
 
     def test_server_has_no_reactor_thread_or_descriptor_and_workers_import_nothing_late(self) -> None:
