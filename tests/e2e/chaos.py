@@ -35,9 +35,8 @@ from tests.e2e.coordinator import (
 )
 from tests.e2e.faults import COORDINATOR_FAULTS, WORKER_FAULTS, Fault
 from tests.e2e.fly import Fly, start_emulator, start_fly
-from tests.e2e.load import CUT, SCRIPT, WORK, DeliveryCounter, Outcome, outcome_of
+from tests.e2e.load import WORK, DeliveryCounter, Outcome, run_script
 from tests.support.network import free_port
-from tests.support.responses import Response
 
 if TYPE_CHECKING:
     import random
@@ -221,19 +220,8 @@ class Chaos:
 
     async def run(self, pool: str, work: str, code: int = 0) -> Outcome:
         """Send a script; return the outcome, which must be an allowed one."""
-        running, number = self.coordinators[pool], next(self._numbers)
-        script, pieces = SCRIPT.format(number=number, work=work, code=code), list[bytes]()
-        try:
-            exchange = await running.begin(script, take=pieces.append)
-            await exchange.end()
-        except CUT as error:
-            if running not in self._killed:
-                raise AssertionError(f"request {number} was cut: {error!r}") from error
-            outcome = Outcome.CUT
-        else:
-            response = Response(exchange.status, exchange.headers, b"".join(pieces))
-            outcome = outcome_of(response, work, code)
-        assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
+        number = next(self._numbers)
+        outcome = await run_script(self.coordinators[pool], number, work, code, self._killed)
         assert self._deliveries.sent[number] <= 1, f"request {number} was sent to workers twice"
         self.outcomes[outcome] += 1
         return outcome

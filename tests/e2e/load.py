@@ -11,18 +11,21 @@ from twisted.internet.error import ConnectError, ConnectionClosed
 from twisted.protocols import portforward
 
 from bfaas.http.strict_agent import IncompleteResponseError
+from tests.support.responses import Response
 
 if TYPE_CHECKING:
-    from tests.support.responses import Response
+    from collections.abc import Container
+
+    from tests.e2e.coordinator import Running
 
 ENDLESS = "sleep 1000"
 
 # The script contains the number of its request, and detects files of an earlier run on its machine.
-SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
+_SCRIPT = "# request {number};\ntest -e used && echo DIRTY; touch used; {work}; echo done; exit {code}"
 WORK = ("true", "sleep 0.3", "seq 1 20000", "sleep 0.1 & true", "echo err >&2", "sleep 0.8", ENDLESS)
 
 _NUMBER = re.compile(rb"# request (\d+);")
-CUT = (ConnectError, ConnectionClosed, IncompleteResponseError)
+_CUT = (ConnectError, ConnectionClosed, IncompleteResponseError)
 
 
 class Outcome(enum.Enum):
@@ -62,7 +65,25 @@ class DeliveryCounter(portforward.ProxyFactory):
         self.sent: Counter[int] = Counter()
 
 
-def outcome_of(response: Response, work: str, code: int) -> Outcome:
+async def run_script(
+    running: Running, number: int, work: str, code: int, killed: Container[Running]
+) -> Outcome:
+    """Send a script; return the outcome, which must be an allowed one: only killed coordinators cut."""
+    script, pieces = _SCRIPT.format(number=number, work=work, code=code), list[bytes]()
+    try:
+        exchange = await running.begin(script, take=pieces.append)
+        await exchange.end()
+    except _CUT as error:
+        if running not in killed:
+            raise AssertionError(f"request {number} was cut: {error!r}") from error
+        outcome = Outcome.CUT
+    else:
+        outcome = _outcome_of(Response(exchange.status, exchange.headers, b"".join(pieces)), work, code)
+    assert b"DIRTY" not in b"".join(pieces), f"request {number}: {pieces}"
+    return outcome
+
+
+def _outcome_of(response: Response, work: str, code: int) -> Outcome:
     """Return the outcome of a complete response."""
     if response.status != 200:
         assert response.status in (502, 503, 504), response

@@ -22,7 +22,7 @@ from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import deferLater
 
 from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop, together
-from tests.e2e.load import CUT, SCRIPT, WORK, Outcome, outcome_of
+from tests.e2e.load import WORK, Outcome, run_script
 from tests.support.network import free_port
 from tests.support.paths import ROOT
 from tests.support.responses import Response
@@ -308,18 +308,7 @@ class Load:
 
     async def run(self, work: str, code: int) -> Outcome:
         """Send a script; return the outcome, which must be an allowed one."""
-        running, pieces = self.coordinator, list[bytes]()
-        try:
-            exchange = await running.begin(SCRIPT.format(number=0, work=work, code=code), take=pieces.append)
-            await exchange.end()
-        except CUT as error:
-            if running not in self._killed:
-                raise AssertionError(f"a response was cut: {error!r}") from error
-            outcome = Outcome.CUT
-        else:
-            response = Response(exchange.status, exchange.headers, b"".join(pieces))
-            outcome = outcome_of(response, work, code)
-        assert b"DIRTY" not in b"".join(pieces), pieces
+        outcome = await run_script(self.coordinator, 0, work, code, self._killed)
         self.outcomes[outcome] += 1
         return outcome
 

@@ -175,10 +175,10 @@ def _unmount(directory: str) -> None:
 def _build_images(client: list[str], environ: dict[str, str], log: Path) -> None:
     base = _base_archive()
     isolation = ["--isolation", "chroot"] if client[0] == "podman" else []
-    # In the order of the Dockerfile, so that Docker has the stages of the first one for the second.
+    targets = ("basher",) if isolation else ("coord", "basher")  # only Docker runs coordinators, by Compose
     builds = [
         ["build", *isolation, "--network", "host", "--target", target, "--tag", f"bfaas-{target}", "."]
-        for target in ("coord", "basher")
+        for target in targets
     ]
     with log.open("wb") as output:
         found = subprocess.run(
