@@ -20,6 +20,7 @@ from twisted.internet.task import deferLater
 
 from bfaas.machines.api import MachinesError, NotFoundError, State
 from bfaas.pooling.config import pool_of
+from bfaas.pooling.lifecycle import API_SETTLE_TIME
 from bfaas.system import process_tree
 from tests.e2e.coordinator import (
     PATIENCE,
@@ -49,8 +50,12 @@ MAX_REQ_TIME = 1.5
 LEASE = 10
 RECONCILE_INTERVAL = 4.0
 
-RECOVERY = 45.0
-"""Seconds for the recovery after a round; a pool backs off up to 30 s after failed starts."""
+RECOVERY = API_SETTLE_TIME + 45.0
+"""
+Seconds for the recovery after a round. A creation with an unknown outcome, such as one that was requested
+just before its coordinator was stopped, occupies its slot for the first part; a pool backs off up to 30 s
+after failed starts.
+"""
 
 TOLERANCE = 10.0
 """Seconds that anything else may be late on a busy machine."""

@@ -21,6 +21,7 @@ import pytest_twisted
 from twisted.internet.defer import Deferred, DeferredSemaphore, gatherResults
 from twisted.internet.task import deferLater
 
+from bfaas.pooling.lifecycle import API_SETTLE_TIME
 from tests.e2e.coordinator import reactor, start_coordinator, start_program, stop, together
 from tests.e2e.load import WORK, Outcome, run_script
 from tests.support.network import free_port
@@ -45,8 +46,8 @@ TIME = 6.0
 LIMIT = TIME + 20.0
 """Seconds until a hostile script's response is complete, on a busy host."""
 
-RECOVERY = 60.0
-"""Seconds for the recovery after a crash; the pool backs off up to 30 s after failed starts."""
+RECOVERY = API_SETTLE_TIME + 45.0
+"""Seconds for the recovery after a crash: see `tests.e2e.chaos`."""
 
 POOL = f"engine-test-{os.getpid()}"
 
