@@ -122,7 +122,7 @@ def processes_in_containers(directory: str) -> set[int]:
             mounts, command = (entry / "mountinfo").read_text(), (entry / "cmdline").read_bytes()
         except OSError:
             continue
-        if f"{directory}/" in mounts and command != b"runc\0init\0":
+        if f"{directory}/" in mounts and not command.endswith(b"runc\0init\0"):
             found.add(int(entry.name))
     return found
 

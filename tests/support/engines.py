@@ -96,7 +96,9 @@ def running_engine(engine: str) -> Iterator[str]:
                 yield url
             finally:
                 service.stop()
-                _kill_monitors(state)
+                _kill_monitors(
+                    f"containerd-shim.* -address {state}/" if engine == "docker" else f"conmon.* {CACHE}/"
+                )
                 _unmount(directory if engine == "docker" else f"{CACHE}/podman")
 
 
@@ -156,9 +158,9 @@ class _Service:
             self._restarts.join()
 
 
-def _kill_monitors(state: Path) -> None:
-    """Kill what a killed Docker has left: monitors, and containers that were not started yet."""
-    command = ["pgrep", "-f", f"containerd-shim.* -address {state}/"]
+def _kill_monitors(pattern: str) -> None:
+    """Kill what a killed engine has left: monitors, and containers that were not started yet."""
+    command = ["pgrep", "-f", pattern]
     found = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True).stdout.split()
     for monitor in found:
         subprocess.run(["pkill", "-KILL", "--parent", monitor], check=False)
