@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test engines-test matrix lint format clean
+.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test engines-test engines-chaos matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -102,6 +102,13 @@ engines-test: $(VENV)/installed-test
 	set -e; for engine in docker podman; do \
 	    $(BIN)/python -m tests.support.engines $$engine $(BIN)/trial tests.integration.test_containers; \
 	    $(BIN)/python -m tests.support.engines $$engine $(BIN)/python -m pytest tests/e2e/test_engine.py; \
+	done
+
+# Rounds in which these engines, the coordinator, or both are killed under load.
+engines-chaos: $(VENV)/installed-test
+	set -e; for engine in docker podman; do \
+	    BFAAS_ROUNDS=$${BFAAS_ROUNDS:-15} $(BIN)/python -m tests.support.engines $$engine \
+	        $(BIN)/python -m pytest -s tests/e2e/test_engine.py -k engine_and_coordinator_are_killed; \
 	done
 
 # The trial cases on each supported Python that is installed, with the lowest and the newest versions of what
