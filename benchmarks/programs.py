@@ -24,6 +24,7 @@ from bfaas.machines.local.host import available_script_users, examine_host
 from bfaas.system.confinement import sandbox_prefix
 from bfaas.tokens import Signer, genkey
 from tests.support.network import free_port
+from tests.support.processes import end_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -112,7 +113,7 @@ def program(*arguments: str, root: str | Path = ROOT, **settings: str) -> Iterat
             sys.stderr.write(log.read()[-_LOG_TAIL:].decode("utf-8", "replace"))
             raise
         finally:
-            _end(process)
+            end_process(process, _TIMEOUT)
 
 
 def coordinator(
@@ -224,12 +225,3 @@ def _wait_for(process: subprocess.Popen[bytes], port: int) -> None:
         if process.poll() is not None or time.monotonic() - started_at > _TIMEOUT:
             raise RuntimeError(f"{process.args!r} does not listen")
         time.sleep(0.005)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

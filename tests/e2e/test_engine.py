@@ -71,11 +71,15 @@ def engine_socket() -> str:
     return os.environ["DOCKER_HOST"].removeprefix("unix://")
 
 
+def curl(*arguments: str, check: bool = False) -> bytes:
+    """Return the body of a response; nothing if there is none, or if its status is an error."""
+    return subprocess.run(["curl", "-sf", *arguments], check=check, stdout=subprocess.PIPE).stdout
+
+
 def call(*arguments: str) -> bytes:
     """Call the engine with curl. The last argument is the path."""
     *options, path = arguments
-    command = ["curl", "-sf", "--unix-socket", engine_socket(), *options, f"http://engine/v1.41{path}"]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return curl("--unix-socket", engine_socket(), *options, f"http://engine/v1.41{path}", check=True)
 
 
 def containers() -> set[str]:
@@ -95,19 +99,11 @@ def kill_engine() -> None:
 
 
 def engine_works() -> bool:
-    try:
-        call("/_ping")
-    except subprocess.CalledProcessError:
-        return False
-    return True
+    return curl("--unix-socket", engine_socket(), "http://engine/_ping") == b"OK"
 
 
 def is_podman() -> bool:
     return b"Podman" in call("/version")
-
-
-def curl(*arguments: str) -> bytes:
-    return subprocess.run(["curl", "-sf", *arguments], check=False, stdout=subprocess.PIPE).stdout
 
 
 def processes_in_containers(directory: str) -> set[int]:

@@ -204,9 +204,8 @@ async def test_output_and_files_together_are_limited() -> None:
 
 @with_twisted
 async def test_a_large_tree_does_not_hide_a_file() -> None:
-    coordinator = await start_coordinator(
-        MAXREQTIME="120s"
-    )  # it takes seconds, and much longer on a busy host
+    # A run takes seconds, and much longer on a busy host.
+    coordinator = await start_coordinator(MAXREQTIME="120s")
     names = "$(printf %0240d 1)-{1..100}"
     script = f"mkdir -p d/{{1..90}}; echo 1 > d/file; for i in {{1..90}}; do touch d/$i/{names}; done"
     events = await run_json(coordinator, script=script, outputs=["d/file"])

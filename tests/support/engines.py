@@ -23,6 +23,7 @@ from threading import Lock, Thread
 from typing import IO, TYPE_CHECKING
 
 from tests.support.paths import ROOT
+from tests.support.processes import end_process
 from tests.support.waiting import block_until
 
 if TYPE_CHECKING:
@@ -148,12 +149,7 @@ class _Service:
         with self._lock:
             self._stopped = True
             process = self._process
-        process.terminate()
-        try:
-            process.wait(_STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        end_process(process, _STOP_TIMEOUT)
         if self._restarts is not None:
             self._restarts.join()
 
