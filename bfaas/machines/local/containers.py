@@ -24,7 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from random import SystemRandom
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from twisted.internet.defer import Deferred, DeferredLock
@@ -47,7 +47,14 @@ from bfaas.machines.api import (
 )
 from bfaas.machines.emulator.backend import MachineBackend
 from bfaas.machines.emulator.state import EmulatedMachines
-from bfaas.machines.local.engine import Engine, EngineError, JSONLines, examine_engine
+from bfaas.machines.local.engine import (
+    CALL_TIMEOUT,
+    Engine,
+    EngineError,
+    EngineUnreachableError,
+    JSONLines,
+    examine_engine,
+)
 from bfaas.machines.local.host import HostError
 from bfaas.machines.local.image_accounts import ImageAccounts
 from bfaas.machines.local.script_users import UID_RANGES
@@ -61,6 +68,8 @@ if TYPE_CHECKING:
     from bfaas.settings import DockerSettings
 
 _log = Logger()
+
+T = TypeVar("T")
 
 POOL_LABEL = "bfaas.pool"
 MACHINE_LABEL = "bfaas.machine"
@@ -94,6 +103,7 @@ _LOGGED_FAILURES = 6
 """One failed removal in so many is logged. A container that has ended is removing itself for a moment."""
 
 _DESTROY_TIMEOUT = 15.0  # seconds; less than the pool's
+_UNKNOWN_REMOVAL_TIMEOUT = 5.0  # seconds; much less than the pool's for a list
 
 _LAST_LINES = 20
 _MAX_LINE = 500
@@ -364,10 +374,11 @@ class Containers(MachineBackend):
                     _log.warn("cannot remove the container {name} yet: {error}", name=name, error=error)
             await deferLater(self._reactor, self._RETRY_BACKOFF.delay(failures, self._random))
 
-    async def _try_to_remove(self, name: str) -> None:
+    async def _try_to_remove(self, name: str, timeout: float = CALL_TIMEOUT) -> None:
         """Kill and remove a container, which may not exist. Raises `EngineError`."""
+        query = {"force": "1", "v": "1"}
         try:
-            await self._engine.call("DELETE", f"/containers/{name}", {"force": "1", "v": "1"})
+            await self._engine.call("DELETE", f"/containers/{name}", query, timeout=timeout)
         except EngineError as error:
             if not error.not_found:
                 raise
@@ -386,18 +397,27 @@ class Containers(MachineBackend):
         """
         Remove the containers of this pool that it does not know, such as those of an earlier instance.
 
+        One that the engine does not remove is left for the next time, because the pool can do without that.
         Also checks that the image exists, and begins to pull it if it does not. Raises `EngineError`.
         """
         await self.image()
         found = await self._list_own()
         known = {container.name for container in self._containers.values()} | self._probes
-        unknown = [name for name in found if name not in known]
-        for name in unknown:
-            await self._try_to_remove(name)
-        if unknown:
-            _log.info(
-                "removed {count} containers that {pool} did not know", count=len(unknown), pool=self._pool
-            )
+        await self._remove_unknown([name for name in found if name not in known])
+
+    async def _remove_unknown(self, names: list[str]) -> None:
+        """Try to remove containers, in random order: one that takes too long must not always be the first."""
+        removed = 0
+        for name in self._random.sample(names, len(names)):
+            try:
+                await self._try_to_remove(name, _UNKNOWN_REMOVAL_TIMEOUT)
+                removed += 1
+            except EngineError as error:
+                _log.warn("the unknown container {name} is left for now: {error}", name=name, error=error)
+                if isinstance(error, EngineUnreachableError):
+                    break  # the others may take as long
+        if removed:
+            _log.info("removed {count} containers that {pool} did not know", count=removed, pool=self._pool)
 
     async def _list_own(self) -> list[str]:
         filters = json.dumps({"label": [f"{POOL_LABEL}={self._pool}"]})
@@ -407,8 +427,8 @@ class Containers(MachineBackend):
     async def close(self) -> None:
         """Remove all containers of the pool, and the directory."""
         try:
-            for name in await self._list_own():
-                await self._try_to_remove(name)
+            async with self._image_lock:  # its container is created and removed meanwhile
+                await self._remove_unknown(await self._list_own())
         finally:
             await self._engine.close()
             self._sockets.close()
@@ -427,8 +447,12 @@ class Containers(MachineBackend):
         """
         Return the image as it is now: the next container uses a newer one of the same name.
 
-        Raises `EngineError`, also while it is being pulled.
+        Its examination is completed even if the caller does not wait for that, or one that took longer than
+        callers wait would never succeed. Raises `EngineError`, also while the image is being pulled.
         """
+        return await _uncancelled(self._look_up_image())
+
+    async def _look_up_image(self) -> _Image:
         name = self._settings.worker_image
         async with self._image_lock:
             if self._pull is not None:
@@ -604,14 +628,14 @@ def _container_name(item: Mapping[str, Any]) -> str:
     return str(item["Names"][0]).lstrip("/")
 
 
-def _uncancelled(work: Coroutine[Deferred[Any], Any, None]) -> Deferred[None]:
+def _uncancelled(work: Coroutine[Deferred[Any], Any, T]) -> Deferred[T]:
     """
     Begin `work`, and return its result. A cancellation of the result leaves `work` to end by itself.
 
     An engine continues a call whose client has left: a container could appear after its removal had failed to
     find it.
     """
-    result: Deferred[None] = Deferred()
+    result: Deferred[T] = Deferred()
     Deferred.fromCoroutine(work).addCallbacks(result.callback, result.errback)
     return result
 

@@ -9,17 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from twisted.web.server import NOT_DONE_YET
 
 from bfaas.machines.api import Machine, MachineConfig, NotFoundError, State, UnavailableError
+from bfaas.machines.local import containers as containers_module
 from bfaas.machines.local.containers import ContainerInventory, ContainerMachines, Containers
 from bfaas.machines.local.engine import Engine, EngineError, EngineInfo
 from bfaas.machines.local.host import HostError
 from bfaas.machines.local.image_accounts import ImageAccounts
 from bfaas.machines.local.socket_directory import SocketDirectory, default_parent
-from tests.support.fake_engine import IMAGE, PASSWD, FakeEngine, cut, refuse, settings, tar
+from tests.support.fake_engine import IMAGE, PASSWD, FakeEngine, cut, refuse, settings, silent, tar
 from tests.support.waiting import reactor, wait_until
 
 if TYPE_CHECKING:
@@ -303,6 +304,11 @@ class OwnershipTests(ContainersTestCase):
     def leave(self, name: str, pool: str) -> None:
         self.fake.containers[name] = {"Labels": {"bfaas.pool": pool, "bfaas.machine": name}}
 
+    def own_containers(self) -> list[str]:
+        return [
+            name for name in self.fake.containers if name.startswith("worker-own-") and "image" not in name
+        ]
+
     async def test_first_list_removes_what_an_earlier_instance_left(self) -> None:
         self.leave("worker-own-1.a", "own")
         self.leave("worker-other-1.a", "other")
@@ -310,6 +316,28 @@ class OwnershipTests(ContainersTestCase):
         self.assertEqual([], await self.machines.list())
 
         self.assertEqual(["worker-other-1.a"], list(self.fake.containers))
+
+    async def test_list_succeeds_although_a_container_cannot_be_removed(self) -> None:
+        await self.machines.list()  # removes the container in which the image is examined
+        self.leave("worker-own-1.a", "own")
+        self.leave("worker-own-2.a", "own")
+        self.fake.answers["DELETE /containers/*"] = [refuse(500, "device or resource busy")]
+
+        self.assertEqual([], await self.machines.list())
+
+        self.assertEqual(1, len(self.fake.containers))
+        self.assertEqual([], await self.machines.list())
+        self.assertEqual({}, self.fake.containers)
+
+    async def test_list_does_not_wait_for_a_removal_that_hangs(self) -> None:
+        self.patch(containers_module, "_UNKNOWN_REMOVAL_TIMEOUT", 0.1)
+        await self.machines.list()
+        self.leave("worker-own-1.a", "own")
+        self.fake.answers["DELETE /containers/*"] = [silent]
+
+        self.assertEqual([], await self.machines.list())
+
+        self.assertEqual(1, len(self.fake.containers))
 
     async def test_list_keeps_own_containers(self) -> None:
         machine, _ = await self.started()
@@ -381,6 +409,22 @@ class ImageTests(ContainersTestCase):
                 f"WORKER_IMAGE: cannot pull bfaas-basher: {'' if 'complete' in text else text}", str(raised)
             )
             self.assertIn(text, str(raised))
+
+    async def test_examination_that_takes_longer_than_a_caller_waits_is_completed(self) -> None:
+        self.fake.images = {"bfaas-basher": IMAGE}
+        held: list[Any] = []
+        self.fake.answers["GET /containers/*/archive"] = [hold(held)]
+        impatient = Deferred.fromCoroutine(self.machines.list())
+        await wait_until(lambda: held)
+        impatient.cancel()
+        await self.assertFailure(impatient, CancelledError)
+
+        patient = Deferred.fromCoroutine(self.machines.list())
+        held[0].write(tar(PASSWD))
+        held[0].finish()
+
+        self.assertEqual([], await patient)
+        self.assertEqual(1, self.fake.count("POST /containers/create"))
 
     async def test_next_start_uses_a_newer_image_of_the_name(self) -> None:
         self.fake.images["bfaas-basher"] = IMAGE
