@@ -6,27 +6,37 @@ pytest-twisted itself does not detect delayed calls, sockets, processes or logge
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import pytest_twisted
 from twisted.internet import process as twisted_process
+from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import ILogObserver, LogLevel, globalLogPublisher
 from zope.interface import provider
 
+from tests.e2e.chromium import Chromium
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Coroutine, Iterator
 
     from twisted.logger import LogEvent
+
+T = TypeVar("T")
 
 
 def _pending() -> set[Any]:
     """Return the delayed calls, selectables and child processes of the reactor."""
     selectables = {*reactor.getReaders(), *reactor.getWriters()} - set(reactor._internalReaders)
     return {*reactor.getDelayedCalls(), *selectables, *twisted_process.reapProcessHandlers.values()}
+
+
+def wait_for(work: Coroutine[Deferred[Any], Any, T]) -> T:
+    """Run a coroutine while the reactor runs; return its result."""
+    result: T = pytest_twisted.blockon(Deferred.fromCoroutine(work))
+    return result
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +63,37 @@ def clean_reactor() -> Iterator[None]:
     assert errors == []
 
 
-@pytest_twisted.async_yield_fixture
-async def coordinator() -> AsyncIterator[Running]:
-    """
-    Run a coordinator with two local machines and a `MAXREQTIME` of 20 s.
+@pytest.fixture(scope="session")
+def shared_coordinator() -> Iterator[Running]:
+    """Run the coordinator of the fixture `coordinator`."""
+    running = wait_for(start_coordinator(MAXPERCLIENT="100"))
+    yield running
+    assert wait_for(stop(running)) == 0, running.program.output.decode()
 
-    MAXPERCLIENT is high because all clients of a test have the same address.
+
+@pytest.fixture
+def coordinator(shared_coordinator: Running) -> Running:
     """
+    Return a coordinator with two local machines and a `MAXREQTIME` of 20 s, which many tests use in turn.
+
+    No machine runs when a test begins. MAXPERCLIENT is high because all clients have the same address.
+    """
+    wait_for(shared_coordinator.settle())
+    return shared_coordinator
+
+
+@pytest_twisted.async_yield_fixture
+async def own_coordinator() -> AsyncIterator[Running]:
+    """Run a coordinator like that of `coordinator` for one test alone, which examines what it remembers."""
     running = await start_coordinator(MAXPERCLIENT="100")
     yield running
     assert await stop(running) == 0, running.program.output.decode()
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Chromium]:
+    """Run Chromium for many tests, each with pages of its own."""
+    chromium = Chromium()
+    wait_for(chromium.start())
+    yield chromium
+    wait_for(chromium.stop())

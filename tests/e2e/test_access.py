@@ -17,7 +17,7 @@ from twisted.internet.threads import deferToThread
 from bfaas.client import BfaasError, Client
 from tests.e2e.coordinator import PATIENCE, start_coordinator, start_listening, stop
 from tests.e2e.hostile import start_harness
-from tests.e2e.test_page import OUTPUT, STATE, needs_chromium, page_of
+from tests.e2e.test_page import OUTPUT, STATE, needs_chromium
 from tests.e2e.test_page import run as run_in_page
 from tests.support.hostile_worker import post
 from tests.support.network import free_port
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
+    from tests.e2e.chromium import Chromium
     from tests.e2e.coordinator import Running
 
 with_twisted = pytest_twisted.ensureDeferred
@@ -215,37 +216,37 @@ async def test_a_request_without_a_token_reaches_no_worker() -> None:
 
 @needs_chromium
 @with_twisted
-async def test_the_page_asks_for_the_token_and_keeps_it_in_the_tab(tmp_path: Path) -> None:
+async def test_the_page_asks_for_the_token_and_keeps_it_in_the_tab(
+    chromium: Chromium, tmp_path: Path
+) -> None:
     token, line = new_token("alice")
     form, panel = "document.querySelector('#access')", "document.querySelector('#pool-state').textContent"
-    async with coordinator_of(tmp_path / "tokens", line) as coordinator, page_of(coordinator) as browser:
-        await browser.wait_until(f"!{form}.hidden")
-        assert await browser.text("#access-reason") == "This coordinator requires an access token."
-        await browser.wait_until(f"{panel}.includes('have an access token')")
-        await run_in_page(browser, "echo with a token")
-        await browser.wait_until(f"{STATE} === 'Not run'")
-        assert (await browser.text("#problem")).startswith("401: an access token is required")
+    async with coordinator_of(tmp_path / "tokens", line) as coordinator, chromium.open(coordinator) as tab:
+        await tab.wait_until(f"!{form}.hidden")
+        assert await tab.text("#access-reason") == "This coordinator requires an access token."
+        await tab.wait_until(f"{panel}.includes('have an access token')")
+        await run_in_page(tab, "echo with a token")
+        await tab.wait_until(f"{STATE} === 'Not run'")
+        assert (await tab.text("#problem")).startswith("401: an access token is required")
 
-        await browser.do(lambda page: page.fill("#token", "wrong"))
-        await browser.do(lambda page: page.press("#token", "Enter"))
-        await browser.wait_until(
-            "document.querySelector('#access-reason').textContent.includes('not accept')"
-        )
-        await browser.do(lambda page: page.fill("#token", f"BFAAS_TOKEN={token}"))
-        await browser.do(lambda page: page.click("#access button"))
-        await browser.wait_until(f"{form}.hidden && {panel}.startsWith('Up to')")
-        await run_in_page(browser, "echo with a token")
-        await browser.wait_until(f"{STATE}.startsWith('Done') && {OUTPUT}.includes('with a token')")
+        await tab.do(lambda page: page.fill("#token", "wrong"))
+        await tab.do(lambda page: page.press("#token", "Enter"))
+        await tab.wait_until("document.querySelector('#access-reason').textContent.includes('not accept')")
+        await tab.do(lambda page: page.fill("#token", f"BFAAS_TOKEN={token}"))
+        await tab.do(lambda page: page.click("#access button"))
+        await tab.wait_until(f"{form}.hidden && {panel}.startsWith('Up to')")
+        await run_in_page(tab, "echo with a token")
+        await tab.wait_until(f"{STATE}.startsWith('Done') && {OUTPUT}.includes('with a token')")
 
         # A reload keeps it; nothing shows it, and the curl command takes it from the environment.
-        await browser.do(lambda page: page.reload())
-        await browser.wait_until(f"{panel}.startsWith('Up to')")
-        assert await browser.evaluate(f"{form}.hidden")
-        assert await browser.evaluate(f"!document.documentElement.outerHTML.includes({token!r})")
-        assert await browser.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
+        await tab.do(lambda page: page.reload())
+        await tab.wait_until(f"{panel}.startsWith('Up to')")
+        assert await tab.evaluate(f"{form}.hidden")
+        assert await tab.evaluate(f"!document.documentElement.outerHTML.includes({token!r})")
+        assert await tab.evaluate("Object.keys(localStorage).length + document.cookie.length") == 0
         curl = "document.querySelector('#command').textContent"
-        assert "Bearer $BFAAS_TOKEN" in str(await browser.evaluate(curl))
+        assert "Bearer $BFAAS_TOKEN" in str(await tab.evaluate(curl))
 
-        await browser.do(lambda page: page.click("#forget"))
-        await browser.wait_until(f"!{form}.hidden")
-        assert await browser.evaluate("document.querySelector('#forget').hidden")
+        await tab.do(lambda page: page.click("#forget"))
+        await tab.wait_until(f"!{form}.hidden")
+        assert await tab.evaluate("document.querySelector('#forget').hidden")

@@ -147,8 +147,8 @@ def test_output_arrives_while_the_script_runs(coordinator: Running) -> None:
         assert list(run) == []
 
 
-def test_leaving_the_block_ends_the_run(coordinator: Running) -> None:
-    with Client(url(coordinator)) as client:
+def test_leaving_the_block_ends_the_run(own_coordinator: Running) -> None:
+    with Client(url(own_coordinator)) as client:
         with client.stream("echo started; sleep 60") as run:
             next(run)
         block_until(lambda: outcomes(client) == ["client-disconnected"])
@@ -177,8 +177,8 @@ def cancel_in_another_thread(client: Client) -> None:
     assert client.run("echo next").stdout == "next\n"
 
 
-def test_cancel_from_another_thread(coordinator: Running) -> None:
-    with Client(url(coordinator)) as client:
+def test_cancel_from_another_thread(own_coordinator: Running) -> None:
+    with Client(url(own_coordinator)) as client:
         cancel_in_another_thread(client)
 
 
@@ -200,9 +200,9 @@ def test_runs_of_several_threads(coordinator: Running) -> None:
         assert list(results) == [f"{number}\n" for number in range(8)]
 
 
-def test_asyncio_cancellation_and_files(coordinator: Running) -> None:
+def test_asyncio_cancellation_and_files(own_coordinator: Running) -> None:
     async def main() -> None:
-        async with AsyncClient(url(coordinator)) as client:
+        async with AsyncClient(url(own_coordinator)) as client:
             task = asyncio.create_task(client.run("sleep 60"))
             while (await client.status())["runs"]["running"] == 0:  # noqa: ASYNC110 - of another process
                 await asyncio.sleep(0.02)
@@ -219,7 +219,7 @@ def test_asyncio_cancellation_and_files(coordinator: Running) -> None:
             assert result.files["out"].data == BINARY
 
     asyncio.run(main())
-    with Client(url(coordinator)) as client:
+    with Client(url(own_coordinator)) as client:
         assert outcomes(client) == [*3 * ["client-disconnected"], "exit 0"]
 
 

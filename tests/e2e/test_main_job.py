@@ -222,15 +222,15 @@ async def test_clients_that_disconnect_at_any_moment_leave_nothing_behind(coordi
 
 
 @with_twisted
-async def test_requests_without_a_script_use_no_machine(coordinator: Running) -> None:
-    assert (await coordinator.get("/nothing")).status == 404
-    assert (await coordinator.get("/run")).status == 405
-    assert (await coordinator.get("/favicon.ico")).body == b"not found\n"
-    assert (await coordinator.run(b"echo \0")).status == 400
-    assert (await coordinator.run(b"#" * ((1 << 20) + 1))).status == 413
+async def test_requests_without_a_script_use_no_machine(own_coordinator: Running) -> None:
+    assert (await own_coordinator.get("/nothing")).status == 404
+    assert (await own_coordinator.get("/run")).status == 405
+    assert (await own_coordinator.get("/favicon.ico")).body == b"not found\n"
+    assert (await own_coordinator.run(b"echo \0")).status == 400
+    assert (await own_coordinator.run(b"#" * ((1 << 20) + 1))).status == 413
 
-    assert coordinator.processes() == []
-    assert b"created" not in coordinator.program.output
+    assert own_coordinator.processes() == []
+    assert b"created" not in own_coordinator.program.output
 
 
 @with_twisted

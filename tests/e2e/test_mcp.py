@@ -242,28 +242,28 @@ def test_output_and_silence_are_reported_as_progress(coordinator: Running, tmp_p
 
 
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
-def test_cancelling_a_call_ends_the_run(mode: str, coordinator: Running, tmp_path: Path) -> None:
+def test_cancelling_a_call_ends_the_run(mode: str, own_coordinator: Running, tmp_path: Path) -> None:
     async def main() -> None:
         progress = Progress()
-        async with connected(tmp_path, "--url", url(coordinator), mode=mode) as client:
+        async with connected(tmp_path, "--url", url(own_coordinator), mode=mode) as client:
             arguments = {"script": "echo started; sleep 60"}
             call = asyncio.create_task(client.call_tool("run_bash", arguments, progress_callback=progress))
             await progress.reported.wait()
             call.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await call
-            await wait_for_outcomes(coordinator, ["client-disconnected"])
+            await wait_for_outcomes(own_coordinator, ["client-disconnected"])
             with pytest.raises(MCPError):
                 await client.call_tool("run_bash", arguments, read_timeout_seconds=1)
-            await wait_for_outcomes(coordinator, 2 * ["client-disconnected"])
+            await wait_for_outcomes(own_coordinator, 2 * ["client-disconnected"])
             assert structured(await client.call_tool("run_bash", {"script": "true"}))["exit_code"] == 0
 
     run(main)
 
 
 @pytest.mark.parametrize("end", ["stdin", signal.SIGINT, signal.SIGTERM])
-def test_the_end_of_the_server_ends_its_runs(end: str | signal.Signals, coordinator: Running) -> None:
-    command = [sys.executable, *PROGRAM, "--url", url(coordinator)]
+def test_the_end_of_the_server_ends_its_runs(end: str | signal.Signals, own_coordinator: Running) -> None:
+    command = [sys.executable, *PROGRAM, "--url", url(own_coordinator)]
     messages: list[dict[str, Any]] = [
         {"id": 1, "method": "initialize", "params": {
             "protocolVersion": "2025-06-18", "capabilities": {},
@@ -276,7 +276,7 @@ def test_the_end_of_the_server_ends_its_runs(end: str | signal.Signals, coordina
     ]  # fmt: skip
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program,
-        Client(url(coordinator)) as client,
+        Client(url(own_coordinator)) as client,
     ):
         assert program.stdin is not None
         assert program.stdout is not None

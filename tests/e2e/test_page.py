@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,11 +14,10 @@ from twisted.internet.defer import Deferred
 from twisted.internet.utils import getProcessOutput
 
 from bfaas import __version__
-from tests.e2e import chromium
-from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
+from tests.e2e.chromium import PROGRAM, Chromium, Tab
+from tests.e2e.coordinator import reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
     from playwright.sync_api import Page
@@ -28,115 +26,101 @@ with_twisted = pytest_twisted.ensureDeferred
 
 # In CI a missing browser is a failure.
 needs_chromium = pytest.mark.skipif(
-    chromium.PROGRAM is None and "CI" not in os.environ, reason="chromium is not installed"
+    PROGRAM is None and "CI" not in os.environ, reason="chromium is not installed"
 )
 
 TERMINAL = "document.querySelector('#output')"
 STATE, OUTPUT = "document.querySelector('#state').textContent", "document.querySelector('#output').innerText"
 
 
-@asynccontextmanager
-async def page_of(coordinator: Running, fragment: str = "") -> AsyncIterator[chromium.Chromium]:
-    """Open a coordinator's page; fail if it causes errors."""
-    browser = chromium.Chromium()
-    await browser.open(f"http://localhost:{coordinator.port}/{fragment}")
-    try:
-        yield browser
-    finally:
-        await browser.close()
-    assert browser.errors == []
-
-
-async def run(browser: chromium.Chromium, script: str) -> None:
+async def run(tab: Tab, script: str) -> None:
     """Enter a script, and run it with the keyboard."""
-    await browser.do(lambda page: page.fill("#script", script))
-    await browser.do(lambda page: page.press("#script", "Control+Enter"))
+    await tab.do(lambda page: page.fill("#script", script))
+    await tab.do(lambda page: page.press("#script", "Control+Enter"))
 
 
 @needs_chromium
 @with_twisted
-async def test_output_is_shown_as_it_arrives_and_then_the_result() -> None:
+async def test_output_is_shown_as_it_arrives_and_then_the_result(chromium: Chromium) -> None:
     coordinator = await start_coordinator(POOL_STANDBY="1")
-    async with page_of(coordinator) as browser:
+    async with chromium.open(coordinator) as tab:
         await run(
-            browser, "printf '\\e[31mred\\e[0m plain\\n'; echo '<b>err</b>' >&2; sleep 3; echo last; exit 3"
+            tab, "printf '\\e[31mred\\e[0m plain\\n'; echo '<b>err</b>' >&2; sleep 3; echo last; exit 3"
         )
-        await browser.wait_until(f"{OUTPUT}.includes('red plain') && {OUTPUT}.includes('<b>err</b>')")
-        assert "Running" in await browser.text("#state")
-        assert await browser.text("#output .front-1") == "red"
-        assert await browser.text("#output .row.err") == "<b>err</b>"
+        await tab.wait_until(f"{OUTPUT}.includes('red plain') && {OUTPUT}.includes('<b>err</b>')")
+        assert "Running" in await tab.text("#state")
+        assert await tab.text("#output .front-1") == "red"
+        assert await tab.text("#output .row.err") == "<b>err</b>"
 
-        await browser.wait_until(f"{STATE}.startsWith('Failed')")
-        assert "exit code 3" in await browser.text("#state")
-        assert (await browser.text("#output")).rstrip().endswith("last")
-        await browser.wait_until("document.querySelector('#details').innerText.includes('Ran')")
-        details = await browser.evaluate(
+        await tab.wait_until(f"{STATE}.startsWith('Failed')")
+        assert "exit code 3" in await tab.text("#state")
+        assert (await tab.text("#output")).rstrip().endswith("last")
+        await tab.wait_until("document.querySelector('#details').innerText.includes('Ran')")
+        details = await tab.evaluate(
             "Object.fromEntries([...document.querySelectorAll('#details div')].map((item) =>"
             " [item.children[0].textContent, item.children[1].textContent]))"
         )
         assert list(details) == ["Exit code", "Waited", "Ran", "CPU time", "Machine", "Run ID"]
         # Each place shows the same times.
-        row = await browser.evaluate(
+        row = await tab.evaluate(
             "[...document.querySelectorAll('#recent tbody tr:first-child td')]"
             ".map((cell) => cell.textContent)"
         )
         assert row[1:] == ["exit 3", details["Waited"], details["Ran"]]
-        history = await browser.text("#runs small")
+        history = await tab.text("#runs small")
         assert history.endswith(f"waited {details['Waited']} · ran {details['Ran']}")
-        assert "1 running" not in await browser.text("#phases")
+        assert "1 running" not in await tab.text("#phases")
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_run_can_be_cancelled_and_time_limit_is_shown() -> None:
+async def test_run_can_be_cancelled_and_time_limit_is_shown(chromium: Chromium) -> None:
     coordinator = await start_coordinator(MAXREQTIME="4s", POOLSIZE="1")
-    async with page_of(coordinator) as browser:
-        await run(browser, "echo started; sleep 1000")
-        await browser.wait_until(f"{OUTPUT}.includes('started')")
-        await browser.do(lambda page: page.click("#cancel"))
-        await browser.wait_until(f"{STATE}.startsWith('Cancelled')")
+    async with chromium.open(coordinator) as tab:
+        await run(tab, "echo started; sleep 1000")
+        await tab.wait_until(f"{OUTPUT}.includes('started')")
+        await tab.do(lambda page: page.click("#cancel"))
+        await tab.wait_until(f"{STATE}.startsWith('Cancelled')")
         await coordinator.settle()
 
-        await run(browser, "echo started; sleep 1000")
-        await browser.wait_until(f"{STATE}.startsWith('Timed out after 4 s')")
-        assert "exit code 124" in await browser.text("#state")
+        await run(tab, "echo started; sleep 1000")
+        await tab.wait_until(f"{STATE}.startsWith('Timed out after 4 s')")
+        assert "exit code 124" in await tab.text("#state")
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_rejection_is_shown_with_the_time_to_try_again() -> None:
+async def test_rejection_is_shown_with_the_time_to_try_again(chromium: Chromium) -> None:
     coordinator = await start_coordinator(POOLSIZE="1", MAXWAIT="3s")
     busy = await coordinator.begin("echo started; sleep 1000")
-    async with page_of(coordinator) as browser:
-        await run(browser, "true")
-        await browser.wait_until("!document.querySelector('#problem').hidden")
-        problem = await browser.text("#problem")
+    async with chromium.open(coordinator) as tab:
+        await run(tab, "true")
+        await tab.wait_until("!document.querySelector('#problem').hidden")
+        problem = await tab.text("#problem")
         assert problem.startswith("503: no worker available within 3 s. Try again in "), problem
-        assert await browser.text("#state") == "Not run"
+        assert await tab.text("#state") == "Not run"
     busy.leave()
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_lost_connection_is_shown_and_output_stays() -> None:
+async def test_lost_connection_is_shown_and_output_stays(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
-    async with page_of(coordinator) as browser:
-        await run(browser, "echo started; sleep 1000")
-        await browser.wait_until(f"{OUTPUT}.includes('started')")
+    async with chromium.open(coordinator) as tab:
+        await run(tab, "echo started; sleep 1000")
+        await tab.wait_until(f"{OUTPUT}.includes('started')")
         coordinator.kill(signal.SIGKILL)
-        await browser.wait_until(f"{STATE} === 'Interrupted'")
-        assert "The connection was lost." in await browser.text("#problem")
-        assert "started" in await browser.text("#output")
+        await tab.wait_until(f"{STATE} === 'Interrupted'")
+        assert "The connection was lost." in await tab.text("#problem")
+        assert "started" in await tab.text("#output")
 
-        await run(browser, "true")
-        await browser.wait_until(f"{STATE} === 'Not run'")
-        assert "could not be reached" in await browser.text("#problem")
-        await browser.wait_until(
-            "document.querySelector('#pool-state').textContent.includes('not be reached')"
-        )
+        await run(tab, "true")
+        await tab.wait_until(f"{STATE} === 'Not run'")
+        assert "could not be reached" in await tab.text("#problem")
+        await tab.wait_until("document.querySelector('#pool-state').textContent.includes('not be reached')")
 
 
 ROWS = {
@@ -155,57 +139,53 @@ COLORS = ["rgb(1, 2, 3)", "rgb(9, 8, 7)", "rgb(255, 0, 215)"]
 
 @needs_chromium
 @with_twisted
-async def test_terminal_escapes_are_applied_or_dropped() -> None:
+async def test_terminal_escapes_are_applied_or_dropped(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
-    async with page_of(coordinator) as browser:
+    async with chromium.open(coordinator) as tab:
         await run(
-            browser,
+            tab,
             "\n".join([f"printf '{text}'" for text in ROWS] + [r"printf '\e['; sleep .3; echo 31mred"]),
         )
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
-        await browser.wait_until(f"{OUTPUT}.includes('red')")
-        rows = await browser.evaluate(
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
+        await tab.wait_until(f"{OUTPUT}.includes('red')")
+        rows = await tab.evaluate(
             "[...document.querySelectorAll('#output .row')].map((row) => row.textContent)"
         )
         assert rows == [*ROWS.values(), "red"]
         spans = "[...document.querySelectorAll('#output span')]"
-        assert await browser.evaluate(f"{spans}.map((span) => span.style.color).filter(Boolean)") == COLORS
-        assert await browser.text("#output .front-1") == "red"
+        assert await tab.evaluate(f"{spans}.map((span) => span.style.color).filter(Boolean)") == COLORS
+        assert await tab.text("#output .front-1") == "red"
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_page_works_with_the_keyboard_and_on_a_phone() -> None:
+async def test_page_works_with_the_keyboard_and_on_a_phone(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
     focused = "document.activeElement.id"
-    async with page_of(coordinator) as browser:
-        await browser.do(lambda page: page.focus("#script"))
-        await browser.do(lambda page: page.keyboard.press("Control+Enter"))
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
-        await browser.do(lambda page: page.keyboard.press("Tab"))
-        assert await browser.evaluate(focused) == "script"
+    async with chromium.open(coordinator) as tab:
+        await tab.do(lambda page: page.focus("#script"))
+        await tab.do(lambda page: page.keyboard.press("Control+Enter"))
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
+        await tab.do(lambda page: page.keyboard.press("Tab"))
+        assert await tab.evaluate(focused) == "script"
         for key in ("Escape", "Tab", "Tab"):
-            await browser.do(partial(_press, key=key))
-        assert await browser.evaluate(focused) == "run"
+            await tab.do(partial(_press, key=key))
+        assert await tab.evaluate(focused) == "run"
 
-        await browser.do(lambda page: page.fill("#script", "sleep 1000"))
-        await browser.do(lambda page: page.focus("#run"))
-        await browser.do(lambda page: page.keyboard.press("Enter"))
-        assert await browser.evaluate(focused) == "cancel"
-        await browser.do(lambda page: page.keyboard.press("Space"))
-        await browser.wait_until(f"{STATE}.startsWith('Cancelled')")
-        assert await browser.evaluate(focused) == "run"
-        await browser.wait_until(
-            "document.querySelector('[role=status]').textContent.startsWith('Cancelled')"
-        )
+        await tab.do(lambda page: page.fill("#script", "sleep 1000"))
+        await tab.do(lambda page: page.focus("#run"))
+        await tab.do(lambda page: page.keyboard.press("Enter"))
+        assert await tab.evaluate(focused) == "cancel"
+        await tab.do(lambda page: page.keyboard.press("Space"))
+        await tab.wait_until(f"{STATE}.startsWith('Cancelled')")
+        assert await tab.evaluate(focused) == "run"
+        await tab.wait_until("document.querySelector('[role=status]').textContent.startsWith('Cancelled')")
 
-        await browser.do(lambda page: page.set_viewport_size({"width": 390, "height": 844}))
-        assert await browser.evaluate("document.documentElement.scrollWidth") == 390
-        assert await browser.evaluate("document.querySelector('#script').offsetWidth") > 300
-        widths = await browser.evaluate(
-            "['run', 'cancel'].map((id) => document.getElementById(id).offsetWidth)"
-        )
+        await tab.do(lambda page: page.set_viewport_size({"width": 390, "height": 844}))
+        assert await tab.evaluate("document.documentElement.scrollWidth") == 390
+        assert await tab.evaluate("document.querySelector('#script').offsetWidth") > 300
+        widths = await tab.evaluate("['run', 'cancel'].map((id) => document.getElementById(id).offsetWidth)")
         assert widths[0] == widths[1] > 150
     assert await stop(coordinator) == 0
 
@@ -216,17 +196,17 @@ def _press(page: Page, key: str) -> None:
 
 @needs_chromium
 @with_twisted
-async def test_tab_indents_lines_and_can_be_undone() -> None:
+async def test_tab_indents_lines_and_can_be_undone(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
-    async with page_of(coordinator) as browser:
+    async with chromium.open(coordinator) as tab:
 
         async def press(*keys: str) -> str:
             for key in keys:
-                await browser.do(partial(_press, key=key))
-            return await browser.do(lambda page: page.input_value("#script"))
+                await tab.do(partial(_press, key=key))
+            return await tab.do(lambda page: page.input_value("#script"))
 
-        await browser.do(lambda page: page.fill("#script", "for i in 1 2; do\necho $i\n\ndone"))
-        numbers = await browser.evaluate("document.querySelector('#line-numbers').textContent")
+        await tab.do(lambda page: page.fill("#script", "for i in 1 2; do\necho $i\n\ndone"))
+        numbers = await tab.evaluate("document.querySelector('#line-numbers').textContent")
         assert numbers == "1\n2\n3\n4"
         assert await press("Control+Home", "Shift+Tab") == "for i in 1 2; do\necho $i\n\ndone"
         assert await press("ArrowDown", "Tab") == "for i in 1 2; do\n  echo $i\n\ndone"
@@ -244,70 +224,70 @@ async def test_tab_indents_lines_and_can_be_undone() -> None:
 
 @needs_chromium
 @with_twisted
-async def test_input_variables_and_time_limit_are_sent_and_the_curl_command_does_the_same() -> None:
+async def test_input_variables_and_time_limit_are_sent_and_the_curl_command_does_the_same(
+    chromium: Chromium,
+) -> None:
     coordinator = await start_coordinator(MAXREQTIME="20s")
-    async with page_of(coordinator) as browser:
-        await browser.do(lambda page: page.click("#options summary"))
-        await browser.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
-        await browser.do(lambda page: page.fill("#env", "GREETING=a=b c\n\nEMPTY="))
-        await browser.do(lambda page: page.fill("#timeout", "1.5s"))
-        await run(browser, 'cat; echo "$GREETING,$EMPTY."; sleep 1000')
-        await browser.wait_until(f"{STATE}.startsWith('Timed out after')")
-        assert (await browser.text("#output")).split() == ["it's", "input", "a=b", "c,."]
-        assert await browser.text("#options-summary") == "(input, 2 variables, at most 1.5s)"
+    async with chromium.open(coordinator) as tab:
+        await tab.do(lambda page: page.click("#options summary"))
+        await tab.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
+        await tab.do(lambda page: page.fill("#env", "GREETING=a=b c\n\nEMPTY="))
+        await tab.do(lambda page: page.fill("#timeout", "1.5s"))
+        await run(tab, 'cat; echo "$GREETING,$EMPTY."; sleep 1000')
+        await tab.wait_until(f"{STATE}.startsWith('Timed out after')")
+        assert (await tab.text("#output")).split() == ["it's", "input", "a=b", "c,."]
+        assert await tab.text("#options-summary") == "(input, 2 variables, at most 1.5s)"
 
-        command = await browser.evaluate("document.querySelector('#command').textContent")
+        command = await tab.evaluate("document.querySelector('#command').textContent")
         shown = (await getProcessOutput("bash", ["-c", command], os.environ, reactor=reactor)).decode()
         pieces = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith('data: "')]
         assert "".join(pieces) == "it's\ninput\na=b c,.\n"
         assert '"reason": "timeout"' in shown
 
-        await browser.do(lambda page: page.fill("#env", "no equals sign"))
-        await run(browser, "true")
-        await browser.wait_until("!document.querySelector('#problem').hidden")
-        assert "NAME=value" in await browser.text("#problem")
-        await browser.do(lambda page: page.fill("#env", ""))
-        await browser.do(lambda page: page.fill("#timeout", "soon"))
-        await run(browser, "true")
-        await browser.wait_until("document.querySelector('#problem').textContent.startsWith('400: ')")
+        await tab.do(lambda page: page.fill("#env", "no equals sign"))
+        await run(tab, "true")
+        await tab.wait_until("!document.querySelector('#problem').hidden")
+        assert "NAME=value" in await tab.text("#problem")
+        await tab.do(lambda page: page.fill("#env", ""))
+        await tab.do(lambda page: page.fill("#timeout", "soon"))
+        await run(tab, "true")
+        await tab.wait_until("document.querySelector('#problem').textContent.startsWith('400: ')")
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_history_survives_a_reload_and_is_not_sent() -> None:
+async def test_history_survives_a_reload_and_is_not_sent(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
-    async with page_of(coordinator) as browser:
+    async with chromium.open(coordinator) as tab:
         sent: list[tuple[str, str | None]] = []
-        await browser.do(
-            lambda page: page.on("request", lambda each: sent.append((each.method, each.post_data)))
-        )
+        await tab.do(lambda page: page.on("request", lambda each: sent.append((each.method, each.post_data))))
         placeholder = f"getComputedStyle({TERMINAL}, '::before').content"
-        assert "appears here" in await browser.evaluate(placeholder)
-        await browser.do(lambda page: page.click("#options summary"))
-        await browser.do(lambda page: page.fill("#env", "A=first"))
-        await run(browser, "echo $A\nexit 4")
-        await browser.wait_until(f"{STATE}.startsWith('Failed')")
-        await browser.do(lambda page: page.fill("#env", ""))
-        await run(browser, "true")
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
-        assert await browser.evaluate(placeholder) == '"No output."'
+        assert "appears here" in await tab.evaluate(placeholder)
+        await tab.do(lambda page: page.click("#options summary"))
+        await tab.do(lambda page: page.fill("#env", "A=first"))
+        await run(tab, "echo $A\nexit 4")
+        await tab.wait_until(f"{STATE}.startsWith('Failed')")
+        await tab.do(lambda page: page.fill("#env", ""))
+        await run(tab, "true")
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
+        assert await tab.evaluate(placeholder) == '"No output."'
 
-        await browser.do(lambda page: page.fill("#script", "a draft"))
-        await browser.do(lambda page: page.reload())
-        assert await browser.do(lambda page: page.input_value("#script")) == "a draft"
-        runs = await browser.evaluate(
+        await tab.do(lambda page: page.fill("#script", "a draft"))
+        await tab.do(lambda page: page.reload())
+        assert await tab.do(lambda page: page.input_value("#script")) == "a draft"
+        runs = await tab.evaluate(
             "[...document.querySelectorAll('#runs li')].map((item) =>"
             " [...item.children].slice(0, 2).map((part) => part.textContent))"
         )
         assert runs == [["true", "Done · exit code 0"], ["echo $A …", "Failed · exit code 4"]]
 
-        await browser.do(lambda page: page.click("#runs li:nth-child(2) button"))
-        assert await browser.do(lambda page: page.input_value("#script")) == "echo $A\nexit 4"
-        assert await browser.do(lambda page: page.input_value("#env")) == "A=first"
-        await browser.do(lambda page: page.click("#clear-history"))
-        await browser.do(lambda page: page.reload())
-        assert not await browser.do(lambda page: page.is_visible("#history"))
+        await tab.do(lambda page: page.click("#runs li:nth-child(2) button"))
+        assert await tab.do(lambda page: page.input_value("#script")) == "echo $A\nexit 4"
+        assert await tab.do(lambda page: page.input_value("#env")) == "A=first"
+        await tab.do(lambda page: page.click("#clear-history"))
+        await tab.do(lambda page: page.reload())
+        assert not await tab.do(lambda page: page.is_visible("#history"))
         assert [body for method, body in sent if body] == [
             json.dumps({"script": "echo $A\nexit 4", "env": {"A": "first"}}, separators=(",", ":")),
             "true",
@@ -317,21 +297,21 @@ async def test_history_survives_a_reload_and_is_not_sent() -> None:
 
 @needs_chromium
 @with_twisted
-async def test_position_in_the_queue_is_shown_and_the_panel_follows_the_run() -> None:
+async def test_position_in_the_queue_is_shown_and_the_panel_follows_the_run(chromium: Chromium) -> None:
     coordinator = await start_coordinator(POOLSIZE="1")
     busy = await coordinator.begin("echo started; sleep 1000")
     others = [Deferred.fromCoroutine(coordinator.run("true")) for _ in range(2)]
-    async with page_of(coordinator) as browser:
-        await browser.wait_until("document.querySelector('#queue').innerText.includes('2 of')")
-        await run(browser, "true")
-        await browser.wait_until(f"{STATE}.endsWith('3 of 3 in the queue')")
+    async with chromium.open(coordinator) as tab:
+        await tab.wait_until("document.querySelector('#queue').innerText.includes('2 of')")
+        await run(tab, "true")
+        await tab.wait_until(f"{STATE}.endsWith('3 of 3 in the queue')")
         busy.leave()
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
         # The machine is wiped within moments, and the panel shows it.
-        await browser.wait_until("!document.querySelector('#phases').innerText.includes('running')")
+        await tab.wait_until("!document.querySelector('#phases').innerText.includes('running')")
         for other in others:
             await other
-        sandbox, version = await browser.text("#sandbox"), await browser.text("#version")
+        sandbox, version = await tab.text("#sandbox"), await tab.text("#version")
         assert "andbox" in sandbox
         assert version == f"bfaas {__version__}"
     assert await stop(coordinator) == 0
@@ -339,62 +319,60 @@ async def test_position_in_the_queue_is_shown_and_the_panel_follows_the_run() ->
 
 @needs_chromium
 @with_twisted
-async def test_link_and_curl_command_contain_the_script() -> None:
+async def test_link_and_curl_command_contain_the_script(chromium: Chromium) -> None:
     coordinator = await start_coordinator()
-    async with page_of(coordinator, "#script=ZWNobyAnw6Qn") as browser:
-        assert await browser.do(lambda page: page.input_value("#script")) == "echo 'ä'"
-        assert await browser.do(lambda page: page.is_visible("#from-link"))
-        command = await browser.evaluate("document.querySelector('#command').textContent")
+    async with chromium.open(coordinator, "#script=ZWNobyAnw6Qn") as tab:
+        assert await tab.do(lambda page: page.input_value("#script")) == "echo 'ä'"
+        assert await tab.do(lambda page: page.is_visible("#from-link"))
+        command = await tab.evaluate("document.querySelector('#command').textContent")
         origin = f"http://localhost:{coordinator.port}"
         assert command == rf"curl -sN '{origin}/run' --data-raw 'echo '\''ä'\'''"
-        await browser.do(lambda page: page.click("#link"))
-        assert await browser.evaluate("location.hash") == "#script=ZWNobyAnw6Qn"
+        await tab.do(lambda page: page.click("#link"))
+        assert await tab.evaluate("location.hash") == "#script=ZWNobyAnw6Qn"
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_page_stays_responsive_under_large_output_and_keeps_the_latest() -> None:
+async def test_page_stays_responsive_under_large_output_and_keeps_the_latest(chromium: Chromium) -> None:
     coordinator = await start_coordinator(MAXREQTIME="60s")
-    async with page_of(coordinator) as browser:
-        await run(browser, "seq 1 200000")
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
-        await browser.wait_until(f"{OUTPUT}.trimEnd().endsWith('200000')")
-        assert await browser.evaluate("document.querySelectorAll('#output .row').length") < 10_000
-        assert "earlier lines" in await browser.text("#dropped")
+    async with chromium.open(coordinator) as tab:
+        await run(tab, "seq 1 200000")
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
+        await tab.wait_until(f"{OUTPUT}.trimEnd().endsWith('200000')")
+        assert await tab.evaluate("document.querySelectorAll('#output .row').length") < 10_000
+        assert "earlier lines" in await tab.text("#dropped")
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_files_are_sent_and_returned(tmp_path: Path) -> None:
+async def test_files_are_sent_and_returned(chromium: Chromium, tmp_path: Path) -> None:
     coordinator = await start_coordinator(MAXREQTIME="20s")
     name = 'in "1".txt'
     (tmp_path / name).write_bytes(b"b\r\na\n")
     (tmp_path / "data.bin").write_bytes(BINARY)
-    async with page_of(coordinator) as browser:
-        await browser.do(lambda page: page.click("#options summary"))
-        await browser.do(
-            lambda page: page.set_input_files("#files", [tmp_path / name, tmp_path / "data.bin"])
-        )
-        await browser.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
-        await browser.do(lambda page: page.fill("#env", "A=@b"))
-        await browser.do(lambda page: page.fill("#outputs", "out/* missing"))
+    async with chromium.open(coordinator) as tab:
+        await tab.do(lambda page: page.click("#options summary"))
+        await tab.do(lambda page: page.set_input_files("#files", [tmp_path / name, tmp_path / "data.bin"]))
+        await tab.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
+        await tab.do(lambda page: page.fill("#env", "A=@b"))
+        await tab.do(lambda page: page.fill("#outputs", "out/* missing"))
         script = 'mkdir out; cp data.bin out/; sort in*1*.txt > "out/s o"; cat -A - in*; echo "$A"'
-        await run(browser, script)
-        await browser.wait_until(f"{STATE}.startsWith('Done')")
-        assert (await browser.text("#output")).split() == ["it's$", "input$", "b^M$", "a$", "@b"]
-        assert await browser.text("#options-summary") == "(input, 1 variable, 2 files, files to fetch)"
-        assert await browser.text("#problem") == "Not returned: missing (no such file)"
+        await run(tab, script)
+        await tab.wait_until(f"{STATE}.startsWith('Done')")
+        assert (await tab.text("#output")).split() == ["it's$", "input$", "b^M$", "a$", "@b"]
+        assert await tab.text("#options-summary") == "(input, 1 variable, 2 files, files to fetch)"
+        assert await tab.text("#problem") == "Not returned: missing (no such file)"
         links = "[...document.querySelectorAll('#downloads li')].map((item) => item.textContent)"
-        assert await browser.evaluate(links) == ["out/data.bin 2.56 kB", "out/s o 5 bytes"]
-        assert await browser.do(partial(_download, link="out/data.bin")) == ("out_data.bin", BINARY)
-        assert await browser.do(partial(_download, link="out/s o")) == ("out_s o", b"a\nb\r\n")
-        await browser.wait_until(
+        assert await tab.evaluate(links) == ["out/data.bin 2.56 kB", "out/s o 5 bytes"]
+        assert await tab.do(partial(_download, link="out/data.bin")) == ("out_data.bin", BINARY)
+        assert await tab.do(partial(_download, link="out/s o")) == ("out_s o", b"a\nb\r\n")
+        await tab.wait_until(
             "document.querySelector('[role=status]').textContent.includes('Files to download: 2.')"
         )
 
-        command = await browser.evaluate("document.querySelector('#command').textContent")
+        command = await tab.evaluate("document.querySelector('#command').textContent")
         words = ["-c", f"cd {tmp_path} && {command}"]
         shown = (await getProcessOutput("bash", words, os.environ, reactor=reactor)).decode()
         events = [json.loads(line[6:]) for line in shown.splitlines() if line.startswith("data: ")]
@@ -404,9 +382,9 @@ async def test_files_are_sent_and_returned(tmp_path: Path) -> None:
 
         # The next run removes the downloads; without files it is JSON.
         for _ in range(2):
-            await browser.do(lambda page: page.click("#file-list button"))
-        await run(browser, "mkdir out; echo 1 > out/1")
-        await browser.wait_until(f"{links}.join() === 'out/1 2 bytes'")
+            await tab.do(lambda page: page.click("#file-list button"))
+        await run(tab, "mkdir out; echo 1 > out/1")
+        await tab.wait_until(f"{links}.join() === 'out/1 2 bytes'")
     assert await stop(coordinator) == 0
 
 
@@ -433,38 +411,40 @@ DROP = """
 
 @needs_chromium
 @with_twisted
-async def test_files_can_be_dropped_anywhere_and_unreadable_ones_are_named(tmp_path: Path) -> None:
+async def test_files_can_be_dropped_anywhere_and_unreadable_ones_are_named(
+    chromium: Chromium, tmp_path: Path
+) -> None:
     coordinator = await start_coordinator()
     (tmp_path / "gone").write_text("x")
-    async with page_of(coordinator) as browser:
+    async with chromium.open(coordinator) as tab:
         # The page accepts the drag and the drop: the browser's own action is prevented.
-        dropped = await browser.do(lambda page: page.evaluate(DROP, ["a", "b"]))
+        dropped = await tab.do(lambda page: page.evaluate(DROP, ["a", "b"]))
         assert dropped == [False, "drop", False, ""]
-        assert await browser.do(lambda page: page.is_visible("#file-list"))
-        assert await browser.text("#file-list li:last-child") == "b\n9 bytes\nRemove"
-        await run(browser, "cat a b")
-        await browser.wait_until(f"{OUTPUT}.includes('a droppedb dropped')")
-        await browser.do(lambda page: page.evaluate(DROP, ["a"]))
-        assert await browser.evaluate("document.querySelectorAll('#file-list li').length") == 2
+        assert await tab.do(lambda page: page.is_visible("#file-list"))
+        assert await tab.text("#file-list li:last-child") == "b\n9 bytes\nRemove"
+        await run(tab, "cat a b")
+        await tab.wait_until(f"{OUTPUT}.includes('a droppedb dropped')")
+        await tab.do(lambda page: page.evaluate(DROP, ["a"]))
+        assert await tab.evaluate("document.querySelectorAll('#file-list li').length") == 2
 
-        await browser.do(lambda page: page.set_input_files("#files", tmp_path / "gone"))
+        await tab.do(lambda page: page.set_input_files("#files", tmp_path / "gone"))
         (tmp_path / "gone").unlink()
-        await run(browser, "true")
-        await browser.wait_until("document.querySelector('#problem').textContent.startsWith('gone cannot')")
-        assert await browser.text("#state") == "Not run"
+        await run(tab, "true")
+        await tab.wait_until("document.querySelector('#problem').textContent.startsWith('gone cannot')")
+        assert await tab.text("#state") == "Not run"
     assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_incomplete_files_are_named() -> None:
+async def test_incomplete_files_are_named(chromium: Chromium) -> None:
     coordinator = await start_coordinator(MAXOUTPUT="1GiB")
-    async with page_of(coordinator) as browser:
-        await browser.do(lambda page: page.click("#options summary"))
-        await browser.do(lambda page: page.fill("#outputs", "*"))
-        await browser.do(lambda page: page.fill("#timeout", "1.5s"))
-        await run(browser, "echo 1 > a; truncate -s 900M b")
-        await browser.wait_until(f"{STATE}.startsWith('Timed out')")
-        assert await browser.text("#problem") == "Not returned: b (the run ended before)"
-        assert (await browser.text("#downloads")).split() == ["a", "2", "bytes"]
+    async with chromium.open(coordinator) as tab:
+        await tab.do(lambda page: page.click("#options summary"))
+        await tab.do(lambda page: page.fill("#outputs", "*"))
+        await tab.do(lambda page: page.fill("#timeout", "1.5s"))
+        await run(tab, "echo 1 > a; truncate -s 900M b")
+        await tab.wait_until(f"{STATE}.startsWith('Timed out')")
+        assert await tab.text("#problem") == "Not returned: b (the run ended before)"
+        assert (await tab.text("#downloads")).split() == ["a", "2", "bytes"]
     assert await stop(coordinator) == 0

@@ -68,21 +68,12 @@ class PackagingTests(SynchronousTestCase):
         for editable in ([], ["--editable"]):
             home = self.directory / ("editable" if editable else "plain")
             # Dependencies come from the environment of this test: nothing is downloaded.
-            venv.create(home, with_pip=True, symlinks=True)
+            venv.create(home, symlinks=True)
             [site] = home.glob("lib/python*/site-packages")
             (site / "host.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
             python = str(home / "bin" / "python")
-            run(
-                python,
-                "-m",
-                "pip",
-                "install",
-                "-q",
-                "--no-deps",
-                "--no-build-isolation",
-                *editable,
-                str(ROOT),
-            )
+            pip = [sys.executable, "-m", "pip", "--python", python]
+            run(*pip, "install", "-q", "--no-deps", "--no-build-isolation", *editable, str(ROOT))
 
             tapnames, package = run(python, "-c", LIST_PLUGINS).splitlines()
 
