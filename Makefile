@@ -7,7 +7,10 @@ BIN = $(VENV)/bin
 SHELL = /bin/bash
 .SHELLFLAGS = -o pipefail -c
 
-.PHONY: run fly test test-trial test-e2e coverage load soak proof chaos api overshoot bench lock images image-test engines-test engines-chaos matrix lint format clean
+# The tests start hundreds of programs, which would compile what they import each time.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: run fly test test-unit test-integration test-e2e coverage load soak proof chaos api overshoot bench lock images image-test engines-test engines-chaos matrix lint format clean
 
 run: $(VENV)/installed
 	@echo
@@ -41,10 +44,12 @@ TRIAL = $(BIN)/trial
 UNIT_TRIAL = $(TRIAL)
 SLOWEST = 2>&1 | $(BIN)/python -m tests.support.slowest
 test: $(VENV)/installed-test
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-trial test-e2e
+	$(MAKE) --no-print-directory --jobs=3 --output-sync=target test-unit test-integration test-e2e
 
-test-trial: $(VENV)/installed-test
+test-unit: $(VENV)/installed-test
 	$(UNIT_TRIAL) --reporter=timing tests.unit $(SLOWEST)
+
+test-integration: $(VENV)/installed-test
 	$(TRIAL) --reporter=timing tests.integration tests.project tests.simulation $(SLOWEST)
 
 test-e2e: $(VENV)/installed-test

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -307,6 +307,11 @@ class Server:
                     return
                 self.requests.append(request)
                 connection.sendall(self._response)
+                connection.shutdown(socket.SHUT_WR)
+                # Closed with unread data, the connection would be reset, and the response could be lost.
+                with suppress(ConnectionError):
+                    while connection.recv(65536):
+                        pass
 
     def close(self) -> None:
         socket.create_connection(self._listener.getsockname()).close()
@@ -324,7 +329,7 @@ def serving(response: bytes) -> Iterator[Server]:
 
 
 def status(line: str, *headers: str) -> bytes:
-    head = [f"HTTP/1.1 {line}", *headers, "Content-Length: 4", "", "why\n"]
+    head = [f"HTTP/1.1 {line}", *headers, "Content-Length: 4", "Connection: close", "", "why\n"]
     return "\r\n".join(head).encode()
 
 
