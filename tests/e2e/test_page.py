@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from playwright.sync_api import Page
 
+    from tests.e2e.coordinator import Running
+
 with_twisted = pytest_twisted.ensureDeferred
 
 # In CI a missing browser is a failure.
@@ -139,8 +141,7 @@ COLORS = ["rgb(1, 2, 3)", "rgb(9, 8, 7)", "rgb(255, 0, 215)"]
 
 @needs_chromium
 @with_twisted
-async def test_terminal_escapes_are_applied_or_dropped(chromium: Chromium) -> None:
-    coordinator = await start_coordinator()
+async def test_terminal_escapes_are_applied_or_dropped(coordinator: Running, chromium: Chromium) -> None:
     async with chromium.open(coordinator) as tab:
         await run(
             tab,
@@ -155,13 +156,11 @@ async def test_terminal_escapes_are_applied_or_dropped(chromium: Chromium) -> No
         spans = "[...document.querySelectorAll('#output span')]"
         assert await tab.evaluate(f"{spans}.map((span) => span.style.color).filter(Boolean)") == COLORS
         assert await tab.text("#output .front-1") == "red"
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_page_works_with_the_keyboard_and_on_a_phone(chromium: Chromium) -> None:
-    coordinator = await start_coordinator()
+async def test_page_works_with_the_keyboard_and_on_a_phone(coordinator: Running, chromium: Chromium) -> None:
     focused = "document.activeElement.id"
     async with chromium.open(coordinator) as tab:
         await tab.do(lambda page: page.focus("#script"))
@@ -187,7 +186,6 @@ async def test_page_works_with_the_keyboard_and_on_a_phone(chromium: Chromium) -
         assert await tab.evaluate("document.querySelector('#script').offsetWidth") > 300
         widths = await tab.evaluate("['run', 'cancel'].map((id) => document.getElementById(id).offsetWidth)")
         assert widths[0] == widths[1] > 150
-    assert await stop(coordinator) == 0
 
 
 def _press(page: Page, key: str) -> None:
@@ -196,8 +194,7 @@ def _press(page: Page, key: str) -> None:
 
 @needs_chromium
 @with_twisted
-async def test_tab_indents_lines_and_can_be_undone(chromium: Chromium) -> None:
-    coordinator = await start_coordinator()
+async def test_tab_indents_lines_and_can_be_undone(coordinator: Running, chromium: Chromium) -> None:
     async with chromium.open(coordinator) as tab:
 
         async def press(*keys: str) -> str:
@@ -219,15 +216,14 @@ async def test_tab_indents_lines_and_can_be_undone(chromium: Chromium) -> None:
         assert await press("Control+Home", "Shift+ArrowDown", "Shift+ArrowDown", "Tab") == (
             "  for i in 1 2; do\n  echo $i\n\ndone"
         )
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
 async def test_input_variables_and_time_limit_are_sent_and_the_curl_command_does_the_same(
+    coordinator: Running,
     chromium: Chromium,
 ) -> None:
-    coordinator = await start_coordinator(MAXREQTIME="20s")
     async with chromium.open(coordinator) as tab:
         await tab.do(lambda page: page.click("#options summary"))
         await tab.do(lambda page: page.fill("#stdin", "it's\ninput\n"))
@@ -252,13 +248,11 @@ async def test_input_variables_and_time_limit_are_sent_and_the_curl_command_does
         await tab.do(lambda page: page.fill("#timeout", "soon"))
         await run(tab, "true")
         await tab.wait_until("document.querySelector('#problem').textContent.startsWith('400: ')")
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
 @with_twisted
-async def test_history_survives_a_reload_and_is_not_sent(chromium: Chromium) -> None:
-    coordinator = await start_coordinator()
+async def test_history_survives_a_reload_and_is_not_sent(coordinator: Running, chromium: Chromium) -> None:
     async with chromium.open(coordinator) as tab:
         sent: list[tuple[str, str | None]] = []
         await tab.do(lambda page: page.on("request", lambda each: sent.append((each.method, each.post_data))))
@@ -292,7 +286,6 @@ async def test_history_survives_a_reload_and_is_not_sent(chromium: Chromium) -> 
             json.dumps({"script": "echo $A\nexit 4", "env": {"A": "first"}}, separators=(",", ":")),
             "true",
         ]
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
@@ -319,8 +312,7 @@ async def test_position_in_the_queue_is_shown_and_the_panel_follows_the_run(chro
 
 @needs_chromium
 @with_twisted
-async def test_link_and_curl_command_contain_the_script(chromium: Chromium) -> None:
-    coordinator = await start_coordinator()
+async def test_link_and_curl_command_contain_the_script(coordinator: Running, chromium: Chromium) -> None:
     async with chromium.open(coordinator, "#script=ZWNobyAnw6Qn") as tab:
         assert await tab.do(lambda page: page.input_value("#script")) == "echo 'ä'"
         assert await tab.do(lambda page: page.is_visible("#from-link"))
@@ -329,7 +321,6 @@ async def test_link_and_curl_command_contain_the_script(chromium: Chromium) -> N
         assert command == rf"curl -sN '{origin}/run' --data-raw 'echo '\''ä'\'''"
         await tab.do(lambda page: page.click("#link"))
         assert await tab.evaluate("location.hash") == "#script=ZWNobyAnw6Qn"
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
@@ -347,8 +338,7 @@ async def test_page_stays_responsive_under_large_output_and_keeps_the_latest(chr
 
 @needs_chromium
 @with_twisted
-async def test_files_are_sent_and_returned(chromium: Chromium, tmp_path: Path) -> None:
-    coordinator = await start_coordinator(MAXREQTIME="20s")
+async def test_files_are_sent_and_returned(coordinator: Running, chromium: Chromium, tmp_path: Path) -> None:
     name = 'in "1".txt'
     (tmp_path / name).write_bytes(b"b\r\na\n")
     (tmp_path / "data.bin").write_bytes(BINARY)
@@ -385,7 +375,6 @@ async def test_files_are_sent_and_returned(chromium: Chromium, tmp_path: Path) -
             await tab.do(lambda page: page.click("#file-list button"))
         await run(tab, "mkdir out; echo 1 > out/1")
         await tab.wait_until(f"{links}.join() === 'out/1 2 bytes'")
-    assert await stop(coordinator) == 0
 
 
 BINARY = bytes(range(256)) * 10
@@ -412,9 +401,8 @@ DROP = """
 @needs_chromium
 @with_twisted
 async def test_files_can_be_dropped_anywhere_and_unreadable_ones_are_named(
-    chromium: Chromium, tmp_path: Path
+    coordinator: Running, chromium: Chromium, tmp_path: Path
 ) -> None:
-    coordinator = await start_coordinator()
     (tmp_path / "gone").write_text("x")
     async with chromium.open(coordinator) as tab:
         # The page accepts the drag and the drop: the browser's own action is prevented.
@@ -432,7 +420,6 @@ async def test_files_can_be_dropped_anywhere_and_unreadable_ones_are_named(
         await run(tab, "true")
         await tab.wait_until("document.querySelector('#problem').textContent.startsWith('gone cannot')")
         assert await tab.text("#state") == "Not run"
-    assert await stop(coordinator) == 0
 
 
 @needs_chromium
