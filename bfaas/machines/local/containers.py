@@ -97,6 +97,9 @@ they know, and fail where the host's are lower.
 PULL_TIMEOUT = 3600.0
 """Seconds that pulling an image may take."""
 
+_BY_FORCE = {"force": "1", "v": "1"}
+"""Query of a removal: the container is killed before, and its anonymous volumes are removed with it."""
+
 _PULL_POLL_PERIOD = 0.5
 _SHUTDOWN_TIMEOUT = 20.0
 _LOGGED_FAILURES = 6
@@ -376,9 +379,8 @@ class Containers(MachineBackend):
 
     async def _try_to_remove(self, name: str, timeout: float = CALL_TIMEOUT) -> None:
         """Kill and remove a container, which may not exist. Raises `EngineError`."""
-        query = {"force": "1", "v": "1"}
         try:
-            await self._engine.call("DELETE", f"/containers/{name}", query, timeout=timeout)
+            await self._engine.call("DELETE", f"/containers/{name}", _BY_FORCE, timeout=timeout)
         except EngineError as error:
             if not error.not_found:
                 raise
@@ -427,7 +429,7 @@ class Containers(MachineBackend):
     async def close(self) -> None:
         """Remove all containers of the pool, and the directory."""
         try:
-            async with self._image_lock:  # its container is created and removed meanwhile
+            async with self._image_lock:  # an examination that is under way removes its own container
                 await self._remove_unknown(await self._list_own())
         finally:
             await self._engine.close()
@@ -447,8 +449,9 @@ class Containers(MachineBackend):
         """
         Return the image as it is now: the next container uses a newer one of the same name.
 
-        Its examination is completed even if the caller does not wait for that, or one that took longer than
-        callers wait would never succeed. Raises `EngineError`, also while the image is being pulled.
+        The examination of a new image continues when its caller gives up: otherwise, one that takes longer
+        than callers wait would begin again with each of them. Raises `EngineError`, also while it is being
+        pulled.
         """
         return await _uncancelled(self._look_up_image())
 
@@ -598,8 +601,7 @@ class ContainerInventory(MachineInventory):
         for machine in await self.list():
             if machine.id == machine_id:
                 try:
-                    query = {"force": "1", "v": "1"}
-                    await self._engine.call("DELETE", f"/containers/{machine.instance_id}", query)
+                    await self._engine.call("DELETE", f"/containers/{machine.instance_id}", _BY_FORCE)
                 except EngineError as error:
                     if error.not_found:
                         raise NotFoundError(str(error)) from error
