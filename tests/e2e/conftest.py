@@ -20,7 +20,7 @@ from tests.e2e.chromium import Chromium
 from tests.e2e.coordinator import Running, reactor, start_coordinator, stop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Iterator
+    from collections.abc import Coroutine, Iterator
 
     from twisted.logger import LogEvent
 
@@ -63,12 +63,17 @@ def clean_reactor() -> Iterator[None]:
     assert errors == []
 
 
-@pytest.fixture(scope="session")
-def shared_coordinator() -> Iterator[Running]:
-    """Run the coordinator of the fixture `coordinator`."""
+def running_coordinator() -> Iterator[Running]:
+    """Run a coordinator. MAXPERCLIENT is high because all clients have the same address."""
     running = wait_for(start_coordinator(MAXPERCLIENT="100"))
     yield running
     assert wait_for(stop(running)) == 0, running.program.output.decode()
+
+
+@pytest.fixture(scope="session")
+def shared_coordinator() -> Iterator[Running]:
+    """Run the coordinator of the fixture `coordinator`."""
+    yield from running_coordinator()
 
 
 @pytest.fixture
@@ -76,18 +81,16 @@ def coordinator(shared_coordinator: Running) -> Running:
     """
     Return a coordinator with two local machines and a `MAXREQTIME` of 20 s, which many tests use in turn.
 
-    No machine runs when a test begins. MAXPERCLIENT is high because all clients have the same address.
+    No machine runs when a test begins.
     """
     wait_for(shared_coordinator.settle())
     return shared_coordinator
 
 
-@pytest_twisted.async_yield_fixture
-async def own_coordinator() -> AsyncIterator[Running]:
+@pytest.fixture
+def own_coordinator() -> Iterator[Running]:
     """Run a coordinator like that of `coordinator` for one test alone, which examines what it remembers."""
-    running = await start_coordinator(MAXPERCLIENT="100")
-    yield running
-    assert await stop(running) == 0, running.program.output.decode()
+    yield from running_coordinator()
 
 
 @pytest.fixture(scope="session")

@@ -249,7 +249,7 @@ async def test_the_next_coordinator_removes_what_a_killed_one_left() -> None:
 
 @contextmanager
 def container_that_cannot_be_removed() -> Iterator[None]:
-    """Create a container of this test's pool, with a file that nobody can remove until the end."""
+    """Create a container of this test's pool, whose directory cannot be removed before the end."""
     labels = {"bfaas.pool": POOL, "bfaas.machine": "left"}
     body = json.dumps({"Image": "bfaas-basher", "Cmd": ["true"], "Labels": labels})
     create = ("-H", "Content-Type: application/json", "-d", body)

@@ -23,6 +23,7 @@ import bfaas
 from bfaas.system import process_tree
 from bfaas.tokens import genkey
 from tests.support.network import free_port
+from tests.unit.system.test_listener import REJECTED_ENDPOINTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -112,17 +113,18 @@ class ErrorTests(StartTestCase):
             "tcp:foo": "--listen tcp:foo: invalid literal",
             used: "Couldn't listen on 127.0.0.1:[0-9]+: .*Address already in use",
         }
+        # A lean worker does not import what TLS needs.
+        lean = {**REJECTED_ENDPOINTS, **listens, "ssl:0:privateKey=/nonexistent": "--listen ssl:.*OpenSSL"}
+        for endpoint, line in lean.items():
+            yield (*BASHER_WITHOUT_TWISTD, "--listen", endpoint), WORKER, line
         for endpoint, line in listens.items():
             yield (*COORD, "--listen", endpoint), MOCK, line
-            yield (*BASHER_WITHOUT_TWISTD, "--listen", endpoint), WORKER, line
             yield (*BASHER, "--listen", endpoint), WORKER, line
             yield (*MACHINES, "--listen", endpoint), ENVIRONMENT, line
             proxy_line = line.replace("--listen", "--proxy")
             yield (*MACHINES, "--listen", "tcp:0", "--proxy", endpoint), ENVIRONMENT, proxy_line
             metrics_line = line.replace("--listen", "--metrics")
             yield (*COORD, "--listen", "tcp:0", "--metrics", endpoint), MOCK, metrics_line
-        tls = "ssl:0:privateKey=/nonexistent"  # a lean worker does not import what it needs
-        yield (*BASHER_WITHOUT_TWISTD, "--listen", tls), WORKER, f"--listen {tls}: .*OpenSSL"
         for command, settings in (
             (COORD, MOCK),
             (BASHER, WORKER),

@@ -28,7 +28,7 @@ class SimulationTests(SynchronousTestCase):
         return completed.stdout
 
     def test_invariants_hold_under_all_faults(self) -> None:
-        output = self.run_module("run", "50" if "BFAAS_BRIEF" in os.environ else "100")
+        output = self.run_module("run", "50" if "BFAAS_BRIEF" in os.environ else "160")
 
         self.assertIn("0 failed", output)
 

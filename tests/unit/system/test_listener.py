@@ -12,7 +12,7 @@ from bfaas.system.listener import Listener
 from bfaas.system.startup import StartError
 from tests.support.waiting import reactor
 
-REJECTED = {
+REJECTED_ENDPOINTS = {
     "tcp:foo": "--listen tcp:foo: invalid literal",
     "nosuch:1": "--listen nosuch:1: Unknown endpoint type: 'nosuch'",
     "tcp:99999": "--listen tcp:99999: .*0-65535",
@@ -31,13 +31,12 @@ class ListenerTests(SynchronousTestCase):
     def message(self, endpoint: str) -> str:
         """Listen; return the message of the error."""
         with self.assertRaises(StartError) as raised:
-            Listener(
-                reactor, "--listen", endpoint, BoundedSite(reactor, Resource(), 0)
-            ).privilegedStartService()
+            site = BoundedSite(reactor, Resource(), 0)
+            Listener(reactor, "--listen", endpoint, site).privilegedStartService()
         return str(raised.exception)
 
     def test_each_endpoint_that_cannot_be_listened_on_is_one_line(self) -> None:
-        for endpoint, expected in REJECTED.items():
+        for endpoint, expected in REJECTED_ENDPOINTS.items():
             message = self.message(endpoint)
             self.assertRegex(message, f"^{expected}")
             self.assertEqual(1, len(message.splitlines()))

@@ -304,11 +304,6 @@ class OwnershipTests(ContainersTestCase):
     def leave(self, name: str, pool: str) -> None:
         self.fake.containers[name] = {"Labels": {"bfaas.pool": pool, "bfaas.machine": name}}
 
-    def own_containers(self) -> list[str]:
-        return [
-            name for name in self.fake.containers if name.startswith("worker-own-") and "image" not in name
-        ]
-
     async def test_first_list_removes_what_an_earlier_instance_left(self) -> None:
         self.leave("worker-own-1.a", "own")
         self.leave("worker-other-1.a", "other")
