@@ -143,7 +143,7 @@ def archive(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", data: byte
         member = tarfile.TarInfo(name)
         member.type, member.linkname, member.size = kind, link, len(data)
         tar.addfile(member, io.BytesIO(data))
-    return part("tar", packed.getvalue() if not data else gzip.compress(packed.getvalue(), 1))
+    return part("tar", packed.getvalue() if not data else gzip.compress(packed.getvalue()))
 
 
 def as_json(**fields: object) -> ScriptFactory:
