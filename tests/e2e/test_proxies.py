@@ -256,6 +256,8 @@ async def test_startup_warns_of_limits_longer_than_the_proxys_idle_timeout() -> 
     coordinator = await start_coordinator(MAXREQTIME="5m", MAXWAIT="30s", PROXY_IDLE_TIMEOUT="60s")
     assert b"MAXREQTIME is 300 s: a raw response" in coordinator.program.output
     assert b"MAXWAIT is" not in coordinator.program.output
+    # It accepts connections before it handles signals.
+    assert (await coordinator.get("/healthz")).status == 200
     assert await stop(coordinator) == 0
 
 
